@@ -1,0 +1,1 @@
+"""prw_flux: CoLoGen on FLUX.1, built on prw."""

@@ -1,0 +1,1 @@
+"""Pictures from disk: safe opening, photo folders, line maps."""
