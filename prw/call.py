@@ -1,0 +1,141 @@
+"""The call: one frozen value that fixes everything a forward may depend on beside its input.
+
+Shape suffixes: T routed rows, D in_features, N experts that take part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prw.errors import StageError
+from prw.router import Routing
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Call:
+    """What a forward is told. The default is a plain deterministic call.
+
+    Attributes:
+        key: 64-bit noise key; the same key gives the same noise.
+        mask: bool, ``[batch, tokens]``, True where a token counts: others enter neither usage nor
+            a sample's mean.
+        context: anything a router of the user's may read; never a tensor with a graph.
+        stage: pin routing to the end of this stage.
+        force: send everything to the expert of this stage with gate 1.
+        noisy: whether routers add noise, in modules that are in training mode.
+    """
+
+    key: int = 0
+    mask: Tensor | None = None
+    context: Any = None
+    stage: str | None = None
+    force: str | None = None
+    noisy: bool = False
+
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        return None
+
+
+@dataclass
+class GroupRecord:
+    """What was observed of one routed group: sums without graph.
+
+    Attributes:
+        used: int64 scalar, how many rows went to the newest expert.
+        count: int64 scalar, how many rows were counted.
+        columns: router columns (the parameters themselves) that may learn.
+        jacobian: for each of them ``[D]``, the derivative of the straight-through ``used``.
+        routings: the detached routing of each counted forward.
+    """
+
+    used: Tensor
+    count: Tensor
+    columns: tuple[Tensor, ...]
+    jacobian: tuple[Tensor, ...]
+    routings: list[Routing]
+
+
+@dataclass
+class Tally:
+    """The mutable part of a record: sums per group, and whether it still listens."""
+
+    groups: dict[str, GroupRecord] = field(default_factory=dict)
+    listening: bool = True
+
+    def add(self, name: str, seen: GroupRecord) -> None:
+        """Add one forward of the group `name` to its sums."""
+        known = self.groups.get(name)
+        if known is None:
+            self.groups[name] = seen
+            return
+        if len(known.columns) != len(seen.columns):
+            raise StageError("a stage began inside a record; begin a new record after unlock()")
+        known.used = known.used + seen.used
+        known.count = known.count + seen.count
+        known.jacobian = tuple(
+            a + b for a, b in zip(known.jacobian, seen.jacobian, strict=True)
+        )
+        known.routings += seen.routings
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Record(Call):
+    """A call that also observes routing, until its ``with`` block ends.
+
+    A forward that activation checkpointing repeats inside backward is not counted again.
+    """
+
+    tally: Tally = field(default_factory=Tally, repr=False)
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.tally.listening = False
+
+    @property
+    def listening(self) -> bool:
+        """Whether a forward that happens now is counted."""
+        # An id is set while autograd runs a backward, so this forward would be a recomputation.
+        return self.tally.listening and torch._C._current_graph_task_id() == -1
+
+    def usage(self) -> float:
+        """U, the share of counted rows (all groups together) that the newest expert received."""
+        used, count = totals([self])
+        return float(used) / max(int(count), 1)
+
+    def by_group(self) -> dict[str, dict[str, Any]]:
+        """Per group: ``expert`` and ``gate`` of every counted forward, flattened, and ``usage``."""
+        return {
+            name: {
+                "expert": torch.cat([routing.expert.flatten() for routing in group.routings]),
+                "gate": torch.cat([routing.gate.flatten() for routing in group.routings]),
+                "usage": float(group.used) / max(int(group.count), 1),
+            }
+            for name, group in self.tally.groups.items()
+        }
+
+
+def totals(records: Sequence[Record]) -> tuple[Tensor, Tensor]:
+    """Used and counted rows summed over the groups of all records, int64 scalars."""
+    groups = [group for record in records for group in record.tally.groups.values()]
+    if not groups:
+        return torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+    device = groups[0].used.device
+    used = torch.stack([group.used.to(device) for group in groups]).sum()
+    return used, torch.stack([group.count.to(device) for group in groups]).sum()
+
+
+class CallSlot:
+    """Where a weave and its pools find the call that is bound now."""
+
+    def __init__(self) -> None:
+        self.call = Call()

@@ -1,0 +1,88 @@
+"""What identifies a base model: its class, its configuration, the shapes and a few weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+SAMPLES = 2048
+TOLERANCE = 0.02
+"""Relative RMS difference of the sampled weights above which a base counts as another one.
+
+A cast to bfloat16 differs by about 0.002, another initialisation by about 1.4.
+"""
+
+_VOLATILE = frozenset({"transformers_version", "torch_dtype", "dtype", "use_cache"})
+
+
+def fingerprint(model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, Any]:
+    """Describe a base as plain JSON data.
+
+    Args:
+        model: the base, before anything is injected.
+        linears: the layers that are adapted, by dotted name.
+
+    Returns:
+        ``class``, ``config``, ``modules`` (name and shape of each layer) and ``samples``, up to
+        2048 weights taken at even distances.
+    """
+    return {
+        "class": type(model).__qualname__,
+        "config": _config(model),
+        "modules": [[n, [m.out_features, m.in_features]] for n, m in sorted(linears.items())],
+        "samples": sample_weights([linear.weight for _, linear in sorted(linears.items())]),
+    }
+
+
+def sample_weights(weights: Sequence[Tensor]) -> list[float]:
+    """Up to 2048 values at even distances; quantised and meta tensors are skipped."""
+    usable = [w for w in weights if w.is_floating_point() and not w.is_meta and w.numel()]
+    samples: list[float] = []
+    for weight in usable:
+        flat = weight.detach().reshape(-1)
+        step = max(1, flat.numel() * len(usable) // SAMPLES)
+        samples += flat[::step].float().tolist()
+    return samples[: 2 * SAMPLES]
+
+
+def difference(stored: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    """The first mismatch that makes a base another one, in words; None when it fits."""
+    for key in sorted((set(stored) | set(found)) - {"samples"}):
+        ours, theirs = (json.loads(json.dumps(side.get(key))) for side in (found, stored))
+        if ours != theirs:
+            return f"its {key} is {_shorten(theirs, ours)}, this base has {_shorten(ours, theirs)}"
+    return None
+
+
+def drift(stored: Mapping[str, Any], found: Mapping[str, Any]) -> float:
+    """Relative RMS difference of the sampled weights; 0 when they cannot be compared."""
+    old, new = list(stored.get("samples") or ()), list(found.get("samples") or ())
+    if not old or len(old) != len(new):
+        return 0.0
+    scale = math.fsum(value * value for value in old)
+    error = math.fsum((a - b) ** 2 for a, b in zip(old, new, strict=True))
+    return math.sqrt(error / scale) if scale else math.sqrt(error)
+
+
+def _config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    data = config.to_dict() if callable(getattr(config, "to_dict", None)) else config
+    if not isinstance(data, Mapping):
+        return {}
+    kept = {k: v for k, v in data.items() if not str(k).startswith("_") and k not in _VOLATILE}
+    return json.loads(json.dumps(kept, default=str, sort_keys=True))
+
+
+def _shorten(value: Any, other: Any) -> str:
+    """The part of `value` that differs from `other`."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        value = {k: v for k, v in value.items() if k not in other or other[k] != v}
+    elif isinstance(value, list) and isinstance(other, list):
+        value = [item for item in value if item not in other]
+    text = json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+

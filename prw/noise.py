@@ -1,0 +1,69 @@
+"""Router noise as a stateless hash, so that any recomputation sees the same noise.
+
+Shape suffixes: T tokens (or samples), C columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+_WORD = (1 << 64) - 1
+_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_SHIFTS = (30, 27, 31)
+_WEYL = 0x9E3779B97F4A7C15
+
+
+def group_id(name: str) -> int:
+    """A 64-bit number for a routed group: the same on every machine and in every process."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+
+
+def gaussian_noise(key: int, group: int, tokens: int, columns: int, device: torch.device) -> Tensor:
+    """Standard normal noise, a pure function of (key, group, token index, column index).
+
+    The SplitMix64 finaliser (Steele, Lea and Flood, 2014) hashes the four numbers to 64 bits; the
+    two halves become a normal number by the Box-Muller transform. No generator is read or moved,
+    and a value does not change when tokens or columns are added.
+
+    Args:
+        key: the 64-bit noise key of the call.
+        group: `group_id` of the routed group.
+        tokens: T, how many rows.
+        columns: C, how many columns.
+        device: where the result lives.
+
+    Returns:
+        fp32 ``[T, C]``.
+    """
+    seed = _mix_int(_mix_int(key & _WORD) ^ (group & _WORD))
+    rows_T = _mix(torch.arange(tokens, device=device) * _signed(_WEYL) + _signed(seed))
+    columns_C = torch.arange(columns, device=device) * _signed(_WEYL)
+    bits_TC = _mix(rows_T[:, None] ^ _mix(columns_C))
+    high = ((bits_TC >> 32) & 0xFFFFFFFF).double()
+    low = (bits_TC & 0xFFFFFFFF).double()
+    radius = torch.sqrt(-2.0 * torch.log((high + 0.5) * 2.0**-32))
+    return (radius * torch.cos(low * (2.0 * math.pi * 2.0**-32))).float()
+
+
+def _signed(word: int) -> int:
+    """The 64-bit word as the int64 with the same bits."""
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _mix_int(word: int) -> int:
+    word = (word + _WEYL) & _WORD
+    for shift, multiplier in zip(_SHIFTS, (*_MULTIPLIERS, 1), strict=True):
+        word = ((word ^ (word >> shift)) * multiplier) & _WORD
+    return word
+
+
+def _mix(words: Tensor) -> Tensor:
+    words = words + _signed(_WEYL)
+    for shift, multiplier in zip(_SHIFTS, (*_MULTIPLIERS, 1), strict=True):
+        logical = (words >> shift) & ((1 << (64 - shift)) - 1)
+        words = (words ^ logical) * _signed(multiplier)
+    return words

@@ -1,0 +1,235 @@
+"""The weave: all pools of one model, the stages they went through, and the call they obey."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prw import checkpoint
+from prw.call import Call, CallSlot, Record
+from prw.config import Config
+from prw.errors import ConfigError, StageError
+from prw.ledger import Ledger, Stage
+from prw.optim import Kinds, sync
+from prw.pool import Pool
+
+
+class Weave:
+    """Grows, freezes, pins, saves and loads the pools of one model together.
+
+    Args:
+        pools: the routed groups, by name.
+        config: the configuration they were built with.
+        fingerprint: what identifies the base, see `prw.fingerprint`; plain JSON data.
+        detach: called once by `unload` to take the pools out of the model.
+    """
+
+    def __init__(
+        self,
+        pools: Mapping[str, Pool],
+        config: Config,
+        *,
+        fingerprint: Mapping[str, Any],
+        detach: Callable[[], None] | None = None,
+    ) -> None:
+        if not pools:
+            raise ConfigError("a weave needs at least one pool")
+        self.pools = dict(pools)
+        self.config = config
+        self.fingerprint = dict(fingerprint)
+        self._detach = detach
+        self._ledger = Ledger()
+        self._slot = CallSlot()
+        self._kinds = Kinds()
+        for pool in self.pools.values():
+            pool.slot = self._slot
+
+    # Stages -----------------------------------------------------------------------------------
+
+    @property
+    def ledger(self) -> Ledger:
+        """The stage ledger, an immutable value."""
+        return self._ledger
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """All stages, oldest first."""
+        return self._ledger.stages
+
+    @property
+    def newest(self) -> str | None:
+        """The name of the open stage, whose expert learns; None between stages."""
+        stage = self._ledger.newest
+        return None if stage is None else stage.name
+
+    def unlock(self, name: str) -> None:
+        """End the open stage and open a new one: a fresh expert joins, the others are veterans.
+
+        Raises:
+            StageError: the name is taken or cannot be a file name.
+        """
+        ledger = self._ledger.unlock(name)
+        self._follow(self._ledger.close())
+        self._follow(ledger)
+
+    def close(self) -> None:
+        """End the open stage, if any: its router is snapshotted and nothing learns any more."""
+        self._follow(self._ledger.close())
+
+    def rollback(self, name: str) -> None:
+        """Drop every stage after `name`; from now on the model is what `at_stage(name)` was.
+
+        Raises:
+            StageError: there is no such stage.
+        """
+        ledger = self._ledger.rollback(name)
+        self._follow(ledger)
+        for pool in self.pools.values():
+            pool.router.restore(ledger[name].index)
+
+    def _follow(self, ledger: Ledger) -> None:
+        for pool in self.pools.values():
+            pool.follow(ledger)
+            self._kinds.learn(dict(pool.named_parameters()))
+        self._ledger = ledger
+
+    # Learning ---------------------------------------------------------------------------------
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Unique names and parameters of what may learn now."""
+        for group, pool in self.pools.items():
+            for name, parameter in pool.learners():
+                yield f"{group}.{name}", parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that may learn now: the newest expert's and the router's."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def sync(self, optimizer: torch.optim.Optimizer) -> None:
+        """Bring an optimizer up to date after `unlock`, `close`, `rollback` or `load_state`.
+
+        New parameters enter the parameter group of their kind (expert or router), frozen ones and
+        their state leave, survivors keep their moments.
+        """
+        sync(optimizer, list(self.parameters()), self._kinds)
+
+    # Calls ------------------------------------------------------------------------------------
+
+    def record(
+        self, mask: Tensor | None = None, context: Any = None, key: int | None = None
+    ) -> Record:
+        """Bind a training call that observes its routings, until its ``with`` block ends.
+
+        Args:
+            mask: bool ``[batch, tokens]``, the tokens that count.
+            context: anything the routers may read.
+            key: 64-bit noise key; None draws one from torch's default generator.
+
+        Returns:
+            The record, for `veteran_gate_loss`; it stays bound until the next call.
+        """
+        pin = self._slot.call
+        record = Record(
+            mask=mask,
+            context=context,
+            key=_draw_key() if key is None else key,
+            noisy=self.config.noise and pin.stage is None,
+            stage=pin.stage if _is_pin(pin) else None,
+            force=pin.force if _is_pin(pin) else None,
+        )
+        self._slot.call = record
+        return record
+
+    def call(
+        self,
+        mask: Tensor | None = None,
+        context: Any = None,
+        key: int | None = None,
+        *,
+        noisy: bool | None = None,
+    ) -> Call:
+        """Bind a call like `record` does, without observing; ``noisy=False`` for a quiet one."""
+        call = Call(
+            mask=mask,
+            context=context,
+            key=_draw_key() if key is None else key,
+            noisy=self.config.noise if noisy is None else noisy,
+        )
+        self._slot.call = call
+        return call
+
+    def pinned(self, stage: str | None = None, force: str | None = None) -> Call:
+        """A deterministic call, not bound, that sees the end of `stage` or forces one expert.
+
+        Raises:
+            StageError: there is no such stage.
+        """
+        for name in (stage, force):
+            if name is not None:
+                self._ledger[name]
+        return Call(stage=stage, force=force)
+
+    @contextmanager
+    def at_stage(self, name: str) -> Iterator[Call]:
+        """Inside, the model is bit for bit what it was at the end of stage `name`."""
+        with self._bound(self.pinned(stage=name)) as call:
+            yield call
+
+    @contextmanager
+    def force_route(self, name: str) -> Iterator[Call]:
+        """Inside, everything goes to the expert of stage `name` with gate 1."""
+        with self._bound(self.pinned(force=name)) as call:
+            yield call
+
+    @contextmanager
+    def _bound(self, call: Call) -> Iterator[Call]:
+        before, self._slot.call = self._slot.call, call
+        try:
+            yield call
+        finally:
+            self._slot.call = before
+
+    # Files ------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path, *, extra: Mapping[str, str] | None = None) -> None:
+        """Write the folder: configuration, ledger, routers, experts, hashes. All or nothing.
+
+        Args:
+            path: the folder; an older checkpoint there is replaced in one step.
+            extra: further text files to write beside them, by file name.
+        """
+        checkpoint.save(
+            path, self.pools, self._ledger, self.config, self.fingerprint, extra=extra or {}
+        )
+
+    def load_state(self, path: str | Path) -> None:
+        """Become what the folder holds, whatever stages this weave has now.
+
+        Raises:
+            CheckpointError: the folder is damaged, too new, or was made for another base.
+        """
+        stored = checkpoint.read(path)
+        stored.check_fits(self.pools, self.config, self.fingerprint)
+        self._follow(Ledger())
+        self._follow(stored.ledger)
+        stored.fill(self.pools)
+
+    def unload(self) -> None:
+        """Take the pools out of the model: the untouched base again."""
+        if self._detach is None:
+            raise StageError("this weave was built over bare pools; there is nothing to unload")
+        self._detach()
+        self._detach = None
+
+
+def _draw_key() -> int:
+    return int(torch.randint(-(2**63), 2**63 - 1, ()))
+
+
+def _is_pin(call: Call) -> bool:
+    return not call.noisy and (call.stage is not None or call.force is not None)
