@@ -104,7 +104,7 @@ class Triple:
     metadata: Mapping[str, Any]
 
 
-class TaskReject(Exception):  # noqa: N818 - an outcome to count, not a fault
+class TaskReject(Exception):
     """This example cannot give a sample of this task.
 
     Args:
