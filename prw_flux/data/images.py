@@ -22,9 +22,9 @@ Box: TypeAlias = tuple[float, float, float, float]
 
 MIN_SIDE: Final = 32
 MAX_PIXELS: Final = 64_000_000
-FORMATS: Final = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 """What is decoded at all: PIL also knows formats that start other programs (EPS)."""
-DAMAGE: Final = (OSError, SyntaxError, ValueError, EOFError, KeyError, struct.error, zlib.error)
+DAMAGE: Final = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 """What PIL's decoders raise on damaged files."""
 
 
@@ -94,6 +94,7 @@ def _opened(path: str | Path, max_pixels: int) -> PILImage.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            PILImage.init()
             picture = PILImage.open(path, formats=FORMATS)
     except FileNotFoundError:
         raise ImageError(path, "missing", "no such file") from None
