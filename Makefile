@@ -42,7 +42,7 @@ test: $(STAMP)
 	$(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 docs: $(STAMP)
-	$(BIN)/mkdocs build --strict --quiet -f docs/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet -f docs/mkdocs.yml
 
 bench: $(STAMP)
 	@set -e; names="$$(find benchmarks -maxdepth 1 -name '[a-z]*.py' | sort)"; \

@@ -24,3 +24,5 @@ __all__ = [
     "veteran_gate_loss",
     "weave",
 ]
+
+__version__ = "0.1.0"
