@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -29,12 +30,10 @@ def test_installed_process_in_the_checkout_finds_no_kernels_inside_it(repository
         "import importlib.util as u; s = u.find_spec('kernels');"
         "print([] if s is None else list(s.submodule_search_locations or []))"
     )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-P", "-c", code]
     output = subprocess.run(
-        [sys.executable, "-P", "-c", code],
-        cwd=repository,
-        capture_output=True,
-        text=True,
-        check=True,
+        command, cwd=repository, env=environment, capture_output=True, text=True, check=True
     ).stdout
     assert str(repository) not in output
 
