@@ -1,0 +1,1 @@
+"""tiny-flux: the embedded FLUX-layout pipeline, and the commands that build it."""
