@@ -1,1 +1,22 @@
 """prw_flux: CoLoGen on FLUX.1, built on prw."""
+
+from prw_flux.adapter import PRWAdapter, TaskSpec
+from prw_flux.attach import attach, attached, detach
+from prw_flux.passes import TwoPass, main_pass, source_pass
+from prw_flux.pipeline import CoLoGenPipeline
+from prw_flux.source_cache import FluxCall, SourceCache, SourceMeta
+
+__all__ = [
+    "CoLoGenPipeline",
+    "FluxCall",
+    "PRWAdapter",
+    "SourceCache",
+    "SourceMeta",
+    "TaskSpec",
+    "TwoPass",
+    "attach",
+    "attached",
+    "detach",
+    "main_pass",
+    "source_pass",
+]

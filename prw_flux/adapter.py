@@ -1,0 +1,356 @@
+"""PRWAdapter: the experts and routers of all blocks of one FLUX.1 transformer.
+
+A component of its own, beside the transformer: the stock model keeps its state dict, can be
+quantised, offloaded and fused, and an adapter saves, loads and travels without it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+from uuid import uuid4
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+
+import prw
+from prw import Pool
+from prw.fingerprint import TOLERANCE, difference, drift, fingerprint
+from prw_flux.source_cache import SourceCache
+from prw_flux.tasks import TASKS
+
+logger = logging.getLogger(__name__)
+
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "source_timestep": ("zero", "current"),
+    "source_pooled": ("task", "prompt", "empty"),
+}
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What sampling needs to know of a task.
+
+    Attributes:
+        name: Its name.
+        sentence: Fixed text, whose pooled embedding modulates the source.
+        aligned: Whether source and result share their places.
+    """
+
+    name: str
+    sentence: str
+    aligned: bool
+
+
+class PRWAdapter(ModelMixin, ConfigMixin):
+    """One pool of K/V experts per block; stages are opened and closed through `weave`.
+
+    Args:
+        num_layers, num_single_layers, inner_dim: Of the transformer.
+        rank, alpha: Of every expert; alpha None is 2 rank.
+        granularity: "sample" (one expert per image and block) or "token".
+        gate: "softmax" or "one".
+        router_train: "all" columns of the router learn in a stage, or only the "new" one.
+        noise: Whether routers explore in training.
+        source_timestep: "zero" (the source is recorded once) or "current" (once per step).
+        source_pooled: Whose pooled text modulates the source: "task", "prompt" or "empty".
+        tasks: name -> {"sentence": str, "aligned": bool}; None takes the five of `prw_flux.tasks`.
+        resolution: Side in pixels of a square with the area of the training images, if known.
+    """
+
+    _no_split_modules = ["Pool"]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_layers: int,
+        num_single_layers: int,
+        inner_dim: int,
+        rank: int = 128,
+        alpha: float | None = None,
+        granularity: Literal["sample", "token"] = "sample",
+        gate: Literal["softmax", "one"] = "softmax",
+        router_train: Literal["all", "new"] = "all",
+        noise: bool = True,
+        source_timestep: Literal["zero", "current"] = "zero",
+        source_pooled: Literal["task", "prompt", "empty"] = "task",
+        tasks: Mapping[str, Mapping[str, Any]] | None = None,
+        resolution: int | None = None,
+    ) -> None:
+        super().__init__()
+        _require_choice("source_timestep", source_timestep)
+        _require_choice("source_pooled", source_pooled)
+        settings = prw.Config(
+            rank=rank,
+            alpha=alpha,
+            granularity=granularity,
+            gate=gate,
+            router_train=router_train,
+            noise=noise,
+        )
+        names = [f"transformer_blocks.{i}.attn" for i in range(num_layers)]
+        names += [f"single_transformer_blocks.{i}.attn" for i in range(num_single_layers)]
+        projections = {"to_k": inner_dim, "to_v": inner_dim}
+        pools = {name: Pool(name, inner_dim, projections, settings) for name in names}
+        self.blocks = nn.ModuleList(pools.values())
+        self.weave = prw.Weave(pools, settings, fingerprint={})
+        self._identity = uuid4().hex
+
+    @classmethod
+    def for_transformer(cls, transformer: FluxTransformer2DModel, **settings: Any) -> Self:
+        """An adapter without experts that fits `transformer`, on its device, in float32."""
+        adapter: Self = cls(
+            num_layers=len(transformer.transformer_blocks),
+            num_single_layers=len(transformer.single_transformer_blocks),
+            inner_dim=transformer.inner_dim,
+            **settings,
+        )
+        adapter.weave.fingerprint = base_fingerprint(transformer)
+        adapter.to(transformer.device)
+        return adapter
+
+    # Tasks and routes -------------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> dict[str, TaskSpec]:
+        """The tasks this adapter knows, by name."""
+        known = self.config.tasks
+        if known is None:
+            return {t.name: TaskSpec(t.name, t.sentence, t.aligned) for t in TASKS.values()}
+        return {
+            name: TaskSpec(name, str(spec["sentence"]), bool(spec["aligned"]))
+            for name, spec in known.items()
+        }
+
+    def add_task(self, name: str, sentence: str, aligned: bool) -> None:
+        """Record a task in the configuration, so that a saved adapter knows it."""
+        known = dict(self.config.tasks or {})
+        known[name] = {"sentence": sentence, "aligned": aligned}
+        self.register_to_config(tasks=known)
+
+    def task(self, name: str | None) -> TaskSpec:
+        """A task by name, or the only one for None.
+
+        Raises:
+            ValueError: Listing the known tasks.
+        """
+        known = self.tasks
+        if name is None and len(known) == 1:
+            return next(iter(known.values()))
+        if name is None or name not in known:
+            asked = "Choose a task" if name is None else f"There is no task {name!r}"
+            raise ValueError(f"{asked}: this adapter knows {', '.join(known) or 'none'}.")
+        return known[name]
+
+    def route(self, route: str) -> prw.Call:
+        """The deterministic routing call of "free", "stage:NAME" or "expert:NAME".
+
+        Raises:
+            ValueError: For another form, or a stage that does not exist.
+        """
+        kind, _, name = route.partition(":")
+        if route == "free":
+            return self.weave.pinned()
+        if kind not in ("stage", "expert") or not name:
+            raise ValueError(f'A route is "free", "stage:NAME" or "expert:NAME", got {route!r}.')
+        stages = [stage.name for stage in self.weave.stages]
+        if name not in stages:
+            near = difflib.get_close_matches(name, stages, n=1)
+            hint = (
+                f"did you mean {near[0]!r}?" if near else f"known: {', '.join(stages) or 'none'}."
+            )
+            raise ValueError(f"Route {route!r} names no stage of this adapter; {hint}")
+        if kind == "stage":
+            return self.weave.pinned(stage=name)
+        return self.weave.pinned(force=name)
+
+    @property
+    def pools(self) -> tuple[Pool, ...]:
+        """One pool per block, in the order in which the blocks run."""
+        return tuple(self.weave.pools.values())
+
+    def resolve(self, call: prw.Call | None) -> prw.Call:
+        """The call of a pass, fixed when the pass begins, for recomputation to see the same.
+
+        None is the call that is bound to the weave.
+        """
+        return call if call is not None else self.pools[0].slot.call
+
+    # Modulation of the source -----------------------------------------------------------------
+
+    def source_time(self, timestep_B: Tensor) -> Tensor:
+        """Time that modulates the source beside a noisy latent at `timestep_B`."""
+        zero = self.config.source_timestep == "zero"
+        return torch.zeros_like(timestep_B) if zero else timestep_B
+
+    def source_guidance(self, guidance_B: Tensor | None) -> Tensor | None:
+        """Guidance that modulates the source; None is 1, the value in training.
+
+        Under source_timestep "zero" it never follows the call, or a cache would depend on it.
+        """
+        return None if self.config.source_timestep == "zero" else guidance_B
+
+    # Identity ---------------------------------------------------------------------------------
+
+    @property
+    def state_id(self) -> str:
+        """Changes whenever a cache of this adapter may have become stale.
+
+        Covers the object, its stages, and every write to its tensors that autograd sees.
+        """
+        stages = ",".join(f"{s.name}{'*' if s.open else ''}" for s in self.weave.stages)
+        tensors = [*self.parameters(), *self.buffers()]
+        return f"{self._identity}/{stages}/{sum(t._version for t in tensors)}"
+
+    def require_layers(self, cache: SourceCache) -> None:
+        """Raise unless `cache` has one slot per block."""
+        if len(cache) != len(self.blocks):
+            raise ValueError(
+                f"A source cache of {len(cache)} blocks does not fit {len(self.blocks)} blocks."
+            )
+
+    def require_fit(self, transformer: FluxTransformer2DModel) -> None:
+        """Raise unless the adapter was made for `transformer`; warn where only weights differ."""
+        config = self.config
+        here = (config.num_layers, config.num_single_layers, config.inner_dim)
+        there = (
+            len(transformer.transformer_blocks),
+            len(transformer.single_transformer_blocks),
+            transformer.inner_dim,
+        )
+        if here != there:
+            raise ValueError(
+                f"This adapter was made for {here[0]} + {here[1]} blocks of width {here[2]}, the "
+                f"transformer has {there[0]} + {there[1]} of width {there[2]}."
+            )
+        if transformer.config.in_channels != transformer.out_channels:
+            raise ValueError(
+                f"The transformer reads {transformer.config.in_channels} channels and writes "
+                f"{transformer.out_channels}: a source needs a FLUX.1 without channel conditioning "
+                "(dev, schnell, Kontext), not Fill, Canny or Depth."
+            )
+        self._require_base(transformer)
+
+    def _require_base(self, transformer: FluxTransformer2DModel) -> None:
+        if not self.weave.fingerprint:  # built by hand, from shapes alone
+            return
+        found = base_fingerprint(transformer)
+        problem = difference(self.weave.fingerprint, found)
+        if problem is not None:
+            raise ValueError(f"This adapter was made for another base: {problem}.")
+        distance = drift(self.weave.fingerprint, found)
+        if distance > TOLERANCE:
+            logger.warning(
+                "The weights of this transformer differ by %.1f%% from those the adapter was "
+                "trained on; expected for a quantised base, else check which base it was.",
+                100.0 * distance,
+            )
+
+    # Files ------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **_: Any) -> None:
+        """Write the folder of `Weave.save` with a `config.json` beside it, all or nothing."""
+        self.weave.save(Path(save_directory), extra={"config.json": self.to_json_string()})
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> Self:
+        """Load a folder or Hub id that `save_pretrained` wrote; hashes are verified.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id.
+            kwargs: `subfolder`, `revision`, `token` and `cache_dir` as in diffusers; `torch_dtype`
+                casts the experts, while routers stay in float32. Others are ignored.
+
+        Raises:
+            FileNotFoundError: If there is no such adapter.
+            prw.CheckpointError: If it is damaged, or was written by a newer version.
+        """
+        folder = _local_folder(pretrained_model_name_or_path, kwargs)
+        adapter: Self = cls.from_config(json.loads((folder / "config.json").read_text("utf-8")))
+        adapter.weave.fingerprint = _stored_fingerprint(folder)
+        adapter.weave.load_state(folder)
+        dtype = kwargs.get("torch_dtype", kwargs.get("dtype"))
+        if isinstance(dtype, torch.dtype):
+            adapter.to(dtype)
+        adapter.eval()
+        return adapter
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts; a cast below float32 leaves the routers as they are."""
+        routers = [module for pool in self.pools for module in pool.router.modules()]
+        kept = [
+            (store, name, tensor.data)
+            for module in routers
+            for store in (module._parameters, module._buffers)
+            for name, tensor in store.items()
+            if tensor is not None
+        ]
+        super()._apply(fn, recurse)
+        for store, name, data in kept:
+            tensor = store[name]
+            assert tensor is not None
+            if tensor.is_floating_point() and tensor.itemsize < min(data.itemsize, 4):
+                tensor.data = data.to(tensor.device)
+        return self
+
+
+# model_index.json records this name: the class may move to another file, the name may not
+PRWAdapter.__module__ = "prw_flux"
+
+
+def base_fingerprint(transformer: FluxTransformer2DModel) -> dict[str, Any]:
+    """What identifies the base: class, configuration, shapes and a sample of to_k and to_v."""
+    blocks = {
+        f"{kind}.{i}.attn": block.attn
+        for kind in ("transformer_blocks", "single_transformer_blocks")
+        for i, block in enumerate(getattr(transformer, kind))
+    }
+    linears = {f"{n}.{p}": getattr(a, p) for n, a in blocks.items() for p in ("to_k", "to_v")}
+    found = fingerprint(transformer, linears)
+    found["config"].pop("quantization_config", None)  # the same base, stored in fewer bits
+    return found
+
+
+def _stored_fingerprint(folder: Path) -> dict[str, Any]:
+    """The fingerprint in a folder; empty where it cannot be read, which loading then reports."""
+    try:
+        stored = json.loads((folder / "prw.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    found = stored.get("fingerprint") if isinstance(stored, dict) else None
+    return dict(found) if isinstance(found, dict) else {}
+
+
+def _require_choice(name: str, value: str) -> None:
+    if value not in CHOICES[name]:
+        raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r}.")
+
+
+def _local_folder(source: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Path:
+    """The folder of an adapter, fetched from the Hub if `source` is not a local one."""
+    subfolder = kwargs.get("subfolder") or ""
+    folder = Path(source)
+    if not folder.exists() and str(source).count("/") == 1 and not str(source).startswith("."):
+        folder = Path(
+            snapshot_download(
+                str(source),
+                allow_patterns=[f"{subfolder}/**" if subfolder else "**"],
+                **{k: kwargs[k] for k in ("revision", "token", "cache_dir") if kwargs.get(k)},
+            )
+        )
+    folder = folder / subfolder
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is not a PRW adapter (it has no config.json).")
+    return folder

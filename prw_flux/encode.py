@@ -1,0 +1,199 @@
+"""From images and prompts to what the transformer reads, and back.
+
+Shapes: B samples, C latent channels, H x W latent grid, S = H/2 * W/2 packed tokens, h x w pixels.
+Pixels are float in [-1, 1], channels first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+ImageInput = Image.Image | np.ndarray[Any, Any] | Tensor
+"""PIL image; uint8 [h, w, 3] or [B, h, w, 3] (or float in [0, 1]); tensor [3, h, w] or
+[B, 3, h, w], uint8 or float in [0, 1]."""
+
+
+def pack(latents_BCHW: Tensor) -> Tensor:
+    """2x2 neighbours become one token: [B, C, H, W] -> [B, H/2 * W/2, 4 C], channel slowest."""
+    height, width = latents_BCHW.shape[-2:]
+    if height % 2 or width % 2:
+        raise ValueError(f"A latent grid must be even to be packed, got {height} x {width}.")
+    return rearrange(latents_BCHW, "b c (h i) (w j) -> b (h w) (c i j)", i=2, j=2)
+
+
+def unpack(tokens_BSC: Tensor, height: int, width: int) -> Tensor:
+    """Inverse of `pack` for a latent grid of height x width: [B, S, 4 C] -> [B, C, H, W]."""
+    if tokens_BSC.shape[1] * 4 != height * width:
+        raise ValueError(f"{tokens_BSC.shape[1]} tokens do not fill a {height} x {width} grid.")
+    return rearrange(tokens_BSC, "b (h w) (c i j) -> b c (h i) (w j)", h=height // 2, i=2, j=2)
+
+
+def position_ids(
+    rows: int,
+    columns: int,
+    *,
+    offset: tuple[int, int] = (0, 0),
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """[rows * columns, 3] rotary positions (0, row, column) of packed tokens, shifted by `offset`.
+
+    A source with offset (0, 0) shares the positions of the image that is generated (aligned tasks);
+    (0, -columns) puts it beside that image (customised generation).
+    """
+    ids = torch.zeros(rows, columns, 3)
+    ids[..., 1] = torch.arange(rows)[:, None] + offset[0]
+    ids[..., 2] = torch.arange(columns)[None, :] + offset[1]
+    return ids.reshape(-1, 3).to(device=device, dtype=dtype)
+
+
+def source_offset(aligned: bool, columns: int) -> tuple[int, int]:
+    """Shift of the source's positions: none for an aligned task, else one source width left."""
+    return (0, 0) if aligned else (0, -columns)
+
+
+def to_pixels(
+    image: ImageInput | Sequence[ImageInput], size: tuple[int, int] | None = None
+) -> Tensor:
+    """Any image input as pixels.
+
+    Args:
+        image: One image or a batch; a list is a batch, its images of one size unless `size` is set.
+        size: (height, width) to resize to, without cropping; None keeps the size.
+
+    Returns:
+        [B, 3, h, w] float32 in [-1, 1].
+    """
+    if isinstance(image, (list, tuple)):
+        if not image:
+            raise ValueError("The list of images is empty.")
+        return torch.cat([to_pixels(one, size) for one in image])
+    pixels = _unit_range(image)
+    if size is not None and tuple(pixels.shape[-2:]) != tuple(size):
+        pixels = F.interpolate(
+            pixels, size=size, mode="bicubic", antialias=True, align_corners=False
+        ).clamp(0.0, 1.0)
+    return 2.0 * pixels - 1.0
+
+
+def _unit_range(image: Any) -> Tensor:
+    """[B, 3, h, w] float32 in [0, 1]."""
+    if isinstance(image, Image.Image):
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            raise ValueError(
+                f"An image of mode {image.mode!r} has no agreed brightness range: convert it to 8 "
+                "bits per channel first."
+            )
+        return _channels_first(np.array(image.convert("RGB")))
+    if isinstance(image, np.ndarray):
+        return _channels_first(image)
+    if not isinstance(image, Tensor):
+        raise TypeError(f"An image must be PIL, numpy or a tensor, got {type(image).__name__}.")
+    tensor = image if image.ndim == 4 else image[None]
+    if tensor.ndim != 4 or tensor.shape[1] != 3:
+        raise ValueError(f"An image tensor must be [3, h, w] or [B, 3, h, w]: {list(image.shape)}.")
+    return _scaled(tensor.detach())
+
+
+def _channels_first(array: np.ndarray[Any, Any]) -> Tensor:
+    batch = array if array.ndim == 4 else array[None]
+    if batch.ndim != 4 or batch.shape[-1] != 3:
+        raise ValueError(f"An image array must be [h, w, 3] or [B, h, w, 3]: {list(array.shape)}.")
+    return _scaled(torch.from_numpy(np.ascontiguousarray(batch)).permute(0, 3, 1, 2))
+
+
+def _scaled(tensor: Tensor) -> Tensor:
+    if tensor.dtype == torch.uint8:
+        return tensor.to(torch.float32) / 255.0
+    if not tensor.is_floating_point():
+        raise TypeError(f"Pixels must be uint8 or float in [0, 1], got {tensor.dtype}.")
+    low, high = float(tensor.min()), float(tensor.max())
+    if not (low >= 0.0 and high <= 1.0):
+        raise ValueError(f"Float pixels must be in [0, 1], got values from {low:g} to {high:g}.")
+    return tensor.to(torch.float32)
+
+
+@torch.no_grad()
+def encode_image(vae: Any, pixels: Tensor, *, device: torch.device | str | None = None) -> Tensor:
+    """Latents z = (encoding - shift) * scale: [B, 3, h, w] in [-1, 1] -> [B, C, h/8, w/8].
+
+    Deterministic: the mode of AutoencoderKL's posterior, or AutoencoderTiny's latents. `device` is
+    where it runs, for an autoencoder that is offloaded between its calls.
+    """
+    encoded = vae.encode(pixels.to(device=device or vae.device, dtype=vae.dtype))
+    latents: Tensor = (
+        encoded.latents if isinstance(vae, AutoencoderTiny) else encoded.latent_dist.mode()
+    )
+    return (latents - _shift(vae)) * float(vae.config.scaling_factor)
+
+
+@torch.no_grad()
+def decode_latents(vae: Any, latents_BCHW: Tensor) -> Tensor:
+    """Inverse of `encode_image`, clamped: [B, C, H, W] -> [B, 3, 8 H, 8 W] in [-1, 1]."""
+    latents = latents_BCHW / vae.config.scaling_factor + _shift(vae)
+    image: Tensor = vae.decode(latents.to(device=vae.device, dtype=vae.dtype), return_dict=False)[0]
+    return image.clamp(-1.0, 1.0)
+
+
+def _shift(vae: Any) -> float:
+    return float(vae.config.shift_factor or 0.0)
+
+
+def sequence_length(tokenizer_2: Any) -> int:
+    """Text tokens of a prompt: the second tokenizer's limit, at most FLUX.1's 512."""
+    return min(512, int(tokenizer_2.model_max_length)) if tokenizer_2 is not None else 512
+
+
+@torch.no_grad()
+def encode_prompts(
+    prompts: Sequence[str],
+    *,
+    tokenizer: Any,
+    text_encoder: Any,
+    tokenizer_2: Any,
+    text_encoder_2: Any,
+    max_sequence_length: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Embed prompts as FLUX.1 does: no attention mask, padding included.
+
+    Args:
+        prompts: B texts.
+        tokenizer, text_encoder: CLIP, whose pooled output modulates the transformer.
+        tokenizer_2, text_encoder_2: T5, whose tokens it attends to.
+        max_sequence_length: Tokens L of the second; None takes `sequence_length(tokenizer_2)`.
+
+    Returns:
+        text [B, L, T5 width] and pooled [B, CLIP width].
+    """
+    length = max_sequence_length or sequence_length(tokenizer_2)
+    ids = _token_ids(tokenizer_2, prompts, length).to(text_encoder_2.device)
+    text: Tensor = text_encoder_2(ids, output_hidden_states=False)[0]
+    return text, encode_pooled(prompts, tokenizer=tokenizer, text_encoder=text_encoder)
+
+
+@torch.no_grad()
+def encode_pooled(prompts: Sequence[str], *, tokenizer: Any, text_encoder: Any) -> Tensor:
+    """[B, CLIP width] pooled embedding of each prompt."""
+    ids = _token_ids(tokenizer, prompts, tokenizer.model_max_length).to(text_encoder.device)
+    pooled: Tensor = text_encoder(ids, output_hidden_states=False).pooler_output
+    return pooled
+
+
+def _token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
+    ids: Tensor = tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+    return ids

@@ -1,0 +1,143 @@
+"""The attention processor that gives FLUX.1 its source.
+
+Equations 4 to 7 of CoLoGen (arXiv 2602.22150), read as one masked joint attention: the source
+attends to itself with keys and values refined by an expert, text and noisy tokens attend to
+everything. Source rows form a closed system under that mask, so they run as a pass of their own,
+and the main pass only needs their keys and values.
+
+Shapes: B samples, S tokens, T keys of the source, H heads, D channels of a head, O = H D.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxAttnProcessor,
+    _get_qkv_projections,
+)
+from torch import Tensor
+
+from prw_flux.source_cache import FluxCall
+
+if TYPE_CHECKING:
+    from prw_flux.adapter import PRWAdapter
+
+Rotary: TypeAlias = tuple[Tensor, Tensor]
+Attended: TypeAlias = Tensor | tuple[Tensor, Tensor]
+
+
+class PRWFluxAttnProcessor(FluxAttnProcessor):
+    """Stock attention, unless the call says that this is a source pass or that there is a source.
+
+    The adapter is referenced, not registered: the transformer's state dict stays stock.
+
+    Args:
+        adapter: Owner of the experts.
+        layer: Index of this block in the order in which the blocks run.
+    """
+
+    def __init__(self, adapter: PRWAdapter | None = None, layer: int = -1) -> None:
+        if adapter is None:
+            raise ValueError(
+                "PRWFluxAttnProcessor needs an adapter; something re-created the processors of a "
+                "transformer with PRW attached (an IP-Adapter loader does): detach() first."
+            )
+        super().__init__()
+        self.adapter = adapter
+        self.pool = adapter.pools[layer]
+        self.layer = layer
+
+    def __call__(
+        self,
+        attn: FluxAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Rotary | None = None,
+        prw: FluxCall | None = None,
+    ) -> Attended:
+        """Attention of one block; arguments and result as in `FluxAttnProcessor`.
+
+        Args:
+            attn: The block's attention.
+            hidden_states: [B, S, O] image rows, or text and image rows in a single-stream block.
+            encoder_hidden_states: [B, L, O] text rows of a double-stream block.
+            attention_mask: Of the stock path only.
+            image_rotary_emb: Rotary tables of text and image rows.
+            prw: The pass; None is the stock path.
+        """
+        if prw is None:
+            stock: Attended = super().__call__(
+                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+            )
+            return stock
+        if attention_mask is not None:
+            raise ValueError("An attention mask cannot be combined with a source image.")
+        qkv = self._projections(attn, hidden_states, encoder_hidden_states, prw)
+        query, key, value = _normed_heads(attn, qkv, image_rotary_emb)
+        slot = prw.cache.slots[self.layer]
+        if prw.mode == "source":
+            slot.write(key, value.contiguous())
+        else:
+            source_key, source_value = slot.read(key.shape[0])
+            key = torch.cat([key, source_key.to(key.dtype)], dim=1)
+            value = torch.cat([value, source_value.to(value.dtype)], dim=1)
+        out_BSHD = dispatch_attention_fn(
+            query,
+            key,
+            value,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        out_BSO: Tensor = out_BSHD.flatten(2, 3).to(query.dtype)
+        if encoder_hidden_states is None:
+            return out_BSO
+        return _project_out(attn, out_BSO, encoder_hidden_states.shape[1])
+
+    def _projections(
+        self, attn: FluxAttention, x_BSO: Tensor, text_BLO: Tensor | None, call: FluxCall
+    ) -> tuple[Tensor, ...]:
+        """Base projections; in a source pass the expert's residual joins K and V (Eq. 4)."""
+        query, key, value, *text = _get_qkv_projections(attn, x_BSO, text_BLO)
+        if call.mode == "source":
+            if call.grad and not torch.is_grad_enabled():
+                raise RuntimeError(
+                    "A reentrant checkpoint would lose the gradient of the source: use "
+                    "transformer.enable_gradient_checkpointing() without a function of your own."
+                )
+            refined, _ = self.pool.add({"to_k": key, "to_v": value}, x_BSO, call.prw)
+            key, value = refined["to_k"], refined["to_v"]
+        return query, key, value, *text
+
+
+def _normed_heads(
+    attn: FluxAttention, qkv: tuple[Tensor, ...], rotary: Rotary | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Heads, k- and q-norm, [text, image] in a double-stream block, then RoPE on q and k."""
+    query, key, value = (_heads(x, attn.head_dim) for x in qkv[:3])
+    query, key = attn.norm_q(query), attn.norm_k(key)
+    if attn.added_kv_proj_dim is not None:
+        text_q, text_k, text_v = (_heads(x, attn.head_dim) for x in qkv[3:])
+        query = torch.cat([attn.norm_added_q(text_q), query], dim=1)
+        key = torch.cat([attn.norm_added_k(text_k), key], dim=1)
+        value = torch.cat([text_v, value], dim=1)
+    if rotary is not None:
+        query = apply_rotary_emb(query, rotary, sequence_dim=1)
+        key = apply_rotary_emb(key, rotary, sequence_dim=1)
+    return query, key, value
+
+
+def _heads(x_BSO: Tensor, head_dim: int) -> Tensor:
+    return x_BSO.view(*x_BSO.shape[:-1], x_BSO.shape[-1] // head_dim, head_dim)
+
+
+def _project_out(attn: FluxAttention, out_BSO: Tensor, text_rows: int) -> tuple[Tensor, Tensor]:
+    """Split [text, image] and apply both output projections: (image rows, text rows)."""
+    text, image = out_BSO[:, :text_rows], out_BSO[:, text_rows:]
+    image = attn.to_out[1](attn.to_out[0](image.contiguous()))
+    return image, attn.to_add_out(text.contiguous())

@@ -1,0 +1,98 @@
+"""A FLUX.1 small enough for a test, random everywhere, and an adapter with trained-like experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+
+from prw_flux import PRWAdapter
+
+SENTENCES = {
+    "edit": {"sentence": "Change the picture.", "aligned": True},
+    "customise": {"sentence": "Show this thing elsewhere.", "aligned": False},
+}
+
+
+@pytest.fixture(autouse=True)
+def quiet_diffusers() -> Iterator[None]:
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    yield
+    logging.set_verbosity(before)
+
+
+@pytest.fixture
+def make_transformer() -> Callable[..., FluxTransformer2DModel]:
+    """One double and two single blocks of width 32; its weights are random, none is zero."""
+
+    def make(*, guidance: bool = True, dtype: torch.dtype = torch.float32) -> Any:
+        torch.manual_seed(0)
+        model = FluxTransformer2DModel(
+            in_channels=64,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            guidance_embeds=guidance,
+            axes_dims_rope=(4, 6, 6),
+        )
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        return model.to(dtype).eval()
+
+    return make
+
+
+@pytest.fixture
+def make_adapter() -> Callable[..., PRWAdapter]:
+    """An adapter of rank 4 whose experts act and whose routers choose between them."""
+
+    def make(transformer: FluxTransformer2DModel, stages: int = 2, **settings: Any) -> PRWAdapter:
+        torch.manual_seed(1)
+        adapter = PRWAdapter.for_transformer(
+            transformer, **{"rank": 4, "tasks": SENTENCES, "resolution": 32, **settings}
+        )
+        for index in range(stages):
+            adapter.weave.unlock(f"stage{index}")
+            with torch.no_grad():
+                for parameter in adapter.weave.parameters():
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+        return adapter.to(transformer.dtype).eval()
+
+    return make
+
+
+@pytest.fixture
+def make_batch() -> Callable[..., dict[str, Tensor]]:
+    """Inputs of `TwoPass.forward`: a 2 x 2 token grid, a 2 x 3 source, 5 text tokens."""
+
+    def make(batch: int = 2, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        from prw_flux.encode import position_ids
+
+        generator = torch.Generator().manual_seed(2)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        return {
+            "noisy_BNC": draw(batch, 4, 64),
+            "noisy_ids_N3": position_ids(2, 2, dtype=dtype),
+            "text_BLE": draw(batch, 5, 32),
+            "pooled_BP": draw(batch, 16),
+            "timestep_B": torch.linspace(0.3, 0.8, batch, dtype=dtype),
+            "source_BSC": draw(batch, 6, 64),
+            "source_ids_S3": position_ids(2, 3, offset=(0, -3), dtype=dtype),
+            "source_pooled_BP": draw(1, 16),
+        }
+
+    return make
