@@ -2,50 +2,68 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_HERE = -100  # AT_FDCWD: paths are relative to the working directory
+_EXCHANGE = 2  # RENAME_EXCHANGE
+
 
 @contextmanager
-def replace_folder(path: Path) -> Iterator[Path]:
+def replace_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`; when the block ends well it takes the place of `path`.
 
-    All files are synced to disk before the rename. When the block raises, the new folder is
-    removed and `path` is untouched.
+    All files are synced to disk before. When the block raises, the new folder is removed and
+    `path` is untouched.
     """
     path = Path(os.path.abspath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".new", dir=path.parent))
+    folder = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
+    folder.mkdir()
     try:
         yield folder
-        folder.chmod(0o777 & ~_umask())
-        for file in sorted(folder.rglob("*")):
+        for file in [*folder.rglob("*"), folder]:
             _fsync(file)
-        _fsync(folder)
-        _swap(folder, path)
+        _install(folder, path)
         _fsync(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _swap(new: Path, path: Path) -> None:
+def settle(path: str | Path) -> None:
+    """Put back the folder that a crash caught halfway, where the system cannot exchange two."""
+    path = Path(os.path.abspath(path))
+    if not path.exists() and _previous(path).is_dir():
+        _previous(path).rename(path)
+
+
+def _install(new: Path, path: Path) -> None:
+    settle(path)
     if not path.exists():
         new.rename(path)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-    path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old)
+    elif not _exchange(new, path):
+        shutil.rmtree(_previous(path), ignore_errors=True)
+        path.rename(_previous(path))
+        new.rename(path)
+        shutil.rmtree(_previous(path))
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _previous(path: Path) -> Path:
+    return path.with_name(f".{path.name}.previous")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one system call, where the system and its file system have one."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    if renameat2 is None:
+        return False
+    status: int = renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE)
+    return status == 0
 
 
 def _fsync(path: Path) -> None:

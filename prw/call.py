@@ -80,9 +80,7 @@ class Tally:
             raise StageError("a stage began inside a record; begin a new record after unlock()")
         known.used = known.used + seen.used
         known.count = known.count + seen.count
-        known.jacobian = tuple(
-            a + b for a, b in zip(known.jacobian, seen.jacobian, strict=True)
-        )
+        known.jacobian = tuple(a + b for a, b in zip(known.jacobian, seen.jacobian, strict=True))
         known.routings += seen.routings
 
 

@@ -1,8 +1,10 @@
 """The folder of a weave: written all or nothing, verified before a tensor is read.
 
 ``prw.json`` configuration, stage ledger, base fingerprint, sha256 of every tensor file ·
-``router.safetensors`` live router columns and one snapshot per closed stage ·
+``router.safetensors`` the live router columns and one snapshot per closed stage ·
 ``experts/<index>-<name>/`` each expert as a LoRA folder that PEFT opens.
+
+Shape suffixes: D input width, E experts.
 """
 
 from __future__ import annotations
@@ -13,17 +15,16 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prw.atomic import replace_folder
+from prw import lora_format
+from prw.atomic import replace_folder, settle
 from prw.config import Config
 from prw.errors import CheckpointError, ConfigError, StageError
-from prw.experts import Expert
 from prw.fingerprint import TOLERANCE, difference, drift
 from prw.ledger import Ledger, Stage
 from prw.pool import Pool
@@ -31,9 +32,6 @@ from prw.pool import Pool
 SCHEMA_VERSION = 1
 INDEX = "prw.json"
 ROUTER = "router.safetensors"
-WEIGHTS = "adapter_model.safetensors"
-LORA = "adapter_config.json"
-PREFIX = "base_model.model."
 
 
 def expert_folder(stage: Stage) -> str:
@@ -53,32 +51,48 @@ def save(
     """Write the folder beside its final place, sync it to disk, and put it there in one step.
 
     Raises:
-        CheckpointError: `path` is something else than a checkpoint, which is left alone.
+        CheckpointError: `path` is something else, which is left alone, or cannot be written.
     """
     path = Path(path)
-    if path.exists() and not (path / INDEX).is_file() and (path.is_file() or any(path.iterdir())):
+    taken = path.is_file() or (path.is_dir() and any(path.iterdir()))
+    if taken and not (path / INDEX).is_file():
         raise CheckpointError(f"{path} exists and is not a weave; choose another folder")
-    with replace_folder(path) as folder:
-        save_file(_router_tensors(pools, ledger), folder / ROUTER)
-        files = [ROUTER]
-        for stage in ledger.stages:
-            place = folder / expert_folder(stage)
-            place.mkdir(parents=True)
-            experts = {name: cast(Expert, p.experts[stage.index]) for name, p in pools.items()}
-            save_file(_lora_tensors(pools, experts), place / WEIGHTS)
-            (place / LORA).write_text(json.dumps(_lora_config(pools, experts), indent=2))
-            files += [f"{expert_folder(stage)}/{name}" for name in (WEIGHTS, LORA)]
-        index = {
-            "schema_version": SCHEMA_VERSION,
-            "config": config.to_dict(),
-            "stages": [{"name": stage.name, "open": stage.open} for stage in ledger.stages],
-            "fingerprint": dict(fingerprint),
-            "sha256": {name: _sha256(folder / name) for name in files},
-        }
-        for name, text in {**extra, INDEX: json.dumps(index, indent=1)}.items():
-            if Path(name).name != name:
-                raise CheckpointError(f"{name!r} is not a file name")
-            (folder / name).write_text(text)
+    for name in extra:
+        if Path(name).name != name or name in (INDEX, ROUTER, "experts"):
+            raise CheckpointError(f"{name!r} cannot name a file beside {INDEX}")
+    try:
+        with replace_folder(path) as folder:
+            _write(folder, pools, ledger, config, fingerprint)
+            for name, text in extra.items():
+                (folder / name).write_text(text, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} could not be written, nothing changed: {error}") from error
+
+
+def _write(
+    folder: Path,
+    pools: Mapping[str, Pool],
+    ledger: Ledger,
+    config: Config,
+    fingerprint: Mapping[str, Any],
+) -> None:
+    save_file(_router_tensors(pools, ledger), folder / ROUTER)
+    files = [ROUTER]
+    for stage in ledger.stages:
+        place = folder / expert_folder(stage)
+        place.mkdir(parents=True)
+        save_file(lora_format.tensors(pools, stage.index), place / lora_format.WEIGHTS)
+        settings = lora_format.settings(pools, stage.index)
+        (place / lora_format.SETTINGS).write_text(settings, encoding="utf-8")
+        files += _expert_files(stage)
+    index = {
+        "schema_version": SCHEMA_VERSION,
+        "config": config.to_dict(),
+        "stages": [{"name": stage.name, "open": stage.open} for stage in ledger.stages],
+        "fingerprint": dict(fingerprint),
+        "sha256": {name: _sha256(folder / name) for name in files},
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -103,39 +117,75 @@ class Stored:
                 stacklevel=3,
             )
 
-    def check_fits(
-        self, pools: Mapping[str, Pool], config: Config, fingerprint: Mapping[str, Any]
-    ) -> None:
-        """Raise CheckpointError when base, routing or layers are not those of the folder."""
-        self.check_base(fingerprint)
+    def check_config(self, config: Config) -> None:
+        """Raise CheckpointError when the folder was made with another kind of routing."""
         for name in ("granularity", "gate", "noise"):
             theirs, ours = getattr(self.config, name), getattr(config, name)
             if theirs != ours:
-                raise CheckpointError(f"{self.folder} has {name} {theirs!r}, this weave {ours!r}")
+                raise CheckpointError(f"{self.folder} has {name}={theirs!r}, this weave {ours!r}")
+
+    def tensors(self, pools: Mapping[str, Pool]) -> State:
+        """Read every tensor and check that it fits; the pools are not touched.
+
+        Raises:
+            CheckpointError: a tensor is missing or has another shape.
+        """
+        source = str(self.folder / ROUTER)
+        router = _load(self.folder / ROUTER)
+        labels = {"live": len(self.ledger)}
+        labels |= {_label(stage): stage.index + 1 for stage in self.ledger.stages if not stage.open}
+        columns = {
+            (label, name): _columns(router, label, pool, count, source)
+            for label, count in labels.items()
+            for name, pool in pools.items()
+        }
+        experts = {}
+        for stage in self.ledger.stages:
+            place = self.folder / expert_folder(stage)
+            found = _load(place / lora_format.WEIGHTS)
+            text = (place / lora_format.SETTINGS).read_text(encoding="utf-8")
+            experts[stage.index] = (
+                lora_format.alpha_of(text, str(place / lora_format.SETTINGS)),
+                lora_format.pairs(found, pools, str(place / lora_format.WEIGHTS)),
+            )
+        return State(self.ledger, columns, experts)
+
+
+@dataclass(frozen=True)
+class State:
+    """The tensors of a checkpoint, known to fit.
+
+    Attributes:
+        ledger: the stages.
+        columns: signal and noise ``[E, D]`` by label (``live`` or a stage's) and pool.
+        experts: by stage index, alpha and the factors by pool and projection.
+    """
+
+    ledger: Ledger
+    columns: Mapping[tuple[str, str], tuple[Tensor, Tensor]]
+    experts: Mapping[int, tuple[float, Mapping[tuple[str, str], tuple[Tensor, Tensor]]]]
 
     def fill(self, pools: Mapping[str, Pool]) -> None:
-        """Write the stored tensors into pools that follow the stored ledger."""
-        router = _load(self.folder / ROUTER)
+        """Put the tensors, bit for bit, into pools that follow the same ledger."""
         for name, pool in pools.items():
-            _fill_router(pool, name, router, self.ledger)
+            pool.router.put_state(*self.columns["live", name])
         for stage in self.ledger.stages:
-            tensors = _load(self.folder / expert_folder(stage) / WEIGHTS)
-            lora = json.loads((self.folder / expert_folder(stage) / LORA).read_text())
-            for pool in pools.values():
-                expert = cast(Expert, pool.experts[stage.index])
-                expert.rank, expert.alpha = int(lora["r"]), float(lora["lora_alpha"])
-                for p, target in pool.targets.items():
-                    _set(expert.A[p], tensors, f"{PREFIX}{target}.lora_A.weight")
-                    _set(expert.B[p], tensors, f"{PREFIX}{target}.lora_B.weight")
+            alpha, factors = self.experts[stage.index]
+            for (name, projection), (A_RD, B_OR) in factors.items():
+                pools[name].expert(stage.index).put(projection, A_RD, B_OR, alpha)
+            if not stage.open:
+                for name, pool in pools.items():
+                    pool.router.put_snapshot(stage.index, *self.columns[_label(stage), name])
 
 
 def read(path: str | Path) -> Stored:
-    """Read and verify a folder: schema first, then every file's presence, place and hash.
+    """Read and verify a folder: the schema first, then each file's presence, place and hash.
 
     Raises:
         CheckpointError: one sentence that names the file and what is wrong with it.
     """
     folder = Path(path)
+    settle(folder)
     index = _read_index(folder)
     version = index.get("schema_version")
     if not isinstance(version, int):
@@ -147,17 +197,17 @@ def read(path: str | Path) -> Stored:
         )
     try:
         config = Config.from_dict(index["config"])
-        ledger = Ledger(
-            tuple(Stage(s["name"], i, bool(s["open"])) for i, s in enumerate(index["stages"]))
-        )
-        hashes = dict(index["sha256"])
-        fingerprint = dict(index["fingerprint"])
-    except (KeyError, TypeError, ValueError, StageError, ConfigError) as error:
+        stages = enumerate(index["stages"])
+        ledger = Ledger(tuple(Stage(s["name"], i, bool(s["open"])) for i, s in stages))
+        hashes, fingerprint = dict(index["sha256"]), dict(index["fingerprint"])
+    except KeyError as error:
+        raise CheckpointError(f"{folder / INDEX} is damaged: it lacks {error}") from None
+    except (TypeError, ValueError, AttributeError, StageError, ConfigError) as error:
         raise CheckpointError(f"{folder / INDEX} is damaged: {error}") from error
     _verify(folder, ROUTER, hashes, "the router")
     for stage in ledger.stages:
-        for name in (WEIGHTS, LORA):
-            _verify(folder, f"{expert_folder(stage)}/{name}", hashes, f"expert {stage.name!r}")
+        for name in _expert_files(stage):
+            _verify(folder, name, hashes, f"the expert {stage.name!r}")
     return Stored(folder, config, ledger, fingerprint)
 
 
@@ -168,12 +218,16 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} holds no {INDEX}; it is not a weave")
     _check_inside(folder, INDEX)
     try:
-        index = json.loads((folder / INDEX).read_text())
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{folder / INDEX} is damaged: {error}") from None
     if not isinstance(index, dict):
-        raise CheckpointError(f"{folder / INDEX} is damaged: not a JSON object")
+        raise CheckpointError(f"{folder / INDEX} is damaged: it is not a JSON object")
     return index
+
+
+def _expert_files(stage: Stage) -> list[str]:
+    return [f"{expert_folder(stage)}/{n}" for n in (lora_format.WEIGHTS, lora_format.SETTINGS)]
 
 
 def _verify(folder: Path, name: str, hashes: Mapping[str, Any], owner: str) -> None:
@@ -191,7 +245,7 @@ def _check_inside(folder: Path, name: str) -> None:
     target = (folder / name).resolve()
     allowed = [folder.resolve()]
     allowed += [p.parent / "blobs" for p in folder.absolute().parents if p.name == "snapshots"]
-    if not any(target.is_relative_to(place) for place in allowed):
+    if not any(target.is_relative_to(place.resolve()) for place in allowed):
         raise CheckpointError(f"{folder / name} leads out of its folder, to {target}")
 
 
@@ -207,72 +261,36 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
+def _label(stage: Stage) -> str:
+    return f"stage-{stage.index}"
+
+
 def _router_tensors(pools: Mapping[str, Pool], ledger: Ledger) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, pool in pools.items():
-        states = {"live": pool.router.state(len(ledger))}
+        states = {"live": pool.router.state()}
         for stage in ledger.stages:
             kept = pool.router.snapshot(stage.index)
             if kept is not None:
-                states[f"stage-{stage.index}"] = kept
-        for label, (signal, noise) in states.items():
-            tensors[f"{label}/{name}/signal"] = signal.contiguous()
-            tensors[f"{label}/{name}/noise"] = noise.contiguous()
+                states[_label(stage)] = kept
+        for label, (signal_ED, noise_ED) in states.items():
+            tensors[f"{label}/{name}/signal"] = signal_ED
+            tensors[f"{label}/{name}/noise"] = noise_ED
     return tensors
 
 
-def _fill_router(pool: Pool, name: str, tensors: Mapping[str, Tensor], ledger: Ledger) -> None:
-    live = (pool.router.signal, pool.router.noise)
-    for columns, kind in zip(live, ("signal", "noise"), strict=True):
-        stored = _get(tensors, f"live/{name}/{kind}")
-        if stored.shape != (len(columns), pool.in_features):
-            raise CheckpointError(f"router of {name!r} has shape {list(stored.shape)}")
-        for column, value in zip(columns, stored, strict=True):
-            column.data = value.to(column.device)
-    for stage in ledger.stages:
-        label = f"stage-{stage.index}/{name}"
-        if not stage.open:
-            pair = (_get(tensors, f"{label}/{kind}") for kind in ("signal", "noise"))
-            signal, noise = (value.to(pool.router.anchor.device) for value in pair)
-            pool.router.put_snapshot(stage.index, signal, noise)
-
-
-def _lora_tensors(pools: Mapping[str, Pool], experts: Mapping[str, Expert]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, expert in experts.items():
-        for p, target in pools[name].targets.items():
-            tensors[f"{PREFIX}{target}.lora_A.weight"] = expert.A[p].detach().contiguous()
-            tensors[f"{PREFIX}{target}.lora_B.weight"] = expert.B[p].detach().contiguous()
-    return tensors
-
-
-def _lora_config(pools: Mapping[str, Pool], experts: Mapping[str, Expert]) -> dict[str, Any]:
-    """What PEFT reads: one rank and one alpha, the same in every pool."""
-    expert = next(iter(experts.values()))
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "r": expert.rank,
-        "lora_alpha": expert.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "target_modules": sorted(t for pool in pools.values() for t in pool.targets.values()),
-    }
-
-
-def _get(tensors: Mapping[str, Tensor], key: str) -> Tensor:
-    if key not in tensors:
-        raise CheckpointError(f"the checkpoint holds no tensor {key!r}")
-    return tensors[key]
-
-
-def _set(parameter: Tensor, tensors: Mapping[str, Tensor], key: str) -> None:
-    """Give a parameter its stored value in the stored dtype; the rank may be another."""
-    value = _get(tensors, key)
-    if value.dim() != 2 or not set(value.shape) & set(parameter.shape):
-        raise CheckpointError(f"tensor {key!r} has shape {list(value.shape)}")
-    with torch.no_grad():
-        parameter.data = value.to(parameter.device)
+def _columns(
+    router: Mapping[str, Tensor], label: str, pool: Pool, count: int, source: str
+) -> tuple[Tensor, Tensor]:
+    found = []
+    for kind, rows in (("signal", count), ("noise", count if pool.config.noise else 0)):
+        key = f"{label}/{pool.name}/{kind}"
+        if key not in router:
+            raise CheckpointError(f"{source} holds no tensor {key!r}")
+        if router[key].shape != (rows, pool.in_features) or not router[key].is_floating_point():
+            raise CheckpointError(
+                f"{source}: tensor {key!r} is {router[key].dtype} {list(router[key].shape)}, but "
+                f"the router needs floats {[rows, pool.in_features]}"
+            )
+        found.append(router[key])
+    return found[0], found[1]

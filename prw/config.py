@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -32,7 +32,7 @@ class Config:
         ConfigError: a value that cannot work; the message names it and the fix.
     """
 
-    target_modules: tuple[str, ...] = ()
+    target_modules: Sequence[str] = ()
     rank: int = 16
     alpha: float | None = None
     granularity: Literal["token", "sample"] = "token"

@@ -1,50 +1,95 @@
-"""One expert: a low-rank pair per projection, each matrix a parameter of its own.
+"""Experts: a low-rank pair per projection, each matrix a parameter of its own.
 
-A slice of a stacked tensor cannot be frozen: weight decay moves it. Hence one tensor each.
+A slice of a stacked tensor cannot be frozen, because weight decay moves it. Hence one tensor each.
+
+Shape suffixes: D input width, O output width, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from prw.config import Config
 
 
 class Expert(nn.Module):
     """Low-rank residuals ``B_p A_p x * alpha / rank`` of the projections ``p`` of one pool.
 
-    ``A`` is Gaussian with standard deviation 1/rank and ``B`` is zero, so a new expert leaves the
-    model's function unchanged.
-
     Args:
         in_features: D.
         projections: O of each projection, by name.
-        rank: R.
-        alpha: numerator of the scaling.
-        like: a tensor with the device and dtype of the new parameters.
+        config: gives rank and alpha.
+        like: a tensor with the device and dtype of the new parameters, which are zero.
     """
 
     def __init__(
-        self,
-        in_features: int,
-        projections: Mapping[str, int],
-        *,
-        rank: int,
-        alpha: float,
-        like: Tensor,
+        self, in_features: int, projections: Mapping[str, int], config: Config, like: Tensor
     ) -> None:
         super().__init__()
-        self.rank = rank
-        self.alpha = alpha
-        self.A = nn.ParameterDict()
-        self.B = nn.ParameterDict()
-        for name, out_features in projections.items():
-            drawn = torch.randn(rank, in_features) / rank  # on CPU: one seed, any device
-            self.A[name] = nn.Parameter(drawn.to(like))
-            self.B[name] = nn.Parameter(like.new_zeros(out_features, rank))
+        self.rank = config.rank
+        self.alpha = config.scaling * config.rank
+        # Lists in the order of the projections: a dict refuses layers called "keys" or "values".
+        self.order = {name: index for index, name in enumerate(projections)}
+        self.A = nn.ParameterList(like.new_zeros(self.rank, in_features) for _ in projections)
+        self.B = nn.ParameterList(like.new_zeros(size, self.rank) for size in projections.values())
 
     @property
     def scaling(self) -> float:
         """``alpha / rank``."""
         return self.alpha / self.rank
+
+    @torch.no_grad()
+    def draw(self) -> None:
+        """Gaussian ``A`` with standard deviation 1/rank; ``B`` stays zero: the model is unchanged.
+
+        Drawn on the CPU from torch's default generator, so one seed gives one expert anywhere.
+        """
+        for A_RD in self.A:
+            A_RD.copy_(torch.randn(A_RD.shape) / self.rank)
+
+    def pair(self, projection: str) -> tuple[Tensor, Tensor]:
+        """``A [R, D]`` and ``B [O, R]`` of one projection."""
+        index = self.order[projection]
+        return self.A[index], self.B[index]
+
+    def put(self, projection: str, A_RD: Tensor, B_OR: Tensor, alpha: float) -> None:
+        """Replace the pair of one projection, in the given dtype; the rank is that of the pair."""
+        index = self.order[projection]
+        device = self.A[index].device
+        self.A[index] = nn.Parameter(A_RD.detach().to(device))
+        self.B[index] = nn.Parameter(B_OR.detach().to(device))
+        self.rank, self.alpha = A_RD.shape[0], alpha
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The factors of some experts, per projection and expert, and the scaling of each expert."""
+
+    A: list[list[Tensor]]
+    B: list[list[Tensor]]
+    scaling: list[float]
+
+
+def factors(
+    experts: Sequence[Expert], learns: Sequence[bool], projections: Sequence[str]
+) -> Factors:
+    """The factors of the given experts, detached unless they learn.
+
+    So no gradient can reach a veteran, whatever its ``requires_grad`` was set to since.
+    """
+    table = [[expert.pair(p) for expert in experts] for p in projections]
+    A, B = (
+        [
+            [
+                pair[side] if live else pair[side].detach()
+                for pair, live in zip(row, learns, strict=True)
+            ]
+            for row in table
+        ]
+        for side in (0, 1)
+    )
+    return Factors(A, B, [expert.scaling for expert in experts])

@@ -70,7 +70,8 @@ def drift(stored: Mapping[str, Any], found: Mapping[str, Any]) -> float:
 
 def _config(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
-    data = config.to_dict() if callable(getattr(config, "to_dict", None)) else config
+    to_dict = getattr(config, "to_dict", None)
+    data = to_dict() if callable(to_dict) else config
     if not isinstance(data, Mapping):
         return {}
     kept = {k: v for k, v in data.items() if not str(k).startswith("_") and k not in _VOLATILE}
@@ -85,4 +86,3 @@ def _shorten(value: Any, other: Any) -> str:
         value = [item for item in value if item not in other]
     text = json.dumps(value)
     return text if len(text) <= 120 else text[:117] + "..."
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from prw import checkpoint
 from prw.config import Config
-from prw.errors import ConfigError
+from prw.errors import CheckpointError, ConfigError
 from prw.fingerprint import fingerprint
 from prw.linear import RoutedLinear
 from prw.pool import Pool
@@ -59,18 +59,19 @@ def load(model: nn.Module, path: str | Path) -> Weave:
         CheckpointError: the folder is missing, damaged, too new, or made for another base.
     """
     stored = checkpoint.read(path)
-    linears = find_linears(model, stored.config.target_modules)
-    stored.check_base(fingerprint(model, linears))
-    woven = weave(model, stored.config)
     try:
-        woven.load_state(path)
+        woven = weave(model, stored.config)
+    except ConfigError as error:
+        raise CheckpointError(f"{path} does not fit this model: {error}") from None
+    try:
+        woven.adopt(stored)
     except BaseException:
         woven.unload()
         raise
     return woven
 
 
-def find_linears(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
+def find_linears(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
     """The linear layers that the targets name, by dotted name, each layer once.
 
     Raises:

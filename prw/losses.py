@@ -14,9 +14,7 @@ from prw.call import Record, totals
 from prw.errors import ConfigError, StageError
 
 
-def veteran_gate_loss(
-    records: Record | Sequence[Record], density: float, weight: float
-) -> Tensor:
+def veteran_gate_loss(records: Record | Sequence[Record], density: float, weight: float) -> Tensor:
     """Pull the usage of the newest expert towards a density (CoLoGen, Eq. 8-10).
 
     ``loss = weight * |U - density|``, ``U = sum(used) / sum(count)`` over the routed groups, the
@@ -52,7 +50,7 @@ def veteran_gate_loss(
     value = torch.where(counted, weight * gap.abs(), 0.0)
     slope = torch.where(counted, weight * gap.sign() * ranks / count.clamp(min=1), 0.0)
     columns, jacobian = _gathered(records)
-    loss: Tensor = _ClosedForm.apply(value.to(jacobian[0].dtype), slope, jacobian, *columns)
+    loss: Tensor = _ClosedForm.apply(value.to(jacobian[0].dtype), slope, jacobian, *columns)  # type: ignore[no-untyped-call]
     return loss
 
 

@@ -26,9 +26,7 @@ class Kinds:
         return kind
 
 
-def sync(
-    optimizer: torch.optim.Optimizer, learning: list[nn.Parameter], kinds: Kinds
-) -> None:
+def sync(optimizer: torch.optim.Optimizer, learning: list[nn.Parameter], kinds: Kinds) -> None:
     """Let `optimizer` hold, of all routed parameters, exactly those that learn.
 
     Frozen and dropped ones leave with their state; survivors keep theirs. A new one joins the last

@@ -1,6 +1,7 @@
 """A pool: one router and the experts of one routed group of projections.
 
-Shape suffixes: D in_features, O out_features, N experts that take part, ``...`` leading dimensions.
+Shape suffixes: D input width, O output width, E experts that take part, T routed rows (tokens, or
+samples), ``...`` the leading axes of the input.
 """
 
 from __future__ import annotations
@@ -10,23 +11,31 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from prw_kernels import routed_lora
 from torch import Tensor, nn
 
 from prw.call import Call, CallSlot, Record
 from prw.config import Config
 from prw.errors import ConfigError, StageError
-from prw.experts import Expert
+from prw.experts import Expert, factors
 from prw.ledger import Ledger
 from prw.noise import gaussian_noise, group_id
 from prw.router import Router, Routing, noisy_top1, router_input
 from prw.schedule import Learning, schedule
 from prw.usage import RouterPass, observe
+from prw_kernels import routed_lora
 
 
 @dataclass(frozen=True)
-class _View:
-    """What of the pool a call sees: the first `count` experts, perhaps with one forced."""
+class View:
+    """What of a pool one call sees.
+
+    Attributes:
+        count: how many experts take part, always the oldest ones.
+        forced: the index of the only expert to use, if the call forces one.
+        newest: the index whose usage counts.
+        pinned: whether the call names a stage or an expert, so that nothing is learnt from it.
+        signal, noise: the router columns of the experts that take part.
+    """
 
     count: int
     forced: int | None
@@ -42,7 +51,7 @@ class Pool(nn.Module):
     A pool grows and freezes as its ledger says; `Weave` keeps the ledgers of all pools equal.
 
     Args:
-        name: unique name of the group, part of every file and of the noise.
+        name: unique name of the group; part of every file and of the noise.
         in_features: D.
         projections: O of each projection, by name.
         config: rank, routing and gate.
@@ -72,10 +81,10 @@ class Pool(nn.Module):
         self.needs_mask = needs_mask
         self.ledger = Ledger()
         self.slot = CallSlot()
+        self._check()
         self.router = Router(in_features, noise=config.noise)
         self.experts = nn.ModuleList()
         self._group = group_id(name)
-        self._check()
 
     def _check(self) -> None:
         if not self.projections or any("." in p or not p for p in self.projections):
@@ -92,67 +101,65 @@ class Pool(nn.Module):
                 )
 
     def extra_repr(self) -> str:
+        """The name and the shapes, for printing a model."""
         shapes = ", ".join(f"{p}: {self.in_features} -> {o}" for p, o in self.projections.items())
-        return f"{self.name}, {shapes}, rank={self.config.rank}"
+        return f"{self.name!r}, {shapes}"
 
-    # Growth -----------------------------------------------------------------------------------
-
-    def follow(self, ledger: Ledger) -> None:
+    def follow(self, ledger: Ledger, *, fresh: bool = True) -> None:
         """Grow, truncate and freeze until this pool is what `ledger` describes.
 
         The router of a stage that closes is snapshotted. A frozen parameter loses its gradient.
+
+        Args:
+            ledger: the stages to have.
+            fresh: draw the factors of new experts; False leaves them zero, to be filled.
         """
         closing = self.ledger.newest
-        if closing is not None and closing.index < len(ledger):
+        if closing is not None and ledger.stages[closing.index : closing.index + 1]:
             if not ledger.stages[closing.index].open:
                 self.router.take_snapshot(closing.index)
-        if len(ledger) < len(self.ledger):
-            self.router.truncate(len(ledger))
-            self.experts = nn.ModuleList(list(self.experts)[: len(ledger)])
-        for _ in range(len(self.experts), len(ledger)):
-            self.grow(rank=self.config.rank, alpha=self.config.scaling * self.config.rank)
+        self.router.truncate(len(ledger))
+        del self.experts[len(ledger) :]
+        while len(self.experts) < len(ledger):
+            expert = Expert(self.in_features, self.projections, self.config, self.router.anchor)
+            if fresh:
+                expert.draw()
+            self.experts.append(expert.train(self.training))
+            self.router.grow()
         self.ledger = ledger
         self.freeze()
 
-    def grow(self, *, rank: int, alpha: float) -> Expert:
-        """Append a new expert and its zero router columns."""
-        expert = Expert(
-            self.in_features, self.projections, rank=rank, alpha=alpha, like=self.router.anchor
-        )
-        self.experts.append(expert.train(self.training))
-        self.router.grow()
-        return expert
+    def expert(self, index: int) -> Expert:
+        """The expert of the stage with this index."""
+        return cast(Expert, self.experts[index])
 
     @property
     def learning(self) -> Learning:
         """Which experts and columns may learn now."""
         return schedule(self.ledger, self.config)
 
+    def learners(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that may learn now."""
+        learning = self.learning
+        for name, parameter in self.named_parameters():
+            kind, *path = name.split(".")
+            allowed = learning.experts if kind == "experts" else learning.columns
+            if next(int(part) for part in path if part.isdigit()) in allowed:
+                yield name, parameter
+
     def freeze(self) -> None:
-        """Make ``requires_grad`` say what the schedule says; drop the gradients of the rest."""
+        """Make ``requires_grad`` say what the schedule says; the rest loses its gradient."""
         learning = dict(self.learners())
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in learning)
             if name not in learning:
                 parameter.grad = None
 
-    def learners(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters that may learn now."""
-        learning = self.learning
-        for name, parameter in self.named_parameters():
-            kind, *path = name.split(".")
-            if kind == "experts" and int(path[0]) in learning.experts:
-                yield name, parameter
-            if kind == "router" and int(path[1]) in learning.columns:
-                yield name, parameter
-
-    # Routing ----------------------------------------------------------------------------------
-
     def route(self, x: Tensor, call: Call | None = None) -> Routing:
         """Choose an expert for every token or sample: a pure function of x, parameters and call.
 
         Args:
-            x: ``[..., D]``; per sample, the first dimension counts samples.
+            x: ``[..., D]``; per sample, the first axis counts samples.
             call: None means the call bound to the weave.
 
         Returns:
@@ -170,13 +177,13 @@ class Pool(nn.Module):
     ) -> tuple[dict[str, Tensor], Routing | None]:
         """Add the gated residual of the routed expert to the outputs of the projections.
 
-        ``out_p + gate * alpha / rank * B_pe A_pe x``
+        ``y_p = output_p + B_pe A_pe x * (alpha / rank * gate)``
 
         Args:
             outputs: ``[..., O_p]`` of some or all projections, by name, each computed from ``x``.
             x: ``[..., D]``.
             call: None means the call bound to the weave. A record counts this forward when the
-                first projection is among ``outputs``, so a group counts once.
+                first projection is among ``outputs``, so that a group counts once.
 
         Returns:
             New outputs, typed like the given ones, and the routing; without experts the very same
@@ -189,74 +196,57 @@ class Pool(nn.Module):
         routing, inputs = self._route(x, call, view)
         if isinstance(call, Record) and call.listening and next(iter(self.projections)) in outputs:
             self._record(call, routing, inputs, view)
-        taking_part = range(view.count) if view.forced is None else [view.forced]
-        experts = [cast(Expert, self.experts[index]) for index in taking_part]
-        learning = self.learning.experts
+        forced = view.forced is not None
+        indices = [view.forced] if view.forced is not None else list(range(view.count))
+        experts = [self.expert(index) for index in indices]
+        learns = [index in self.learning.experts for index in indices]
+        given = factors(experts, learns, list(outputs))
         results = routed_lora(
             list(outputs.values()),
             x,
-            *(
-                [
-                    [
-                        factor[p] if index in learning else factor[p].detach()
-                        for index, factor in zip(taking_part, factors, strict=True)
-                    ]
-                    for p in outputs
-                ]
-                for factors in ([e.A for e in experts], [e.B for e in experts])
-            ),
-            [expert.scaling for expert in experts],
-            routing.expert if len(experts) > 1 else None,
-            None if view.forced is not None else routing.gate,
+            given.A,
+            given.B,
+            given.scaling,
+            expert=None if forced else routing.expert,
+            gate=None if forced else routing.gate,
         )
         return dict(zip(outputs, results, strict=True)), routing
 
-    def _view(self, call: Call) -> _View:
+    def _view(self, call: Call) -> View:
         ledger = self.ledger
         count = len(ledger) if call.stage is None else ledger[call.stage].index + 1
         forced = None if call.force is None else ledger[call.force].index
-        newest = ledger.newest.index if ledger.newest is not None else count - 1
         pinned = call.stage is not None or call.force is not None
-        kept = None if call.stage is None else self.router.snapshot(ledger[call.stage].index)
-        if kept is not None:
-            signal, noise = tuple(kept[0]), tuple(kept[1])
-        else:
-            columns = self.learning.columns
-            signal, noise = (
-                tuple(c if i in columns else c.detach() for i, c in enumerate(part))[:count]
-                for part in (self.router.signal, self.router.noise)
-            )
-        return _View(count, forced, count - 1 if pinned else newest, pinned, signal, noise)
+        open_stage = None if pinned else ledger.newest
+        newest = count - 1 if open_stage is None else open_stage.index
+        signal, noise = self.router.columns(count, call.stage is not None, self.learning.columns)
+        return View(count, forced, newest if forced is None else forced, pinned, signal, noise)
 
-    def _route(self, x: Tensor, call: Call, view: _View) -> tuple[Routing, RouterPass | None]:
+    def _route(self, x: Tensor, call: Call, view: View) -> tuple[Routing, RouterPass | None]:
         if view.count == 0:
             raise StageError(f"pool {self.name!r} has no expert yet; unlock a stage first")
         self._check_input(x, call)
-        sample = self.config.granularity == "sample"
-        shape = x.shape[:1] if sample else x.shape[:-1]
+        shape = x.shape[:1] if self.config.granularity == "sample" else x.shape[:-1]
         if view.forced is not None:
-            return _forced(shape, view, x), None
+            return _forced(shape, view.forced, view.count, x), None
         with torch.autocast(x.device.type, enabled=False):
             h_TD = router_input(x, self.config.granularity, call.mask)
-            eps_TN = None
+            eps_TE = None
             if call.noisy and self.training and self.config.noise:
-                eps_TN = gaussian_noise(
-                    call.key, self._group, h_TD.shape[0], view.count, h_TD.device
-                )
-            flat = noisy_top1(h_TD, view.signal, view.noise, eps_TN)
-        gate = flat.gate if self.config.gate == "softmax" else flat.gate * 0 + 1
-        routing = Routing(
-            flat.expert.reshape(shape),
-            gate.float().reshape(shape),
-            flat.probs.float().reshape(*shape, view.count),
-        )
-        return routing, RouterPass(h_TD, view.noise, eps_TN)
+                rows = h_TD.shape[0]
+                eps_TE = gaussian_noise(call.key, self._group, rows, view.count, h_TD.device)
+            flat = noisy_top1(h_TD, view.signal, view.noise, eps_TE)
+        # With gate "one" the router still takes part, so that its gradient is zero and not absent.
+        gate_T = flat.gate if self.config.gate == "softmax" else flat.gate * 0 + 1
+        probs = flat.probs.reshape(*shape, view.count)
+        routing = Routing(flat.expert.reshape(shape), gate_T.reshape(shape), probs)
+        return routing, RouterPass(h_TD, view.noise, eps_TE)
 
     def _check_input(self, x: Tensor, call: Call) -> None:
         if x.dim() < 2 or x.shape[-1] != self.in_features:
             raise ConfigError(
                 f"pool {self.name!r} expects inputs [..., {self.in_features}] with at least two "
-                f"dimensions, got {list(x.shape)}"
+                f"axes, got {list(x.shape)}"
             )
         if call.mask is not None and call.mask.shape != x.shape[:-1]:
             raise ConfigError(
@@ -265,32 +255,22 @@ class Pool(nn.Module):
             )
         if self.needs_mask and self.config.granularity == "sample" and call.mask is None:
             raise ConfigError(
-                f"pool {self.name!r} routes whole samples of a causal decoder: later tokens would "
-                "change the routing of earlier ones; give the prompt's tokens as mask="
+                f"pool {self.name!r} routes whole samples of a causal decoder, where later tokens "
+                "would change the routing of earlier ones; give the prompt's tokens as mask="
             )
 
     def _record(
-        self, call: Record, routing: Routing, inputs: RouterPass | None, view: _View
+        self, record: Record, routing: Routing, inputs: RouterPass | None, view: View
     ) -> None:
-        keep = call.mask
+        keep = record.mask
         if keep is not None and self.config.granularity == "sample":
             keep = keep.flatten(1).any(1)
-        newest = view.newest if view.forced is None else view.forced
-        learning: list[tuple[int, Tensor, Tensor | None]] = []
-        if not view.pinned and inputs is not None:
-            noise = self.router.noise
-            learning = [
-                (index, self.router.signal[index], noise[index] if len(noise) else None)
-                for index in sorted(self.learning.columns)
-            ]
-        if inputs is None:
-            inputs = RouterPass(routing.probs.new_zeros(routing.expert.numel(), 0), (), None)
-        call.tally.add(self.name, observe(routing, inputs, newest, keep, learning))
+        pairs = () if view.pinned else self.router.pairs(self.learning.columns)
+        record.tally.add(self.name, observe(routing, inputs, view.newest, keep, pairs))
 
 
-def _forced(shape: torch.Size, view: _View, x: Tensor) -> Routing:
-    assert view.forced is not None
-    expert = torch.full(shape, view.forced, dtype=torch.int64, device=x.device)
-    probs = x.new_zeros(*shape, len(view.signal), dtype=torch.float32)
-    probs[..., view.forced] = 1.0
-    return Routing(expert, torch.ones(shape, device=x.device), probs)
+def _forced(shape: torch.Size, expert: int, count: int, x: Tensor) -> Routing:
+    chosen = torch.full(shape, expert, dtype=torch.int64, device=x.device)
+    probs = torch.zeros(*shape, count, device=x.device)
+    probs[..., expert] = 1.0
+    return Routing(chosen, torch.ones(shape, device=x.device), probs)

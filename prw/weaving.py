@@ -49,8 +49,6 @@ class Weave:
         for pool in self.pools.values():
             pool.slot = self._slot
 
-    # Stages -----------------------------------------------------------------------------------
-
     @property
     def ledger(self) -> Ledger:
         """The stage ledger, an immutable value."""
@@ -92,13 +90,11 @@ class Weave:
         for pool in self.pools.values():
             pool.router.restore(ledger[name].index)
 
-    def _follow(self, ledger: Ledger) -> None:
+    def _follow(self, ledger: Ledger, *, fresh: bool = True) -> None:
         for pool in self.pools.values():
-            pool.follow(ledger)
+            pool.follow(ledger, fresh=fresh)
             self._kinds.learn(dict(pool.named_parameters()))
         self._ledger = ledger
-
-    # Learning ---------------------------------------------------------------------------------
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Unique names and parameters of what may learn now."""
@@ -118,8 +114,6 @@ class Weave:
         """
         sync(optimizer, list(self.parameters()), self._kinds)
 
-    # Calls ------------------------------------------------------------------------------------
-
     def record(
         self, mask: Tensor | None = None, context: Any = None, key: int | None = None
     ) -> Record:
@@ -133,15 +127,7 @@ class Weave:
         Returns:
             The record, for `veteran_gate_loss`; it stays bound until the next call.
         """
-        pin = self._slot.call
-        record = Record(
-            mask=mask,
-            context=context,
-            key=_draw_key() if key is None else key,
-            noisy=self.config.noise and pin.stage is None,
-            stage=pin.stage if _is_pin(pin) else None,
-            force=pin.force if _is_pin(pin) else None,
-        )
+        record = Record(**self._fields(mask, context, key, noisy=True))
         self._slot.call = record
         return record
 
@@ -151,17 +137,26 @@ class Weave:
         context: Any = None,
         key: int | None = None,
         *,
-        noisy: bool | None = None,
+        noisy: bool = True,
     ) -> Call:
         """Bind a call like `record` does, without observing; ``noisy=False`` for a quiet one."""
-        call = Call(
-            mask=mask,
-            context=context,
-            key=_draw_key() if key is None else key,
-            noisy=self.config.noise if noisy is None else noisy,
-        )
-        self._slot.call = call
-        return call
+        self._slot.call = Call(**self._fields(mask, context, key, noisy=noisy))
+        return self._slot.call
+
+    def _fields(
+        self, mask: Tensor | None, context: Any, key: int | None, *, noisy: bool
+    ) -> dict[str, Any]:
+        """The fields of a new call; inside `at_stage` or `force_route` it keeps their pin."""
+        pin = self._slot.call
+        pinned = pin.stage is not None or pin.force is not None
+        return {
+            "mask": mask,
+            "context": context,
+            "key": int(torch.randint(-(2**63), 2**63 - 1, ())) if key is None else key,
+            "stage": pin.stage,
+            "force": pin.force,
+            "noisy": noisy and self.config.noise and not pinned,
+        }
 
     def pinned(self, stage: str | None = None, force: str | None = None) -> Call:
         """A deterministic call, not bound, that sees the end of `stage` or forces one expert.
@@ -194,8 +189,6 @@ class Weave:
         finally:
             self._slot.call = before
 
-    # Files ------------------------------------------------------------------------------------
-
     def save(self, path: str | Path, *, extra: Mapping[str, str] | None = None) -> None:
         """Write the folder: configuration, ledger, routers, experts, hashes. All or nothing.
 
@@ -213,11 +206,17 @@ class Weave:
         Raises:
             CheckpointError: the folder is damaged, too new, or was made for another base.
         """
-        stored = checkpoint.read(path)
-        stored.check_fits(self.pools, self.config, self.fingerprint)
+        self.adopt(checkpoint.read(path))
+
+    def adopt(self, stored: checkpoint.Stored) -> None:
+        """Become what a verified checkpoint holds; raises like `load_state`, changing nothing."""
+        stored.check_base(self.fingerprint)
+        stored.check_config(self.config)
+        state = stored.tensors(self.pools)
         self._follow(Ledger())
+        self._follow(stored.ledger, fresh=False)
+        state.fill(self.pools)
         self._follow(stored.ledger)
-        stored.fill(self.pools)
 
     def unload(self) -> None:
         """Take the pools out of the model: the untouched base again."""
@@ -225,11 +224,3 @@ class Weave:
             raise StageError("this weave was built over bare pools; there is nothing to unload")
         self._detach()
         self._detach = None
-
-
-def _draw_key() -> int:
-    return int(torch.randint(-(2**63), 2**63 - 1, ()))
-
-
-def _is_pin(call: Call) -> bool:
-    return not call.noisy and (call.stage is not None or call.force is not None)

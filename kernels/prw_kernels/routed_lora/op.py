@@ -1,0 +1,80 @@
+"""Routed LoRA: the operator, its checks, and the choice of implementation.
+
+Shape suffixes: D input width, O output width, R rank, ``...`` the leading axes of the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from prw_kernels.routed_lora.per_sample import per_sample
+from prw_kernels.routed_lora.reference import reference
+
+
+def routed_lora(
+    results: Sequence[Tensor],
+    x: Tensor,
+    A: Sequence[Sequence[Tensor]],
+    B: Sequence[Sequence[Tensor]],
+    scaling: Sequence[float],
+    expert: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Add the gated residual of the routed expert to one or more linear projections of ``x``.
+
+    ``y_p = result_p + B_pe (A_pe x) * (scaling_e * gate)``  with ``e = expert``
+
+    The order of operations is PEFT's: with one expert and no gate, or gate 1, the bits are PEFT's.
+    Shapes never depend on the values of ``expert``, and every factor that requires a gradient
+    receives one, zeros when nobody chose its expert. Autocast is off inside: the computation runs
+    in the dtype of the factors, and each output keeps the dtype of its result.
+
+    Args:
+        results: per projection ``[..., O_p]``, usually the outputs of the frozen linears.
+        x: ``[..., D]``, the input the projections share; any strides, at least two axes.
+        A: per projection and expert ``[R_e, D]``; experts may differ in rank.
+        B: per projection and expert ``[O_p, R_e]``.
+        scaling: per expert, alpha / rank.
+        expert: int64 in ``[0, experts)``, shaped like a prefix of ``x.shape[:-1]``: all of it for
+            one choice per token, the first axis for one per sample. May be None with one expert.
+        gate: weight of the choice, shaped like ``expert``; None means 1.
+
+    Returns:
+        Per projection a tensor shaped and typed like its result.
+
+    Raises:
+        ValueError: no expert, several without ``expert``, or an ``expert`` or ``gate`` whose shape
+            does not begin the shape of ``x``.
+    """
+    _check(x, scaling, expert, gate)
+    with torch.autocast(x.device.type, enabled=False):
+        inputs = x.to(A[0][0].dtype)
+        if expert is not None and expert.dim() == 1 < x.dim() - 1 and _alike(A, scaling):
+            weight = torch.ones_like(expert, dtype=inputs.dtype) if gate is None else gate
+            deltas = per_sample(inputs, A, B, expert, weight * scaling[0])
+        else:
+            deltas = reference(inputs, A, B, scaling, expert, gate)
+        return tuple(
+            (result + delta).to(result.dtype) for result, delta in zip(results, deltas, strict=True)
+        )
+
+
+def _check(x: Tensor, scaling: Sequence[float], expert: Tensor | None, gate: Tensor | None) -> None:
+    if not scaling:
+        raise ValueError("routed_lora needs at least one expert")
+    if expert is None and len(scaling) > 1:
+        raise ValueError(f"routed_lora has {len(scaling)} experts: say which with expert=")
+    for name, value in (("expert", expert), ("gate", gate)):
+        if value is not None and value.shape != x.shape[:-1][: value.dim()]:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, which does not begin the shape of the "
+                f"input {tuple(x.shape)}"
+            )
+
+
+def _alike(A: Sequence[Sequence[Tensor]], scaling: Sequence[float]) -> bool:
+    """Whether all experts have one rank and one scaling, so that they can be stacked."""
+    return len({a.shape[0] for A_p in A for a in A_p}) == 1 and len(set(scaling)) == 1
