@@ -126,7 +126,8 @@ def bezier_outline(
 
         b(t) = (1 - t)^2 c_i + 2 t (1 - t) m_i + t^2 c_{i+1},    t = 0, 1/20, ..., 19/20,
 
-    and every point is jittered by up to +-5 pixels per 512 pixels of the short side.
+    and every point is jittered by up to +-5 pixels per 512 pixels of the short side, but by no more
+    than 4 % of the box's shorter side: a small box keeps a shape.
     """
     x0, y0, x1, y1 = box
     share = rng.uniform(0, 0.4, size=4)
@@ -140,7 +141,7 @@ def bezier_outline(
     curves = (
         (1 - t) ** 2 * corners[:, None] + 2 * t * (1 - t) * controls[:, None] + t**2 * ends[:, None]
     )
-    jitter = 5 * min(height, width) / 512
+    jitter = min(5 * min(height, width) / 512, 0.04 * min(x1 - x0, y1 - y0))
     outline: NDArray[np.float64] = curves.reshape(80, 2) + rng.uniform(-jitter, jitter, (80, 2))
     return outline
 
