@@ -1,5 +1,7 @@
 """prw_flux: CoLoGen on FLUX.1, built on prw."""
 
+from diffusers import ModelMixin as ModelMixin  # diffusers looks for it beside PRWAdapter
+
 from prw_flux.adapter import PRWAdapter, TaskSpec
 from prw_flux.attach import attach, attached, detach
 from prw_flux.passes import TwoPass, main_pass, source_pass

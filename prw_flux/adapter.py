@@ -134,8 +134,8 @@ class PRWAdapter(ModelMixin, ConfigMixin):
 
     def add_task(self, name: str, sentence: str, aligned: bool) -> None:
         """Record a task in the configuration, so that a saved adapter knows it."""
-        known = dict(self.config.tasks or {})
-        known[name] = {"sentence": sentence, "aligned": aligned}
+        specs = [*self.tasks.values(), TaskSpec(name, sentence, aligned)]
+        known = {t.name: {"sentence": t.sentence, "aligned": t.aligned} for t in specs}
         self.register_to_config(tasks=known)
 
     def task(self, name: str | None) -> TaskSpec:
@@ -209,8 +209,8 @@ class PRWAdapter(ModelMixin, ConfigMixin):
         Covers the object, its stages, and every write to its tensors that autograd sees.
         """
         stages = ",".join(f"{s.name}{'*' if s.open else ''}" for s in self.weave.stages)
-        tensors = [*self.parameters(), *self.buffers()]
-        return f"{self._identity}/{stages}/{sum(t._version for t in tensors)}"
+        tensors = [(id(t), t._version) for t in (*self.parameters(), *self.buffers())]
+        return f"{self._identity}/{stages}/{hash(tuple(tensors)):x}"
 
     def require_layers(self, cache: SourceCache) -> None:
         """Raise unless `cache` has one slot per block."""

@@ -77,12 +77,16 @@ def to_pixels(
         if not image:
             raise ValueError("The list of images is empty.")
         return torch.cat([to_pixels(one, size) for one in image])
-    pixels = _unit_range(image)
-    if size is not None and tuple(pixels.shape[-2:]) != tuple(size):
-        pixels = F.interpolate(
-            pixels, size=size, mode="bicubic", antialias=True, align_corners=False
-        ).clamp(0.0, 1.0)
-    return 2.0 * pixels - 1.0
+    pixels = 2.0 * _unit_range(image) - 1.0
+    return pixels if size is None else resize(pixels, size)
+
+
+def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """[B, 3, h, w] in [-1, 1] to (height, width), bicubic, without aliasing or cropping."""
+    if tuple(pixels.shape[-2:]) == tuple(size):
+        return pixels
+    resized = F.interpolate(pixels, size=size, mode="bicubic", antialias=True)
+    return resized.clamp(-1.0, 1.0)
 
 
 def _unit_range(image: Any) -> Tensor:
@@ -113,13 +117,13 @@ def _channels_first(array: np.ndarray[Any, Any]) -> Tensor:
 
 def _scaled(tensor: Tensor) -> Tensor:
     if tensor.dtype == torch.uint8:
-        return tensor.to(torch.float32) / 255.0
+        return tensor.to(torch.float32).contiguous() / 255.0
     if not tensor.is_floating_point():
         raise TypeError(f"Pixels must be uint8 or float in [0, 1], got {tensor.dtype}.")
     low, high = float(tensor.min()), float(tensor.max())
     if not (low >= 0.0 and high <= 1.0):
         raise ValueError(f"Float pixels must be in [0, 1], got values from {low:g} to {high:g}.")
-    return tensor.to(torch.float32)
+    return tensor.to(torch.float32).contiguous()  # the memory format chooses the convolution
 
 
 @torch.no_grad()

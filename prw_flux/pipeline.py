@@ -38,6 +38,7 @@ from prw_flux.encode import (
     encode_image,
     pack,
     position_ids,
+    resize,
     sequence_length,
     source_offset,
     to_pixels,
@@ -341,7 +342,7 @@ class CoLoGenPipeline(FluxPipeline):
         pixels = to_pixels(image)
         fitted = self._fitted(pixels.shape[-2], pixels.shape[-1])
         height, width = self._whole(height or fitted[0]), self._whole(width or fitted[1])
-        pixels = to_pixels(pixels / 2.0 + 0.5, (height, width) if spec.aligned else fitted)
+        pixels = resize(pixels, (height, width) if spec.aligned else fitted)
         device = self._execution_device
         return encode_image(self.vae, pixels, device=device), height, width
 

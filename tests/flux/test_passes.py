@@ -87,10 +87,10 @@ def test_experts_enter_before_the_norm_and_the_rotation(
     with torch.no_grad():
         for pool in adapter.pools:
             attn = transformer.get_submodule(pool.name)
-            expert = pool.experts[1]
+            expert = pool.expert(1)
             for name in ("to_k", "to_v"):
-                delta = expert.B[name] @ expert.A[name] * expert.scaling
-                getattr(attn, name).weight.add_(delta)
+                down, up = expert.pair(name)
+                getattr(attn, name).weight.add_(up @ down * expert.scaling)
     merged = make_adapter(transformer, stages=0)
     attach(transformer, merged)
     for slot, reference in zip(forced, encode(transformer, batch), strict=True):
