@@ -8,6 +8,7 @@ with `-m slow`.
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import subprocess
@@ -83,11 +84,14 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def commands(page: Path) -> list[list[str]]:
+    """Words of every shell line, comments, prompts and leading assignments left out."""
     lines: list[str] = []
     for block in blocks(page):
         if block.language in {"bash", "sh", "console"}:
             lines += block.source.replace("\\\n", " ").splitlines()
-    parts = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines]
+    words = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines]
+    assignment = re.compile(r"[A-Z_]+=")
+    parts = [list(itertools.dropwhile(assignment.match, line)) for line in words]
     return [part for part in parts if part]
 
 
