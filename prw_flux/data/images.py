@@ -5,9 +5,9 @@ Shapes: H, W pixels; pictures are uint8 [H, W, 3] RGB.
 
 from __future__ import annotations
 
-import struct
 import warnings
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias, final
@@ -24,8 +24,6 @@ MIN_SIDE: Final = 32
 MAX_PIXELS: Final = 64_000_000
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 """What is decoded at all: PIL also knows formats that start other programs (EPS)."""
-DAMAGE: Final = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
-"""What PIL's decoders raise on damaged files."""
 
 
 class ImageError(Exception):
@@ -49,7 +47,7 @@ def open_image(
         ImageError: with a `reason` among "missing", "not an image", "damaged", "animated",
             "several pages", "too small", "too large", "unknown range".
     """
-    with _opened(path, max_pixels) as picture:
+    with _decoding(path), _opened(path, max_pixels) as picture:
         if min(picture.size) < min_side:
             size = f"{picture.width} x {picture.height}"
             raise ImageError(path, "too small", f"{size} pixels, below the minimum of {min_side}")
@@ -57,12 +55,7 @@ def open_image(
             if picture.format == "TIFF":
                 raise ImageError(path, "several pages", "a document of several pages, not a photo")
             raise ImageError(path, "animated", "an animation, not a single picture")
-        try:
-            picture.load()
-            upright = ImageOps.exif_transpose(picture)
-            return _to_rgb(upright, path)
-        except DAMAGE as problem:
-            raise ImageError(path, "damaged", f"truncated or damaged ({problem})") from problem
+        return _to_rgb(ImageOps.exif_transpose(picture), path)
 
 
 def open_map(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
@@ -74,36 +67,44 @@ def open_map(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.ui
     Raises:
         ImageError: as `open_image`.
     """
-    with _opened(path, max_pixels) as picture:
-        try:
-            picture.load()
-            if picture.mode.startswith("I;16"):
-                return _from_16_bit(picture)
-            if picture.mode == "1":
-                return np.asarray(picture.convert("L"), np.uint8)
-            if picture.mode in ("L", "P"):
-                return np.asarray(picture, np.uint8)
-            if picture.mode == "LA":
-                return np.asarray(picture, np.uint8)[..., 0]
-            return _to_rgb(picture, path)
-        except DAMAGE as problem:
-            raise ImageError(path, "damaged", f"truncated or damaged ({problem})") from problem
+    with _decoding(path), _opened(path, max_pixels) as picture:
+        if picture.mode.startswith("I;16"):
+            return _from_16_bit(picture)
+        if picture.mode == "1":
+            return np.array(picture.convert("L"), np.uint8)
+        if picture.mode in ("L", "P"):
+            return np.array(picture, np.uint8)
+        if picture.mode == "LA":
+            return np.array(picture, np.uint8)[..., 0]
+        return _to_rgb(picture, path)
 
 
-def _opened(path: str | Path, max_pixels: int) -> PILImage.Image:
+@contextmanager
+def _decoding(path: str | Path) -> Iterator[None]:
+    """Turns whatever PIL raises into an ImageError, and its warnings into nothing.
+
+    Given corrupt bytes, decoders raise OSError, SyntaxError, TypeError, IndexError and more.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            PILImage.init()
-            picture = PILImage.open(path, formats=FORMATS)
+            yield
+    except (ImageError, MemoryError):
+        raise
     except FileNotFoundError:
         raise ImageError(path, "missing", "no such file") from None
     except UnidentifiedImageError:
         raise ImageError(path, "not an image", "not a picture in a known format") from None
     except PILImage.DecompressionBombError:
-        raise ImageError(path, "too large", f"more than {max_pixels:,} pixels") from None
-    except DAMAGE as problem:
-        raise ImageError(path, "damaged", f"cannot be opened ({problem})") from problem
+        raise ImageError(path, "too large", "far more pixels than any photo has") from None
+    except Exception as problem:
+        detail = " ".join(f"truncated or damaged ({problem})".split())
+        raise ImageError(path, "damaged", detail) from problem
+
+
+def _opened(path: str | Path, max_pixels: int) -> PILImage.Image:
+    PILImage.init()  # all plugins: `formats` names must be registered
+    picture = PILImage.open(path, formats=FORMATS)
     if picture.width * picture.height > max_pixels:
         size = f"{picture.width} x {picture.height}"
         picture.close()
@@ -165,9 +166,9 @@ class Fit:
         """The part of the picture that is kept, in its own pixels."""
         height, width = self.target
         scale = max(height / self.height, width / self.width)
-        w, h = width / scale, height / scale
+        w, h = min(width / scale, self.width), min(height / scale, self.height)
         x, y = (self.width - w) / 2, (self.height - h) / 2
-        return x, y, x + w, y + h
+        return x, y, self.width - x, self.height - y
 
     def image(self, image: Image) -> Image:
         """uint8 [H, W] or [H, W, 3] -> the target size, bicubic with anti-aliasing."""

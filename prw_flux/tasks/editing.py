@@ -82,7 +82,7 @@ COLOURS: Final[Mapping[str, tuple[int, int, int]]] = MappingProxyType(
     }
 )
 LIGHTNESS_REACH: Final = 22.0
-MIN_CHANGE: Final = 20.0
+MIN_CHANGE: Final = 35.0
 
 
 @final
@@ -155,7 +155,7 @@ def recolours(example: Example) -> list[Recolour]:
     """The things with a mask and a phrase of their own, with the colours they can truly take.
 
     Lightness is kept, so a colour is offered only where its own lightness is within 22 units of
-    the thing's mean L*, and where it differs from the thing's present colour by 20 units of
+    the thing's mean L*, and where it differs from the thing's present colour by 35 units of
     (a*, b*): a black cap cannot become yellow, and a blue one is not made blue.
     """
     phrases = [definite(thing.phrase) for thing in example.things]

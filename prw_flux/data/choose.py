@@ -1,0 +1,67 @@
+"""A data source by name: "shapeweave", "photos", or the user's own ``package.module:object``."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Final
+
+from prw import ConfigError
+from prw_flux.data.photos import PhotoFolder
+from prw_flux.shapeweave.source import ShapeWeave
+from prw_flux.tasks.base import DataSource, Task
+
+NAMED: Final = ("shapeweave", "photos")
+
+
+def open_data(
+    source: str, *, size: int, seed: int = 0, split: str = "train", photos: str | None = None
+) -> DataSource:
+    """Open a data source.
+
+    Args:
+        source: one of `NAMED`, or ``package.module:object``: a DataSource, or a callable that
+            makes one from ``size=``, ``seed=`` and ``split=``.
+        size: side of its pictures in pixels.
+        seed: of generated pictures.
+        split: "train" or "heldout".
+        photos: folder of "photos"; None is the public-domain photos of scikit-image.
+
+    Raises:
+        ConfigError: there is no such source.
+        PhotoError: the photos cannot be used.
+    """
+    if source == "shapeweave":
+        return ShapeWeave(size=size, seed=seed, split=split)
+    if source == "photos":
+        return PhotoFolder(photos, size=size, split=split)
+    module_name, colon, name = source.partition(":")
+    if not colon:
+        raise ConfigError(
+            f"there is no data source {source!r}; there are {' and '.join(NAMED)}, and one of your "
+            "own is package.module:object"
+        )
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as problem:
+        raise ConfigError(f"data source {source!r}: {problem}") from None
+    if callable(found) and not isinstance(found, DataSource) or isinstance(found, type):
+        found = found(size=size, seed=seed, split=split)
+    if not isinstance(found, DataSource):
+        raise ConfigError(
+            f"data source {source!r} is a {type(found).__name__}, not a prw_flux.tasks.DataSource"
+        )
+    return found
+
+
+def require_feeds(data: DataSource, task: Task, builtin: frozenset[str]) -> None:
+    """Raise unless `data` has examples for `task`; a task of the user's own is given any.
+
+    Args:
+        builtin: names of the project's own tasks, of which `data.tasks()` knows.
+    """
+    if task.name in builtin and task.name not in data.tasks():
+        fed = ", ".join(sorted(data.tasks()))
+        raise ConfigError(
+            f"{data.name} cannot feed the task {task.name!r}, only {fed}; leave the stage out, or "
+            "annotate the photos (docs: Tasks, Photos)"
+        )
