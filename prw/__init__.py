@@ -1,4 +1,4 @@
-"""Progressive representation weaving: grow routed LoRA experts in a frozen model, stage by stage."""
+"""Progressive Representation Weaving: routed LoRA experts that grow, stage by stage, in any model."""
 
 from prw.call import Call, Record
 from prw.config import Config

@@ -23,10 +23,10 @@ class Config:
         alpha: residuals are scaled by ``alpha / rank``; None means ``2 * rank``.
         granularity: one routing decision per ``"token"`` or per ``"sample"``.
         share_router: one router per ``"module"``, or per ``"parent"`` of linears of one width.
-        router_train: in a stage ``"all"`` router columns learn, or only those of the ``"new"`` one.
-        gate: residuals are weighted by the ``"softmax"`` probability of the choice, or by ``"one"``.
+        router_train: in a stage ``"all"`` router columns learn, or only the ``"new"`` one.
+        gate: residuals are weighted by the choice's ``"softmax"`` probability, or by ``"one"``.
         noise: whether routers have noise columns, used in training calls.
-        backend: which implementation of the routed operator runs.
+        backend: ``"reference"`` runs the plain operator, ``"auto"`` the fastest one that fits.
 
     Raises:
         ConfigError: a value that cannot work; the message names it and the fix.

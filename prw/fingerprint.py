@@ -16,7 +16,10 @@ TOLERANCE = 0.02
 A cast to bfloat16 differs by about 0.002, another initialisation by about 1.4.
 """
 
-_VOLATILE = frozenset({"transformers_version", "torch_dtype", "dtype", "use_cache"})
+# What a configuration says about how a base is stored or run, not about which base it is.
+_VOLATILE = frozenset(
+    {"transformers_version", "torch_dtype", "dtype", "use_cache", "quantization_config"}
+)
 
 
 def fingerprint(model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, Any]:

@@ -209,6 +209,7 @@ class Pool(nn.Module):
             given.scaling,
             expert=None if forced else routing.expert,
             gate=None if forced else routing.gate,
+            backend=self.config.backend,
         )
         return dict(zip(outputs, results, strict=True)), routing
 

@@ -128,7 +128,7 @@ class Router(nn.Module):
         kept = self.snapshot(stage)
         if kept is not None:
             for part, values in zip((self.signal, self.noise), kept, strict=True):
-                for column, value in zip(part, values, strict=True):
+                for column, value in zip(list(part)[: stage + 1], values, strict=True):
                     column.copy_(value)
 
 

@@ -6,6 +6,7 @@ Shape suffixes: D input width, O output width, R rank, ``...`` the leading axes 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ def routed_lora(
     scaling: Sequence[float],
     expert: Tensor | None = None,
     gate: Tensor | None = None,
+    *,
+    backend: Literal["auto", "reference"] = "auto",
 ) -> tuple[Tensor, ...]:
     """Add the gated residual of the routed expert to one or more linear projections of ``x``.
 
@@ -41,6 +44,8 @@ def routed_lora(
         expert: int64 in ``[0, experts)``, shaped like a prefix of ``x.shape[:-1]``: all of it for
             one choice per token, the first axis for one per sample. May be None with one expert.
         gate: weight of the choice, shaped like ``expert``; None means 1.
+        backend: ``"reference"`` computes every expert on every token; ``"auto"`` takes the batched
+            products where there is one choice per sample.
 
     Returns:
         Per projection a tensor shaped and typed like its result.
@@ -52,7 +57,8 @@ def routed_lora(
     _check(x, scaling, expert, gate)
     with torch.autocast(x.device.type, enabled=False):
         inputs = x.to(A[0][0].dtype)
-        if expert is not None and expert.dim() == 1 < x.dim() - 1 and _alike(A, scaling):
+        batched = backend == "auto" and x.dim() > 2 and _alike(A, scaling)
+        if batched and expert is not None and expert.dim() == 1 and len(scaling) > 1:
             weight = torch.ones_like(expert, dtype=inputs.dtype) if gate is None else gate
             deltas = per_sample(inputs, A, B, expert, weight * scaling[0])
         else:

@@ -1,0 +1,92 @@
+"""Config validates itself, cannot be changed, and survives JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import prw
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+configs = st.builds(
+    prw.Config,
+    target_modules=st.lists(st.text(min_size=1), max_size=3),
+    rank=st.integers(1, 512),
+    alpha=st.none() | st.floats(0.01, 1e6),
+    granularity=st.sampled_from(["token", "sample"]),
+    share_router=st.sampled_from(["module", "parent"]),
+    router_train=st.sampled_from(["all", "new"]),
+    gate=st.sampled_from(["softmax", "one"]),
+    noise=st.booleans(),
+    backend=st.sampled_from(["auto", "reference"]),
+)
+
+
+@given(configs)
+def test_json_round_trip(config: prw.Config) -> None:
+    assert prw.Config.from_json(config.to_json()) == config
+    assert prw.Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_it_is_frozen_keyword_only_and_hashable() -> None:
+    config = prw.Config(target_modules=["k"], rank=4)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.rank = 8  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        prw.Config(["k"])  # type: ignore[misc]
+    assert {config: 1}[prw.Config(target_modules=("k",), rank=4)] == 1
+
+
+def test_alpha_is_twice_the_rank_unless_given() -> None:
+    assert prw.Config(rank=8).scaling == 2.0
+    assert prw.Config(rank=8, alpha=4).scaling == 0.5
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": "to_k"}, r"write target_modules=\['to_k'\]"),
+        ({"target_modules": [""]}, "non-empty"),
+        ({"target_modules": [3]}, "non-empty strings, got"),
+        ({"rank": 0}, "at least 1, got 0"),
+        ({"rank": 2.0}, "whole number"),
+        ({"rank": True}, "whole number"),
+        ({"alpha": 0}, "positive number, got 0"),
+        ({"alpha": float("nan")}, "positive number"),
+        ({"alpha": "8"}, "positive number"),
+        ({"granularity": "tokens"}, "one of token, sample; got 'tokens'"),
+        ({"backend": "cuda"}, "one of auto, reference"),
+        ({"noise": 1}, "True or False"),
+    ],
+)
+def test_mistakes_are_named(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(prw.ConfigError, match=message):
+        prw.Config(**fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 2}, "schema version 2.*install a newer prw"),
+        ({"schema_version": "1"}, "whole number"),
+        ({"ranks": 4}, "unknown field 'ranks'; did you mean 'rank'"),
+        ({"rank": -1}, "at least 1"),
+    ],
+)
+def test_unreadable_data_is_named(change: dict[str, object], message: str) -> None:
+    with pytest.raises(prw.ConfigError, match=message):
+        prw.Config.from_dict({**prw.Config().to_dict(), **change})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]"])
+def test_text_that_is_no_json_object(text: str) -> None:
+    with pytest.raises(prw.ConfigError, match="JSON"):
+        prw.Config.from_json(text)
+
+
+def test_errors_are_what_python_programmers_catch() -> None:
+    ours = {prw.ConfigError: ValueError, prw.CheckpointError: ValueError}
+    for error, builtin in {**ours, prw.StageError: RuntimeError}.items():
+        assert issubclass(error, prw.PRWError) and issubclass(error, builtin)

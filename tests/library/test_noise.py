@@ -1,0 +1,60 @@
+"""Router noise: a pure function, normal, and the same whatever else is drawn beside it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from prw.noise import gaussian_noise, group_id
+
+CPU = torch.device("cpu")
+words = st.integers(-(2**63), 2**64 - 1)
+
+
+@given(words, words, st.integers(0, 9), st.integers(1, 20), st.integers(0, 3), st.integers(0, 3))
+def test_a_value_does_not_depend_on_what_is_drawn_beside_it(
+    key: int, group: int, tokens: int, columns: int, more_tokens: int, more_columns: int
+) -> None:
+    small = gaussian_noise(key, group, tokens, columns, CPU)
+    large = gaussian_noise(key, group, tokens + more_tokens, columns + more_columns, CPU)
+    assert small.shape == (tokens, columns)
+    assert small.dtype == torch.float32
+    assert torch.equal(small, large[:tokens, :columns])
+    assert bool(small.isfinite().all())
+
+
+def test_no_generator_is_moved() -> None:
+    before = torch.get_rng_state()
+    gaussian_noise(1, 2, 3, 4, CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_known_values() -> None:
+    # Pinned: another value would change every trained run's noise.
+    found = gaussian_noise(7, group_id("blocks.0.attn"), 2, 2, CPU)
+    assert found.tolist() == [[-0.40082812309265137, 0.48358553647994995], [-0.46175289154052734, 0.23409754037857056]]
+
+
+def test_it_is_standard_normal_and_uncorrelated() -> None:
+    tokens, columns = 4096, 16
+    eps = gaussian_noise(3, 5, tokens, columns, CPU).double()
+    count = tokens * columns
+    # Each statistic of `count` independent values, within five of its standard deviations.
+    assert abs(eps.mean()) < 5 / math.sqrt(count)
+    assert abs(eps.var() - 1) < 5 * math.sqrt(2 / count)
+    assert abs((eps**4).mean() - 3) < 5 * math.sqrt(96 / count)
+    correlation = torch.corrcoef(eps.T) - torch.eye(columns, dtype=torch.float64)
+    assert float(correlation.abs().max()) < 5 / math.sqrt(tokens)
+    assert abs((eps[1:] * eps[:-1]).mean()) < 5 / math.sqrt(count)
+
+
+def test_keys_and_groups_are_independent() -> None:
+    draws = [
+        gaussian_noise(key, group_id(name), 512, 8, CPU).flatten()
+        for key in (0, 1, 2**63)
+        for name in ("", "a", "b")
+    ]
+    correlation = torch.corrcoef(torch.stack(draws).double()) - torch.eye(9, dtype=torch.float64)
+    assert float(correlation.abs().max()) < 5 / math.sqrt(512 * 8)
