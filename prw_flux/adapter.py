@@ -20,12 +20,12 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 import prw
 from prw import Pool
-from prw.fingerprint import TOLERANCE, difference, drift, fingerprint
+from prw.fingerprint import TOLERANCE, difference, drift
+from prw_flux.locate import adapter_folder, base_fingerprint, stored_fingerprint
 from prw_flux.source_cache import SourceCache
 from prw_flux.tasks import TASKS
 
@@ -206,11 +206,12 @@ class PRWAdapter(ModelMixin, ConfigMixin):
     def state_id(self) -> str:
         """Changes whenever a cache of this adapter may have become stale.
 
-        Covers the object, its stages, and every write to its tensors that autograd sees.
+        Covers the object, its stages, and every write to its parameters that autograd sees. Moving
+        the adapter between devices, as offloading does, is no change.
         """
         stages = ",".join(f"{s.name}{'*' if s.open else ''}" for s in self.weave.stages)
-        tensors = [(id(t), t._version) for t in (*self.parameters(), *self.buffers())]
-        return f"{self._identity}/{stages}/{hash(tuple(tensors)):x}"
+        writes = tuple((id(p), p._version) for p in self.parameters())
+        return f"{self._identity}/{stages}/{hash(writes):x}"
 
     def require_layers(self, cache: SourceCache) -> None:
         """Raise unless `cache` has one slot per block."""
@@ -277,9 +278,9 @@ class PRWAdapter(ModelMixin, ConfigMixin):
             FileNotFoundError: If there is no such adapter.
             prw.CheckpointError: If it is damaged, or was written by a newer version.
         """
-        folder = _local_folder(pretrained_model_name_or_path, kwargs)
+        folder = adapter_folder(pretrained_model_name_or_path, kwargs)
         adapter: Self = cls.from_config(json.loads((folder / "config.json").read_text("utf-8")))
-        adapter.weave.fingerprint = _stored_fingerprint(folder)
+        adapter.weave.fingerprint = stored_fingerprint(folder)
         adapter.weave.load_state(folder)
         dtype = kwargs.get("torch_dtype", kwargs.get("dtype"))
         if isinstance(dtype, torch.dtype):
@@ -310,47 +311,6 @@ class PRWAdapter(ModelMixin, ConfigMixin):
 PRWAdapter.__module__ = "prw_flux"
 
 
-def base_fingerprint(transformer: FluxTransformer2DModel) -> dict[str, Any]:
-    """What identifies the base: class, configuration, shapes and a sample of to_k and to_v."""
-    blocks = {
-        f"{kind}.{i}.attn": block.attn
-        for kind in ("transformer_blocks", "single_transformer_blocks")
-        for i, block in enumerate(getattr(transformer, kind))
-    }
-    linears = {f"{n}.{p}": getattr(a, p) for n, a in blocks.items() for p in ("to_k", "to_v")}
-    found = fingerprint(transformer, linears)
-    found["config"].pop("quantization_config", None)  # the same base, stored in fewer bits
-    return found
-
-
-def _stored_fingerprint(folder: Path) -> dict[str, Any]:
-    """The fingerprint in a folder; empty where it cannot be read, which loading then reports."""
-    try:
-        stored = json.loads((folder / "prw.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    found = stored.get("fingerprint") if isinstance(stored, dict) else None
-    return dict(found) if isinstance(found, dict) else {}
-
-
 def _require_choice(name: str, value: str) -> None:
     if value not in CHOICES[name]:
         raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r}.")
-
-
-def _local_folder(source: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Path:
-    """The folder of an adapter, fetched from the Hub if `source` is not a local one."""
-    subfolder = kwargs.get("subfolder") or ""
-    folder = Path(source)
-    if not folder.exists() and str(source).count("/") == 1 and not str(source).startswith("."):
-        folder = Path(
-            snapshot_download(
-                str(source),
-                allow_patterns=[f"{subfolder}/**" if subfolder else "**"],
-                **{k: kwargs[k] for k in ("revision", "token", "cache_dir") if kwargs.get(k)},
-            )
-        )
-    folder = folder / subfolder
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is not a PRW adapter (it has no config.json).")
-    return folder

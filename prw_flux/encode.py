@@ -6,6 +6,7 @@ Pixels are float in [-1, 1], channels first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,6 +60,22 @@ def position_ids(
 def source_offset(aligned: bool, columns: int) -> tuple[int, int]:
     """Shift of the source's positions: none for an aligned task, else one source width left."""
     return (0, 0) if aligned else (0, -columns)
+
+
+def whole_size(pixels: float, step: int) -> int:
+    """The nearest multiple of `step`, and at least one."""
+    return max(step, round(pixels / step) * step)
+
+
+def fitted_size(height: int, width: int, resolution: int | None, step: int) -> tuple[int, int]:
+    """The shape height x width at an area of resolution^2 pixels, in multiples of `step`.
+
+    Without a resolution the size stays, unless it is above a megapixel.
+    """
+    scale = (resolution or 1024) / math.sqrt(height * width)
+    if resolution is None:
+        scale = min(scale, 1.0)
+    return whole_size(height * scale, step), whole_size(width * scale, step)
 
 
 def to_pixels(

@@ -1,10 +1,17 @@
-"""Find the base of a training run: the pipeline that its adapter was trained on."""
+"""Find what is on disk or on the Hub: adapters, runs, the base of a run and what identifies it."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from huggingface_hub import snapshot_download
+
+from prw.fingerprint import fingerprint
 
 EMBEDDED = "tiny-flux"
 
@@ -53,3 +60,44 @@ def resolve_base(base: str | os.PathLike[str]) -> str:
     if Path(text).is_dir() or is_hub_id:
         return text
     raise FileNotFoundError(f"The base {text} does not exist: name its new place with base=.")
+
+
+def adapter_folder(source: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Path:
+    """The folder of an adapter, fetched from the Hub if `source` is not a local one."""
+    subfolder = kwargs.get("subfolder") or ""
+    folder = Path(source)
+    if not folder.exists() and str(source).count("/") == 1 and not str(source).startswith("."):
+        folder = Path(
+            snapshot_download(
+                str(source),
+                allow_patterns=[f"{subfolder}/**" if subfolder else "**"],
+                **{k: kwargs[k] for k in ("revision", "token", "cache_dir") if kwargs.get(k)},
+            )
+        )
+    folder = folder / subfolder
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is not a PRW adapter (it has no config.json).")
+    return folder
+
+
+def base_fingerprint(transformer: FluxTransformer2DModel) -> dict[str, Any]:
+    """What identifies the base: class, configuration, shapes and a sample of to_k and to_v."""
+    blocks = {
+        f"{kind}.{i}.attn": block.attn
+        for kind in ("transformer_blocks", "single_transformer_blocks")
+        for i, block in enumerate(getattr(transformer, kind))
+    }
+    linears = {f"{n}.{p}": getattr(a, p) for n, a in blocks.items() for p in ("to_k", "to_v")}
+    found = fingerprint(transformer, linears)
+    found["config"].pop("quantization_config", None)  # the same base, stored in fewer bits
+    return found
+
+
+def stored_fingerprint(folder: Path) -> dict[str, Any]:
+    """The fingerprint in a folder; empty where it cannot be read, which loading then reports."""
+    try:
+        stored = json.loads((folder / "prw.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    found = stored.get("fingerprint") if isinstance(stored, dict) else None
+    return dict(found) if isinstance(found, dict) else {}

@@ -6,7 +6,6 @@ happens before each call of the transformer: the recorded source joins its atten
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,12 +35,14 @@ from prw_flux.attach import attach, attached
 from prw_flux.encode import (
     ImageInput,
     encode_image,
+    fitted_size,
     pack,
     position_ids,
     resize,
     sequence_length,
     source_offset,
     to_pixels,
+    whole_size,
 )
 from prw_flux.locate import is_run, resolve_run
 from prw_flux.source_cache import SourceCache, SourceMeta
@@ -188,7 +189,7 @@ class CoLoGenPipeline(FluxPipeline):
                     "prompt= that the calls will use."
                 )
             source_pooled_embeds = self._pooled(prompt)
-        source, _, _ = self._source(image, task, route, height, width, source_pooled_embeds)
+        source = self._source(image, task, route, height, width, source_pooled_embeds)
         cache = source.encode()
         self.maybe_free_model_hooks()
         return cache
@@ -256,15 +257,20 @@ class CoLoGenPipeline(FluxPipeline):
             raise ValueError("Pass image= or source_cache=, not both.")
         if source_cache is not None:
             source = self._cached_source(source_cache, task, route, height, width, flux)
-            height, width = source.meta.height, source.meta.width
         else:
             assert image is not None
-            source, height, width = self._source(
-                image, task, route or "free", height, width, source_pooled_embeds
+            source = self._source(
+                image,
+                task,
+                route or "free",
+                height,
+                width,
+                source_pooled_embeds,
+                num_images_per_prompt,
             )
-            source.images_per_prompt = num_images_per_prompt
+        flux |= {"height": source.meta.height, "width": source.meta.width}
         with following(self.transformer, source):
-            return super().__call__(height=height, width=width, **flux)
+            return super().__call__(**flux)
 
     def _attached_adapter(self) -> PRWAdapter:
         adapter: PRWAdapter | None = self.prw
@@ -285,8 +291,9 @@ class CoLoGenPipeline(FluxPipeline):
         height: int | None,
         width: int | None,
         pooled: Tensor | None,
-    ) -> tuple[Source, int, int]:
-        """The source of a call, and the size of the result."""
+        images_per_prompt: int = 1,
+    ) -> Source:
+        """The source of a call; its meta holds the size of the result."""
         adapter = self._attached_adapter()
         spec = adapter.task(task)
         call = adapter.route(route)
@@ -314,8 +321,7 @@ class CoLoGenPipeline(FluxPipeline):
         )
         tokens = pack(latents).to(device=self._execution_device, dtype=dtype)
         pooled = pooled.to(tokens) if pooled is not None else None
-        source = Source(self.transformer, adapter, tokens, ids, pooled, call, meta)
-        return source, height, width
+        return Source(self.transformer, adapter, tokens, ids, pooled, call, meta, images_per_prompt)
 
     def _source_latents(
         self,
@@ -329,9 +335,9 @@ class CoLoGenPipeline(FluxPipeline):
         An aligned source is resized to the result, whose places it shares; any other keeps its
         shape.
         """
-        channels, step = self.transformer.config.in_channels // 4, self.vae_scale_factor
+        channels, factor = self.transformer.config.in_channels // 4, self.vae_scale_factor
         if isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == channels:
-            own = (image.shape[2] * step, image.shape[3] * step)
+            own = (image.shape[2] * factor, image.shape[3] * factor)
             height, width = height or own[0], width or own[1]
             if spec.aligned and (height, width) != own:
                 raise ValueError(
@@ -340,24 +346,13 @@ class CoLoGenPipeline(FluxPipeline):
                 )
             return image, height, width
         pixels = to_pixels(image)
-        fitted = self._fitted(pixels.shape[-2], pixels.shape[-1])
-        height, width = self._whole(height or fitted[0]), self._whole(width or fitted[1])
+        step = 2 * factor  # a token is two latents wide
+        shape = pixels.shape[-2], pixels.shape[-1]
+        fitted = fitted_size(*shape, resolution=self.prw.config.resolution, step=step)
+        height, width = whole_size(height or fitted[0], step), whole_size(width or fitted[1], step)
         pixels = resize(pixels, (height, width) if spec.aligned else fitted)
         device = self._execution_device
         return encode_image(self.vae, pixels, device=device), height, width
-
-    def _fitted(self, height: int, width: int) -> tuple[int, int]:
-        """The shape height x width at the area that the adapter knows."""
-        resolution = self.prw.config.resolution
-        scale = (resolution or 1024) / math.sqrt(height * width)
-        if resolution is None:
-            scale = min(scale, 1.0)
-        return self._whole(height * scale), self._whole(width * scale)
-
-    def _whole(self, pixels: float) -> int:
-        """The nearest size that packs into whole tokens."""
-        step: int = 2 * self.vae_scale_factor
-        return max(step, round(pixels / step) * step)
 
     def _cached_source(
         self,
@@ -369,28 +364,20 @@ class CoLoGenPipeline(FluxPipeline):
         flux: dict[str, Any],
     ) -> Source:
         """A source that was encoded before, checked against this call."""
-        adapter, meta = self._attached_adapter(), cache.meta
-        wanted = {
-            "adapter": (adapter.state_id, meta.adapter),
-            "source_timestep": (adapter.config.source_timestep, meta.source_timestep),
-            "source_pooled": (adapter.config.source_pooled, meta.source_pooled),
-            "task": (task or meta.task, meta.task),
-            "route": (route or meta.route, meta.route),
-            "height": (height or meta.height, meta.height),
-            "width": (width or meta.width, meta.width),
-        }
-        if meta.source_pooled == "prompt" and meta.adapter == adapter.state_id:
+        adapter = self._attached_adapter()
+        cache.meta.require(
+            adapter=adapter.state_id,
+            source_timestep=adapter.config.source_timestep,
+            source_pooled=adapter.config.source_pooled,
+            task=task,
+            route=route,
+            height=height,
+            width=width,
+        )
+        if cache.meta.source_pooled == "prompt":
             pooled = flux.get("pooled_prompt_embeds")
-            if pooled is None:
-                pooled = self._pooled(flux["prompt"])
-            wanted["prompt"] = (fingerprint(pooled), meta.pooled)
-        for name, (here, there) in wanted.items():
-            if here != there:
-                detail = "" if name in ("adapter", "prompt") else f" ({there!r}, not {here!r})"
-                raise ValueError(
-                    f"This source cache was made with another {name}{detail}: call encode_source "
-                    "again."
-                )
+            pooled = self._pooled(flux["prompt"]) if pooled is None else pooled
+            cache.meta.require(pooled=fingerprint(pooled))
         return Source.of_cache(self.transformer, adapter, cache)
 
     def _source_dtype(self) -> torch.dtype:

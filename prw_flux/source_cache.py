@@ -69,6 +69,17 @@ class SourceMeta:
     height: int = 0
     width: int = 0
 
+    def require(self, **wanted: str | int | None) -> None:
+        """Raise ValueError at the first field that is not what a call needs; None needs nothing."""
+        for name, value in wanted.items():
+            own = getattr(self, name)
+            if value is not None and value != own:
+                hashes = {"adapter": "adapter", "pooled": "prompt"}
+                what = hashes.get(name, f"{name} ({own!r}, not {value!r})")
+                raise ValueError(
+                    f"This source cache was made with another {what}: call encode_source again."
+                )
+
 
 class SourceCache:
     """One write-once slot per transformer block, in the order in which the blocks run."""

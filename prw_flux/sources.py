@@ -40,6 +40,7 @@ class Source:
         pooled_BP: Pooled text of the source; None takes that of each main pass.
         call: Routing call.
         meta: Of the caches.
+        images_per_prompt: Consecutive samples of a main pass with one prompt.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Source:
         pooled_BP: Tensor | None,
         call: prw.Call,
         meta: SourceMeta,
+        images_per_prompt: int = 1,
     ) -> None:
         self.transformer = transformer
         self.adapter = adapter
@@ -59,7 +61,7 @@ class Source:
         self.pooled_BP = pooled_BP
         self.call = call
         self.meta = meta
-        self.images_per_prompt = 1
+        self.images_per_prompt = images_per_prompt
         self.recorded: list[tuple[Tensor, SourceCache]] = []
         self.fixed: SourceCache | None = None
 

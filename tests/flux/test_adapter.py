@@ -217,3 +217,6 @@ def test_the_identity_changes_with_every_write(make_transformer: Any, make_adapt
     seen.add(adapter.state_id)
     adapter.weave.unlock("more")
     assert adapter.state_id not in seen
+    before = adapter.state_id
+    adapter._apply(torch.clone)  # as a move to another device and back
+    assert adapter.state_id == before

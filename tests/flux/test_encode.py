@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from prw_flux.encode import (
     decode_latents,
     encode_image,
+    fitted_size,
     pack,
     position_ids,
     sequence_length,
@@ -64,6 +65,17 @@ def test_every_kind_of_image_is_the_same_pixels() -> None:
 def test_other_modes_become_rgb() -> None:
     for mode in ("L", "RGBA", "P", "CMYK", "1"):
         assert to_pixels(Image.new(mode, (4, 4))).shape == (1, 3, 4, 4)
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.none() | st.integers(16, 512))
+def test_sizes_are_whole_and_near_the_area(height: int, width: int, resolution: int | None) -> None:
+    rows, columns = fitted_size(height, width, resolution, 16)
+    assert rows % 16 == columns % 16 == 0 and min(rows, columns) >= 16
+    if resolution is None and height * width <= 1024**2:
+        assert abs(rows - max(height, 16)) <= 8 and abs(columns - max(width, 16)) <= 8
+    elif min(rows, columns) > 16:
+        side = resolution or 1024
+        assert abs(rows - side * (height / width) ** 0.5) <= 8.001
 
 
 def test_resizing_keeps_the_range_and_flat_colour() -> None:

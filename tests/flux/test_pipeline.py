@@ -191,6 +191,7 @@ def test_what_modulates_the_source(make_pipe: Any, mode: str, pooled: str) -> No
         own = pipe.encode_prompt(texts[pooled])[1] if pooled in texts else clip
         branches.append({"text_BLE": embeds, "pooled_BP": clip, "source_pooled_BP": own})
     ids, latents = position_ids(2, 2), noise
+    pipe.scheduler._step_index = 0
     for t in pipe.scheduler.timesteps:
         velocities = [
             two_pass(
@@ -205,9 +206,7 @@ def test_what_modulates_the_source(make_pipe: Any, mode: str, pooled: str) -> No
             for branch in branches
         ]
         velocity = velocities[1] + 2.0 * (velocities[0] - velocities[1])
-        pipe.scheduler._step_index = None if t == pipe.scheduler.timesteps[0] else step
         latents = pipe.scheduler.step(velocity, t, latents, return_dict=False)[0]
-        step = pipe.scheduler._step_index
     assert_close(found, latents, **EXACT)
 
 
