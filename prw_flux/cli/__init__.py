@@ -1,0 +1,88 @@
+"""prw-flux: one verb per job. Exit status 0 only on success; errors are one sentence on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+import prw
+from prw_flux.cli import data, evaluate, generate, inspect, tiny, train
+from prw_flux.interrupt import Interrupted
+
+VERBS = (train, generate, evaluate, inspect, data, tiny)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    parser = argparse.ArgumentParser(
+        prog="prw-flux",
+        description="Progressive Representation Weaving on FLUX.1: train, generate, look.",
+    )
+    parser.add_argument("--version", action="version", version=f"prw-flux {prw.__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show tracebacks and all warnings")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for module in VERBS:
+        module.add_to(verbs, common)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb; the exit status."""
+    args = build_parser().parse_args(arguments)
+    if args.debug:
+        return int(args.run(args))
+    _quieten()
+    try:
+        return int(args.run(args))
+    except Interrupted as stopped:
+        return _fail(str(stopped), stopped.status)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as problem:
+        return _fail(sentence(problem), 1)
+
+
+def sentence(problem: Exception) -> str:
+    """What the user is told of an exception: its own words where they are meant for users."""
+    from prw_flux.data.images import ImageError
+
+    meant = (prw.PRWError, ValueError, FileNotFoundError, ImageError)
+    text = " ".join(str(problem).split())
+    if isinstance(problem, meant) and text:
+        return text
+    if isinstance(problem, OSError) and problem.strerror:
+        return ": ".join(str(part) for part in (problem.filename, problem.strerror) if part)
+    return f"{type(problem).__name__}: {text} (--debug shows where)"
+
+
+def _fail(message: str, status: int) -> int:
+    sys.stderr.write(f"prw-flux: {message}\n")
+    return status
+
+
+def _quieten() -> None:
+    """Our own warnings as one line each; those of the libraries below us not at all."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", module=r"prw(_flux|_kernels)?\b")
+    warnings.formatwarning = _one_line
+
+
+def _one_line(message: Warning | str, *_: object, **__: object) -> str:
+    return f"prw-flux: warning: {message}\n"
+
+
+__all__ = ["build_parser", "main", "sentence"]

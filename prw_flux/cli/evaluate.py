@@ -1,0 +1,103 @@
+"""The verbs that look at what was trained: `evaluate` and `report`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from prw_flux.cli import show
+
+
+def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
+    """Add both verbs."""
+    evaluate = verbs.add_parser(
+        "evaluate", parents=[common], help="generate held-out samples and measure every task"
+    )
+    evaluate.add_argument("directory", metavar="RUN")
+    evaluate.add_argument("--per-task", type=int, help="samples per task (default: the run's)")
+    evaluate.add_argument("--steps", type=int, help="sampling steps (default: the run's)")
+    evaluate.add_argument("--quiet", action="store_true", help="no progress bars")
+    evaluate.add_argument("--json", action="store_true", help="print the result for a script")
+    evaluate.set_defaults(run=run_evaluate)
+    report = verbs.add_parser(
+        "report", parents=[common], help="write report.html from what the run folder holds"
+    )
+    report.add_argument("directory", metavar="RUN")
+    report.add_argument("--json", action="store_true", help="print the path for a script")
+    report.set_defaults(run=run_report)
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    """Measure a run and write its report."""
+    from prw_flux.report import write_report
+
+    measured = evaluate_and_tell(
+        Path(args.directory),
+        per_task=args.per_task,
+        steps=args.steps,
+        quiet=args.quiet,
+        told=not args.json,
+    )
+    page = write_report(Path(args.directory))
+    if args.json:
+        show.answer({"run": args.directory, "report": str(page), "evaluation": measured})
+    else:
+        show.human().print(f"report  {page}")
+    return 0
+
+
+def run_report(args: argparse.Namespace) -> int:
+    """Write the report again; no model is loaded."""
+    from prw_flux.report import write_report
+    from prw_flux.rundir import RunFolder
+
+    page = write_report(RunFolder.open(args.directory).path)
+    if args.json:
+        show.answer({"report": str(page)})
+    else:
+        show.human().print(f"report  {page}")
+    return 0
+
+
+def evaluate_and_tell(
+    path: Path,
+    *,
+    per_task: int | None = None,
+    steps: int | None = None,
+    quiet: bool = False,
+    told: bool = True,
+) -> dict[str, Any]:
+    """Evaluate a run with its own settings unless others are given."""
+    from prw_flux.evaluation import Sampling, Settings, evaluate_run
+    from prw_flux.progress import watching
+    from prw_flux.rundir import RunError, RunFolder
+
+    run = RunFolder.open(path)
+    if not run.done:
+        raise RunError(f"{path} has no finished stage to evaluate; prw-flux train --resume {path}")
+    asked = run.config.evaluation
+    count = asked.per_task if per_task is None else per_task
+    settings = Settings(
+        n=count,
+        history=min(asked.history, count),
+        sampling=Sampling(
+            steps=asked.steps if steps is None else steps, precision=run.config.precision
+        ),
+    )
+    with watching(show.watcher(), quiet=quiet) as progress:
+        measured: dict[str, Any] = evaluate_run(run.path, settings, progress=progress.measured)
+    if told:
+        _tell(measured)
+    return measured
+
+
+def _tell(measured: dict[str, Any]) -> None:
+    """A table: the headline metric of every arm on every task."""
+    arms = list(dict.fromkeys(arm for task in measured["tasks"].values() for arm in task["arms"]))
+    columns = {"task": "left", "n": "right", "metric": "left", **dict.fromkeys(arms, "right")}
+    table = show.table("held-out samples", columns)
+    for name, task in measured["tasks"].items():
+        values = [f"{task['arms'][arm]['headline']['mean']:.2f}" for arm in arms]
+        table.add_row(name, str(task["n"]), task["headline"], *values)
+    show.human().print(table)

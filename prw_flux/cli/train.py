@@ -1,0 +1,197 @@
+"""The verbs that train: `demo` and `train`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from prw import ConfigError
+from prw_flux.cli import show
+
+RUNS = Path("runs")
+
+
+def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
+    """Add both verbs."""
+    demo = verbs.add_parser(
+        "demo", parents=[common], help="train the demo, generate, and write a report"
+    )
+    demo.set_defaults(run=run_demo, recipe="demo", resume=None, parent=None, stages=[])
+    train = verbs.add_parser("train", parents=[common], help="train a recipe, resume or extend one")
+    train.add_argument(
+        "recipe", nargs="?", help="demo, shapes, photos, paper, or package.module:function"
+    )
+    train.add_argument(
+        "--resume", nargs="?", const="", metavar="RUN",
+        help="continue an interrupted run (RUN, or the folder of --out)",
+    )  # fmt: skip
+    train.add_argument(
+        "--from", dest="parent", metavar="RUN", help="add stages to a copy of a finished run"
+    )
+    train.add_argument(
+        "--stage", dest="stages", action="append", default=[], metavar="TASK",
+        help="one more stage, on a task or package.module:object; may be repeated",
+    )  # fmt: skip
+    train.set_defaults(run=run_train)
+    for parser in (demo, train):
+        _add_common(parser)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", metavar="DIR", help="run folder (default: runs/RECIPE)")
+    parser.add_argument(
+        "--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",
+        help="change any setting: seed=3, adapter.rank=16, stages.edit.lr=1e-3, stages.*.steps=50",
+    )  # fmt: skip
+    parser.add_argument("--photos", metavar="DIR", help="a folder of your photos")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    parser.add_argument("--no-evaluation", action="store_true", help="train, and no more")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--json", action="store_true", help="print the result for a script")
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Train the demo in a folder of its own, then evaluate and report."""
+    if args.out is None:
+        args.out = str(RUNS / "demo" if args.overwrite else _free(RUNS / "demo"))
+    return run_train(args)
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """Train, resume or extend; then, unless told otherwise, evaluate and report."""
+    if args.resume is not None:
+        path = _resume(args)
+    else:
+        path = _begin(args)
+    if args.no_evaluation:
+        return _tell(args, {"run": str(path)})
+    return _evaluate_and_report(args, path)
+
+
+def _begin(args: argparse.Namespace) -> Path:
+    """A new run: everything that can be wrong is found before its folder exists."""
+    from prw_flux.resume import adapter_to_continue
+    from prw_flux.rundir import RunFolder
+    from prw_flux.session import open_session
+    from prw_flux.trainer import open_training_data
+
+    parent = None if args.parent is None else _finished(RunFolder.open(args.parent))
+    config = configured(args, parent)
+    path = Path(args.out) if args.out else RUNS / (config.recipe.replace(":", ".") or "run")
+    RunFolder.check_room(path, overwrite=args.overwrite, parent=parent)
+    start = None if parent is None else adapter_to_continue(parent)
+    session = open_session(config, start)
+    data = open_training_data(config, session)
+    run = RunFolder.create(path, config, parent=parent, overwrite=args.overwrite)
+    _train(args, run, session, data)
+    return path
+
+
+def _resume(args: argparse.Namespace) -> Path:
+    from prw_flux.resume import adapter_to_continue
+    from prw_flux.rundir import RunError, RunFolder
+    from prw_flux.session import open_session
+    from prw_flux.trainer import open_training_data
+
+    where = args.resume or args.out or (args.recipe and str(RUNS / args.recipe))
+    if not where:
+        raise ConfigError("--resume needs the run folder: prw-flux train --resume RUN")
+    if args.settings or args.parent or args.stages or args.photos or args.overwrite:
+        raise ConfigError(
+            "a resumed run keeps its configuration: leave out --set, --photos, --from, --stage and "
+            "--overwrite, or begin another run"
+        )
+    run = RunFolder.open(where)
+    if args.recipe and args.recipe != run.config.recipe:
+        raise RunError(f"{where} is a run of recipe {run.config.recipe!r}, not {args.recipe!r}")
+    if not run.finished:
+        session = open_session(run.config, adapter_to_continue(run))
+        _train(args, run, session, open_training_data(run.config, session))
+    return run.path
+
+
+def _train(args: argparse.Namespace, run: Any, session: Any, data: Any) -> None:
+    from prw_flux.interrupt import Stop
+    from prw_flux.progress import watching
+    from prw_flux.trainer import train
+
+    with Stop() as stop, watching(show.watcher(), quiet=args.quiet) as progress:
+        train(run, session, data, progress=progress, stop=stop)
+
+
+def configured(args: argparse.Namespace, parent: Any = None) -> Any:
+    """The configuration that the arguments ask for.
+
+    Raises:
+        ConfigError: an unknown recipe or setting, a bad value, nothing new to train.
+    """
+    from prw_flux.curriculum import Stage
+    from prw_flux.recipes import load_recipe
+
+    if args.recipe is None and parent is None:
+        raise ConfigError("train needs a recipe (demo, shapes, photos, paper), --from or --resume")
+    config = parent.config if args.recipe is None else load_recipe(args.recipe)
+    old = () if parent is None else parent.config.stages
+    names = [stage.name for stage in old]
+    stages = [*old, *(stage for stage in config.stages if stage.name not in names)]
+    for task in args.stages:
+        last = stages[-1]
+        stages.append(
+            Stage(task=task, steps=last.steps, batch_size=last.batch_size, lr=last.lr)
+        )
+    config = replace(config, stages=tuple(stages))
+    if args.photos is not None:
+        config = config.with_settings([f"data.photos={args.photos}"])
+    config = config.with_settings(args.settings)
+    if config.stages[: len(old)] != old:
+        raise ConfigError(f"the stages {', '.join(names)} are finished and cannot be changed")
+    if len(config.stages) == len(old):
+        raise ConfigError(f"{args.parent} has finished all these stages: add one with --stage TASK")
+    return config
+
+
+def _finished(run: Any) -> Any:
+    from prw_flux.rundir import RunError
+
+    if not run.finished:
+        stage = run.config.stages[run.done].name
+        raise RunError(
+            f"{run.path} has not finished stage {stage!r}; first prw-flux train --resume {run.path}"
+        )
+    return run
+
+
+def _evaluate_and_report(args: argparse.Namespace, path: Path) -> int:
+    from prw_flux.cli.evaluate import evaluate_and_tell
+    from prw_flux.interrupt import Interrupted
+    from prw_flux.report import write_report
+
+    try:
+        measured = evaluate_and_tell(path, quiet=args.quiet, told=not args.json)
+        page = write_report(path)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            2, f"training is finished and saved; measure it with prw-flux evaluate {path}"
+        ) from None
+    return _tell(args, {"run": str(path), "report": str(page), "evaluation": measured})
+
+
+def _tell(args: argparse.Namespace, facts: dict[str, Any]) -> int:
+    if args.json:
+        show.answer(facts)
+        return 0
+    console = show.human()
+    console.print(f"run     {facts['run']}")
+    if "report" in facts:
+        console.print(f"report  {facts['report']}")
+    return 0
+
+
+def _free(path: Path) -> Path:
+    """`path`, or the first of path-2, path-3, ... that does not exist."""
+    number, free = 2, path
+    while free.exists():
+        free, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return free

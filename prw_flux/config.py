@@ -1,0 +1,217 @@
+"""Everything that decides what a training run does, as one immutable value."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from prw import ConfigError
+from prw_flux.curriculum import Stage
+from prw_flux.schema import build, plain, settle, with_settings
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """The frozen FLUX.1 pipeline: "tiny-flux", a folder, or a Hub id with its revision."""
+
+    path: str = "tiny-flux"
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        settle(self)
+        if not self.path:
+            raise ConfigError("path must name a base, got nothing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where training samples come from.
+
+    Attributes:
+        source: "shapeweave", "photos", or ``package.module:object`` of a DataSource of the user's.
+        photos: a folder of photos; None is the public-domain photos of scikit-image. They train
+            where the source is "photos", and are shown in the report in any case.
+        samples: per stage, how many are drawn and encoded before it begins; None encodes every
+            batch when it is needed, for data that does not fit into memory.
+    """
+
+    source: str = "shapeweave"
+    photos: str | None = None
+    samples: int | None = 2000
+
+    def __post_init__(self) -> None:
+        settle(self)
+        if self.samples is not None and self.samples < 1:
+            raise ConfigError(f"samples must be at least 1 or none, got {self.samples}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """The experts and routers; see `PRWAdapter`. alpha None is twice the rank."""
+
+    rank: int = 128
+    alpha: float | None = None
+    granularity: Literal["sample", "token"] = "sample"
+    gate: Literal["softmax", "one"] = "softmax"
+    router_train: Literal["all", "new"] = "all"
+    noise: bool = True
+    source_timestep: Literal["zero", "current"] = "zero"
+    source_pooled: Literal["task", "prompt", "empty"] = "task"
+
+    def __post_init__(self) -> None:
+        settle(self)
+        if self.rank < 1:
+            raise ConfigError(f"rank must be at least 1, got {self.rank}")
+        if self.alpha is not None and not 0.0 < self.alpha < 1e9:
+            raise ConfigError(f"alpha must be a positive number or none, got {self.alpha}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW. The learning rate is the stage's; that of the routers is `router_lr` times as large.
+
+    Attributes:
+        warmup: steps of linear warm-up in every stage.
+        decay: after it, "constant", or "cosine" down to a twentieth at the end of the stage.
+        clip: largest norm of the gradient.
+        weight_decay: of the experts; routers have none.
+    """
+
+    betas: tuple[float, ...] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    warmup: int = 0
+    decay: Literal["constant", "cosine"] = "constant"
+    router_lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        settle(self)
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ConfigError(f"betas must be two numbers in [0, 1), got {list(self.betas)}")
+        for name in ("eps", "clip"):
+            if not getattr(self, name) > 0.0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("weight_decay", "warmup", "router_lr"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is generated and measured after training.
+
+    Attributes:
+        per_task: held-out samples per task that are compared with the baselines.
+        history: of these, how many fill the forgetting matrix; 0 leaves it out.
+        steps: sampling steps.
+    """
+
+    per_task: int = 32
+    history: int = 16
+    steps: int = 12
+
+    def __post_init__(self) -> None:
+        settle(self)
+        if self.per_task < 1 or self.steps < 1 or self.history < 0:
+            raise ConfigError(
+                "per_task and steps must be at least 1 and history at least 0, got "
+                f"{self.per_task}, {self.steps} and {self.history}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run. Validates itself; JSON round trip; any field by ``--set a.b=c``.
+
+    Attributes:
+        stages: the curriculum, in order.
+        size: side of the pictures in pixels.
+        recipe: the name it was made by.
+        seed: of everything that is random: data, order, noise, initialisation.
+        precision: "fp32", or "bf16" autocast with the base stored in bf16; experts and routers
+            are fp32 in either.
+        caption_dropout: share of samples that train with the empty text.
+        guidance: guidance embedding in training (FLUX.1-dev is trained at 1).
+        time_shift: of the training times; None takes FLUX's shift for the number of tokens.
+        log_every, save_every: steps between lines in metrics.jsonl, and between saved states.
+
+    Raises:
+        ConfigError: a value that cannot work; the message names it.
+    """
+
+    stages: tuple[Stage, ...]
+    size: int
+    recipe: str = ""
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    caption_dropout: float = 0.1
+    guidance: float = 1.0
+    time_shift: float | None = None
+    log_every: int = 10
+    save_every: int = 200
+    base: BaseConfig = field(default_factory=BaseConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        settle(self)
+        names = [stage.name.casefold() for stage in self.stages]
+        if not names or len(set(names)) != len(names):
+            raise ConfigError(f"stages must be one or more, named differently, got {names}")
+        if self.size < 16 or self.size % 16:
+            raise ConfigError(f"size must be a positive multiple of 16, got {self.size}")
+        if not 0.0 <= self.caption_dropout <= 1.0:
+            raise ConfigError(f"caption_dropout must lie in [0, 1], got {self.caption_dropout}")
+        if self.time_shift is not None and not self.time_shift > 0.0:
+            raise ConfigError(f"time_shift must be positive or none, got {self.time_shift}")
+        for name in ("log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data with the schema version, ready for JSON."""
+        return {"schema_version": SCHEMA_VERSION, **plain(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RunConfig:
+        """Rebuild from `to_dict`.
+
+        Raises:
+            ConfigError: a newer schema, an unknown field (the nearest is named), a bad value.
+        """
+        values = dict(data)
+        version = values.pop("schema_version", None)
+        if not isinstance(version, int) or version < 1:
+            raise ConfigError(f"schema_version must be a whole number, got {version!r}")
+        if version > SCHEMA_VERSION:
+            raise ConfigError(
+                f"this run has schema version {version}, this prw_flux reads up to "
+                f"{SCHEMA_VERSION}: install a newer prw"
+            )
+        return build(cls, values)
+
+    def to_json(self) -> str:
+        """JSON text; `from_json` returns an equal object."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> RunConfig:
+        """Rebuild from `to_json`; raises like `from_dict`."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as problem:
+            raise ConfigError(f"the configuration is not valid JSON: {problem}") from None
+        if not isinstance(data, dict):
+            raise ConfigError(f"the configuration must be a JSON object, got {data!r}")
+        return cls.from_dict(data)
+
+    def with_settings(self, assignments: Sequence[str]) -> RunConfig:
+        """A copy with ``a.b=c`` assignments applied; raises as `schema.with_settings`."""
+        return with_settings(self, list(assignments))

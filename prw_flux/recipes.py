@@ -1,0 +1,127 @@
+"""Recipes: functions that return a complete `RunConfig`.
+
+``demo``: five stages on the embedded base in minutes · ``shapes``: the same, long enough for real
+quality · ``photos``: the tasks that plain photos can feed · ``paper``: CoLoGen, Table 1 ·
+``package.module:function``: the user's own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Final, TypeAlias
+
+from prw import ConfigError
+from prw_flux.config import (
+    AdapterConfig,
+    BaseConfig,
+    DataConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    RunConfig,
+)
+from prw_flux.curriculum import PAPER, Stage, scaled
+
+Recipe: TypeAlias = Callable[[], RunConfig]
+
+_TINY_OPTIMIZER = OptimizerConfig(betas=(0.9, 0.98), weight_decay=0.0, warmup=20, decay="cosine")
+
+
+def _steps(counts: Mapping[str, int], batch_size: int, lr: float) -> tuple[Stage, ...]:
+    """The paper's stages, with densities and weights as they are, at another length."""
+    stages = scaled(PAPER, batch_size=batch_size, lr=lr)
+    return tuple(replace(s, steps=counts[s.name]) for s in stages if s.name in counts)
+
+
+def demo() -> RunConfig:
+    """Five stages on tiny-flux and ShapeWeave, about five minutes on two CPU cores."""
+    counts = {"inpaint": 260, "ground": 260, "control": 300, "customise": 260, "edit": 320}
+    return RunConfig(
+        recipe="demo",
+        stages=_steps(counts, batch_size=32, lr=4e-3),
+        size=96,
+        data=DataConfig(samples=1200),
+        adapter=AdapterConfig(rank=32, alpha=64),
+        optimizer=_TINY_OPTIMIZER,
+        evaluation=EvaluationConfig(per_task=32, history=12, steps=12),
+        log_every=5,
+        save_every=100,
+    )
+
+
+def shapes() -> RunConfig:
+    """The demo's curriculum, long enough for real quality on ShapeWeave."""
+    counts = {"inpaint": 2500, "ground": 2500, "control": 3000, "customise": 3000, "edit": 4000}
+    return replace(
+        demo(),
+        recipe="shapes",
+        stages=_steps(counts, batch_size=48, lr=4e-3),
+        data=DataConfig(samples=12_000),
+        evaluation=EvaluationConfig(per_task=128, history=64, steps=28),
+        log_every=20,
+        save_every=200,
+    )
+
+
+def photos() -> RunConfig:
+    """What photos without annotations can feed, on tiny-flux: a start for one's own pictures."""
+    counts = {"inpaint": 600, "control": 600, "edit": 600}
+    return replace(
+        demo(),
+        recipe="photos",
+        stages=_steps(counts, batch_size=32, lr=4e-3),
+        data=DataConfig(source="photos", samples=1500),
+    )
+
+
+def paper() -> RunConfig:
+    """CoLoGen as published (arXiv 2602.22150): FLUX.1-dev, rank 128, 512 pixels, Table 1."""
+    return RunConfig(
+        recipe="paper",
+        stages=PAPER,
+        size=512,
+        base=BaseConfig(path="black-forest-labs/FLUX.1-dev"),
+        data=DataConfig(source="photos", samples=None),
+        adapter=AdapterConfig(
+            rank=128, alpha=256, source_timestep="current", source_pooled="prompt"
+        ),
+        evaluation=EvaluationConfig(per_task=64, history=32, steps=28),
+        log_every=50,
+        save_every=1000,
+    )
+
+
+RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType(
+    {recipe.__name__: recipe for recipe in (demo, shapes, photos, paper)}
+)
+
+
+def load_recipe(spec: str) -> RunConfig:
+    """The configuration of "demo", or of the user's "package.module:function".
+
+    Raises:
+        ConfigError: in one sentence, what is wrong with the name and what is near it.
+    """
+    if ":" not in spec:
+        if spec in RECIPES:
+            return RECIPES[spec]()
+        near = difflib.get_close_matches(spec, RECIPES, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(RECIPES)}"
+        raise ConfigError(
+            f"there is no recipe {spec!r}; {hint} One of your own is package.module:function"
+        )
+    module_name, _, function = spec.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as problem:
+        raise ConfigError(f"recipe {spec!r}: cannot import {module_name!r} ({problem})") from None
+    recipe = getattr(module, function, None)
+    if not callable(recipe):
+        raise ConfigError(f"recipe {spec!r}: {module_name} has no function {function!r}")
+    config = recipe()
+    if not isinstance(config, RunConfig):
+        raise ConfigError(f"recipe {spec!r} returned a {type(config).__name__}, not a RunConfig")
+    return config if config.recipe else replace(config, recipe=spec)

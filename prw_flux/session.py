@@ -1,0 +1,133 @@
+"""A base and its adapter, loaded for training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prw import CheckpointError, ConfigError
+from prw.checkpoint import read
+from prw.fingerprint import TOLERANCE, drift
+from prw_flux.adapter import PRWAdapter
+from prw_flux.config import RunConfig
+from prw_flux.locate import resolve_base
+from prw_flux.passes import TwoPass
+from prw_flux.pipeline import CoLoGenPipeline
+from prw_flux.schema import plain
+from prw_flux.tasks import TASKS, Task, load_task
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """What training needs in memory.
+
+    Attributes:
+        pipe: the base as a pipeline without adapter: autoencoder and text encoders.
+        passes: the frozen transformer with the adapter attached, the module that trains.
+        tasks: the task of each stage.
+    """
+
+    pipe: CoLoGenPipeline
+    passes: TwoPass
+    tasks: tuple[Task, ...]
+
+    @property
+    def adapter(self) -> PRWAdapter:
+        """The experts and routers."""
+        return self.passes.adapter
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        device: torch.device = self.passes.transformer.device
+        return device
+
+
+def open_session(config: RunConfig, adapter: Path | None = None) -> Session:
+    """Load the base and an adapter for it.
+
+    Args:
+        config: of the run.
+        adapter: folder of an adapter to go on with; None begins a fresh one.
+
+    Raises:
+        ConfigError: a task that does not exist, or settings that the adapter was not made with.
+        CheckpointError: the adapter is damaged, or was made for another base.
+        FileNotFoundError: there is no such base.
+    """
+    tasks = tuple(load_task(stage.task) for stage in config.stages)
+    pipe = _load_base(config)
+    woven = PRWAdapter.for_transformer(
+        pipe.transformer,
+        **plain(config.adapter),
+        tasks=_specs(config, tasks, adapter),
+        resolution=config.size,
+    )
+    if adapter is not None:
+        _require_same_settings(adapter, config)
+        _require_same_weights(adapter, woven)
+        woven.weave.load_state(adapter)
+    passes = TwoPass(pipe.transformer, woven)
+    passes.train()
+    passes.transformer.eval()
+    return Session(pipe, passes, tasks)
+
+
+def _load_base(config: RunConfig) -> CoLoGenPipeline:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    narrow = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    # a small base keeps its encoders wide, as generation will run them; a large one cannot
+    dtypes = {"transformer": narrow, "default": torch.float32 if device == "cpu" else narrow}
+    location = resolve_base(config.base.path)
+    pipe = CoLoGenPipeline.from_pretrained(
+        location, revision=config.base.revision, dtype=dtypes
+    )
+    pipe.to(device)
+    return pipe
+
+
+def _specs(config: RunConfig, tasks: tuple[Task, ...], adapter: Path | None) -> dict[str, Any]:
+    """Every task the adapter is to know: the five, the parent's, and this run's own."""
+    known = _stored(adapter).get("tasks") if adapter is not None else None
+    specs: dict[str, Any] = {
+        task.name: {"sentence": task.sentence, "aligned": task.aligned}
+        for task in (*TASKS.values(), *tasks)
+    }
+    return {**(known or {}), **specs}
+
+
+def _stored(adapter: Path) -> Mapping[str, Any]:
+    try:
+        stored = json.loads((adapter / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as problem:
+        raise CheckpointError(f"{adapter / 'config.json'} cannot be read: {problem}") from None
+    return stored if isinstance(stored, dict) else {}
+
+
+def _require_same_settings(adapter: Path, config: RunConfig) -> None:
+    """Experts of one adapter share how their source is modulated and how they are routed."""
+    stored = _stored(adapter)
+    for name in ("granularity", "gate", "noise", "source_timestep", "source_pooled"):
+        theirs, ours = stored.get(name), getattr(config.adapter, name)
+        if theirs != ours:
+            raise ConfigError(
+                f"{adapter} was trained with adapter.{name} {theirs!r}, this run asks for "
+                f"{ours!r}: use --set adapter.{name}={theirs}"
+            )
+
+
+def _require_same_weights(adapter: Path, woven: PRWAdapter) -> None:
+    """Experts cannot be extended on other weights, even in a base of the same shape."""
+    stored = read(adapter)
+    distance = drift(stored.fingerprint, woven.weave.fingerprint)
+    if distance > TOLERANCE:
+        raise CheckpointError(
+            f"{adapter} was made for another base: sampled weights of to_k and to_v differ by "
+            f"{distance:.1%}"
+        )
+    stored.check_base(woven.weave.fingerprint)

@@ -1,0 +1,340 @@
+"""The training loop: stage after stage, each unlocking one expert (CoLoGen, section 3).
+
+Shapes: B samples, T target tokens, C packed latent channels.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import prw
+from prw import PRWError
+from prw_flux.adapter import PRWAdapter
+from prw_flux.config import OptimizerConfig, RunConfig
+from prw_flux.curriculum import Stage
+from prw_flux.data.choose import open_data, require_feeds
+from prw_flux.flow import flow_loss, interpolate, resolution_shift, sample_times
+from prw_flux.interrupt import Interrupted, Stop
+from prw_flux.progress import Quiet
+from prw_flux.resume import Position, read_moments, read_position, restore_moments, save_state
+from prw_flux.rundir import RunFolder
+from prw_flux.samples import Batch, Samples, stable_hash
+from prw_flux.session import Session
+from prw_flux.tasks import TASKS, DataSource
+
+StageEnd = Callable[[RunFolder, int], None]
+
+
+class TrainingError(PRWError, RuntimeError):
+    """Training cannot go on; the state before the step that failed is saved."""
+
+
+@dataclass(frozen=True, eq=False)
+class StepLoss:
+    """One forward: the flow matching loss, the veteran gate's, and the routings they came from."""
+
+    flow: Tensor
+    gate: Tensor
+    record: prw.Record
+
+    @property
+    def total(self) -> Tensor:
+        """What is minimised."""
+        return self.flow + self.gate
+
+
+def open_training_data(config: RunConfig, session: Session) -> DataSource:
+    """The run's data source, checked against every stage before anything is trained.
+
+    Raises:
+        ConfigError: there is no such source, or it cannot feed a task.
+    """
+    data = open_data(
+        config.data.source, size=config.size, seed=config.seed, photos=config.data.photos
+    )
+    for task in session.tasks:
+        require_feeds(data, task, frozenset(TASKS))
+    return data
+
+
+def train(
+    run: RunFolder,
+    session: Session,
+    data: DataSource,
+    *,
+    progress: Quiet | None = None,
+    stop: Stop | None = None,
+    on_stage_end: StageEnd | None = None,
+) -> None:
+    """Train the stages of a run that are not finished, from where its state says.
+
+    Args:
+        run: the folder; `session` must hold the adapter of its state.
+        session: base and adapter, from `open_session`.
+        data: from `open_training_data`.
+        progress: told what happens.
+        stop: asked after every step whether to save and leave.
+        on_stage_end: called with the run and the number of each stage that has been finished.
+
+    Raises:
+        Interrupted: `stop` asked for it; the state is saved.
+        TrainingError: a loss or gradient is not finite; the state before it is saved.
+    """
+    position = read_position(run)
+    run.forget_log_after(position.stage, position.step)
+    trainer = Trainer(run, session, data, progress or Quiet(), stop or Stop())
+    for number in range(position.stage, len(run.config.stages)):
+        trainer.run_stage(number, position)
+        position = Position(stage=number + 1)
+        if on_stage_end is not None:
+            on_stage_end(run, number)
+
+
+class Trainer:
+    """One run in memory; see `train`."""
+
+    def __init__(
+        self, run: RunFolder, session: Session, data: DataSource, progress: Quiet, stop: Stop
+    ) -> None:
+        self.run, self.session, self.data = run, session, data
+        self.progress, self.stop = progress, stop
+        self.config = run.config
+        self.adapter = session.adapter
+        self.optimizer: torch.optim.AdamW | None = None
+
+    def run_stage(self, number: int, position: Position) -> None:
+        """Train what is left of a stage, then close it and save."""
+        stage = self.config.stages[number]
+        self.progress.begin(number, len(self.config.stages), stage)
+        samples = self._samples(number, position)
+        if position.step == 0:
+            self._unlock(stage)
+        optimizer = self._optimizer(stage)
+        began = time.perf_counter() - position.seconds
+        for step in range(position.step, stage.steps):
+            loss = self._loss(samples, stage, step)
+            self._descend(optimizer, loss, stage, step, Position(number, step, position.seconds))
+            self.progress.stepped(step + 1)
+            position = Position(number, step + 1, time.perf_counter() - began)
+            if self._is_logged(stage, step):
+                self._log(loss, samples, stage, position)
+            if self.stop.requested:
+                self._leave(position)
+            if (step + 1) % self.config.save_every == 0 and step + 1 < stage.steps:
+                save_state(self.run, self.adapter, optimizer, position)
+        self.adapter.weave.close()
+        self.adapter.save_pretrained(self.run.adapter)
+        save_state(self.run, self.adapter, optimizer, Position(stage=number + 1))
+        facts = {"seconds": round(position.seconds, 2), "rejected": dict(samples.rejected)}
+        self.run.finish_stage(number, facts)
+
+    # Preparation ------------------------------------------------------------------------------
+
+    def _samples(self, number: int, position: Position) -> Samples:
+        stage, config = self.config.stages[number], self.config
+        samples = Samples(
+            self.data,
+            self.session.tasks[number],
+            self.session.pipe,
+            stage=stage.name,
+            seed=config.seed,
+            batch_size=stage.batch_size,
+            count=config.data.samples,
+        )
+
+        def tick(done: int) -> None:
+            if self.stop.requested:
+                self._leave(position)
+            self.progress.encoded(done, config.data.samples or 0)
+
+        samples.prepare(tick)
+        return samples
+
+    def _unlock(self, stage: Stage) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stable_hash(self.config.seed, stage.name, "initialisation"))
+            self.adapter.weave.unlock(stage.name)
+
+    def _optimizer(self, stage: Stage) -> torch.optim.AdamW:
+        """The run's optimizer, holding what learns now; router moments survive the stages."""
+        if self.optimizer is None:
+            self.optimizer = new_optimizer(self.adapter, self.config.optimizer)
+            restore_moments(self.optimizer, self.adapter, read_moments(self.run))
+        else:
+            self.adapter.weave.sync(self.optimizer)
+        return self.optimizer
+
+    # One step ---------------------------------------------------------------------------------
+
+    def _loss(self, samples: Samples, stage: Stage, step: int) -> StepLoss:
+        """Flow matching on the batch of this step, and the veteran gate on its routings.
+
+        Times, noise and dropped captions are drawn on the CPU from a generator of this step alone.
+        """
+        config, device = self.config, self.session.device
+        draw = torch.Generator().manual_seed(stable_hash(config.seed, stage.name, "step", step))
+        dropped = torch.rand(stage.batch_size, generator=draw) < config.caption_dropout
+        batch = samples.batch(step, dropped.tolist())
+        clean = batch.target_BTC
+        shift = config.time_shift or resolution_shift(clean.shape[1])
+        times = sample_times(stage.batch_size, draw, shift=shift)
+        noise = torch.randn(clean.shape, generator=draw)
+        clean, noise, times = clean.to(device), noise.to(device), times.to(device)
+        key = stable_hash(config.seed, stage.name, "router", step)
+        with self._arithmetic(), self.adapter.weave.record(key=key) as record:
+            noisy = interpolate(clean, noise, times)
+            velocity = self._forward(batch, noisy, times, samples, record)
+        flow = flow_loss(velocity, clean, noise)
+        return StepLoss(flow, prw.veteran_gate_loss(record, stage.density, stage.weight), record)
+
+    def _forward(
+        self, batch: Batch, noisy: Tensor, times: Tensor, samples: Samples, call: prw.Call
+    ) -> Tensor:
+        device = self.session.device
+        guidance = torch.full((noisy.shape[0],), self.config.guidance, device=device)
+        velocity: Tensor = self.session.passes(
+            noisy,
+            batch.target_ids_T3.to(device),
+            batch.text_BLE.to(device),
+            batch.pooled_BP.to(device),
+            times,
+            batch.source_BSC.to(device),
+            batch.source_ids_S3.to(device),
+            self._source_pooled(samples),
+            guidance,
+            call,
+        )
+        return velocity
+
+    def _source_pooled(self, samples: Samples) -> Tensor | None:
+        """[1, P] what modulates the source; None for the pooled caption."""
+        kind = self.config.adapter.source_pooled
+        if kind == "prompt":
+            return None
+        text = samples.task.sentence if kind == "task" else ""
+        return samples.texts.gather(samples.texts.rows([text]))[1].to(self.session.device)
+
+    def _descend(
+        self,
+        optimizer: torch.optim.AdamW,
+        loss: StepLoss,
+        stage: Stage,
+        step: int,
+        before: Position,
+    ) -> None:
+        with self._arithmetic():
+            loss.total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(
+            list(self.adapter.weave.parameters()), self.config.optimizer.clip
+        )
+        if not torch.isfinite(loss.total.detach() + norm):
+            save_state(self.run, self.adapter, optimizer, before)
+            what = "loss" if not torch.isfinite(loss.total) else "gradient"
+            raise TrainingError(
+                f"the {what} of stage {stage.name!r} is not finite at step {step + 1}; the state "
+                f"before it is kept in {self.run.state}: try a lower stages.{stage.name}.lr"
+            )
+        rate = learning_rate(self.config.optimizer, stage, step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """The precision of the run; on a CPU, attention as plain products.
+
+        At these sizes the backward of torch's fused CPU attention is the slowest part of a step:
+        written out, forward and backward together take a third less time.
+        """
+        with ExitStack() as stack:
+            device = self.session.device.type
+            if device == "cpu":
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if self.config.precision == "bf16":
+                stack.enter_context(torch.autocast(device, torch.bfloat16))
+            yield
+
+    # Between steps ----------------------------------------------------------------------------
+
+    def _is_logged(self, stage: Stage, step: int) -> bool:
+        return step == 0 or (step + 1) % self.config.log_every == 0 or step + 1 == stage.steps
+
+    def _log(self, loss: StepLoss, samples: Samples, stage: Stage, position: Position) -> None:
+        line: dict[str, Any] = {
+            "stage": stage.name,
+            "task": samples.task.name,
+            "step": position.step,
+            "loss": float(loss.flow.detach()),
+            "gate_loss": float(loss.gate.detach()),
+            "usage_noisy": loss.record.usage(),
+            "usage_deterministic": self._quiet_usage(samples, stage, position.step - 1),
+            "lr": learning_rate(self.config.optimizer, stage, position.step - 1),
+            "seconds": round(position.seconds, 3),
+            "memory_mib": memory_mib(),
+        }
+        self.run.log(line)
+        self.progress.logged(line)
+
+    @torch.no_grad()
+    def _quiet_usage(self, samples: Samples, stage: Stage, step: int) -> float:
+        """Usage of the same batch without router noise, as generation routes."""
+        batch = samples.batch(step)
+        noisy = batch.target_BTC.to(self.session.device)
+        times = torch.full((stage.batch_size,), 0.5, device=self.session.device)
+        with self._arithmetic(), prw.Record() as record:
+            self._forward(batch, noisy, times, samples, record)
+        return record.usage()
+
+    def _leave(self, position: Position) -> None:
+        """Save and raise; a stage that has not begun is left as the stage before it ended."""
+        assert self.stop.number is not None
+        if position.step:
+            save_state(self.run, self.adapter, self.optimizer, position)
+        stage = self.config.stages[position.stage].name
+        raise Interrupted(
+            self.stop.number,
+            f"stopped after step {position.step} of stage {stage!r}; continue with "
+            f"prw-flux train --resume {self.run.path}",
+        )
+
+
+def new_optimizer(adapter: PRWAdapter, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over what learns now, experts and routers in groups of their own."""
+    kinds: dict[str, list[torch.nn.Parameter]] = {"experts": [], "router": []}
+    for pool in adapter.weave.pools.values():
+        for name, parameter in pool.learners():
+            kinds[name.split(".")[0]].append(parameter)
+    groups = [
+        {"params": kinds["experts"], "weight_decay": config.weight_decay, "factor": 1.0},
+        {"params": kinds["router"], "weight_decay": 0.0, "factor": config.router_lr},
+    ]
+    beta1, beta2 = config.betas
+    return torch.optim.AdamW(groups, lr=1e-4, betas=(beta1, beta2), eps=config.eps, fused=True)
+
+
+def learning_rate(config: OptimizerConfig, stage: Stage, step: int) -> float:
+    """Linear warm-up, then constant, or half a cosine down to a twentieth."""
+    if step < config.warmup:
+        return stage.lr * (step + 1) / config.warmup
+    if config.decay == "constant":
+        return stage.lr
+    done = (step - config.warmup) / max(1, stage.steps - config.warmup)
+    return stage.lr * (0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * done)))
+
+
+def memory_mib() -> int:
+    """Largest memory so far: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
