@@ -1,4 +1,4 @@
-"""Progressive Representation Weaving: routed LoRA experts that grow, stage by stage, in any model."""
+"""Progressive Representation Weaving: routed LoRA experts that grow stage by stage in any model."""
 
 from prw.call import Call, Record
 from prw.config import Config

@@ -56,6 +56,11 @@ class Expert(nn.Module):
         index = self.order[projection]
         return self.A[index], self.B[index]
 
+    def frozen_pair(self, projection: str) -> tuple[Tensor, Tensor]:
+        """The same pair, out of autograd's reach."""
+        A_RD, B_OR = self.pair(projection)
+        return A_RD.detach(), B_OR.detach()
+
     def put(self, projection: str, A_RD: Tensor, B_OR: Tensor, alpha: float) -> None:
         """Replace the pair of one projection, in the given dtype; the rank is that of the pair."""
         index = self.order[projection]
@@ -81,15 +86,12 @@ def factors(
 
     So no gradient can reach a veteran, whatever its ``requires_grad`` was set to since.
     """
-    table = [[expert.pair(p) for expert in experts] for p in projections]
-    A, B = (
-        [
-            [
-                pair[side] if live else pair[side].detach()
-                for pair, live in zip(row, learns, strict=True)
-            ]
-            for row in table
+    given = Factors([], [], [expert.scaling for expert in experts])
+    for projection in projections:
+        pairs = [
+            expert.pair(projection) if live else expert.frozen_pair(projection)
+            for expert, live in zip(experts, learns, strict=True)
         ]
-        for side in (0, 1)
-    )
-    return Factors(A, B, [expert.scaling for expert in experts])
+        given.A.append([A_RD for A_RD, _ in pairs])
+        given.B.append([B_OR for _, B_OR in pairs])
+    return given

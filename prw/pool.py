@@ -199,8 +199,8 @@ class Pool(nn.Module):
         forced = view.forced is not None
         indices = [view.forced] if view.forced is not None else list(range(view.count))
         experts = [self.expert(index) for index in indices]
-        learns = [index in self.learning.experts for index in indices]
-        given = factors(experts, learns, list(outputs))
+        learning = self.learning.experts
+        given = factors(experts, [index in learning for index in indices], list(outputs))
         results = routed_lora(
             list(outputs.values()),
             x,

@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from prw_kernels import routed_lora
 from torch import Tensor
+
+from prw_kernels import routed_lora
 
 # Sums of at most a few hundred products in fp64, in two orders: far below 1e-11.
 EXACT = {"rtol": 1e-11, "atol": 1e-11}

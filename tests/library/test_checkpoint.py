@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import prw
 import pytest
 import safetensors.torch
 import torch
-from prw import atomic, checkpoint
 from torch import Tensor, nn
+
+import prw
+from prw import atomic, checkpoint
 
 X = torch.linspace(-2, 2, 3 * 5 * 8).sin().reshape(3, 5, 8)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import prw
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+import prw
 
 configs = st.builds(
     prw.Config,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import prw
 import pytest
 import torch
-from prw.linear import RoutedLinear
 from torch import Tensor, nn
+
+import prw
+from prw.linear import RoutedLinear
 
 
 class Attention(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from prw import Config, StageError
 from prw.ledger import Ledger, Stage
 from prw.schedule import Learning, schedule

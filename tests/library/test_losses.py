@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import prw
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from prw.noise import gaussian_noise, group_id
 from torch import Tensor
+
+import prw
+from prw.noise import gaussian_noise, group_id
 
 WIDTH = 6
 NAMES = ("a", "b", "c")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import prw
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+
+import prw
 
 WIDTH, SIZES = 8, {"k": 6, "v": 8}
 
@@ -109,11 +110,11 @@ def test_noise_needs_training_mode_and_a_noisy_call(granularity: str) -> None:
     pool, _ = build(3, granularity=granularity)
     x = torch.randn(4, 6, WIDTH)
     quiet = pool.route(x).probs
-    noisy = prw.Call(key=1, noisy=True)
+    noisy, other = prw.Call(key=1, noisy=True), prw.Call(key=2, noisy=True)
     assert torch.equal(pool.route(x, prw.Call(key=1)).probs, quiet)
     assert torch.equal(pool.route(x, noisy).probs, pool.route(x, noisy).probs)
     assert not torch.equal(pool.route(x, noisy).probs, quiet)
-    assert not torch.equal(pool.route(x, prw.Call(key=2, noisy=True)).probs, pool.route(x, noisy).probs)
+    assert not torch.equal(pool.route(x, other).probs, pool.route(x, noisy).probs)
     pool.eval()
     assert torch.equal(pool.route(x, noisy).probs, quiet)
 

@@ -6,11 +6,12 @@ import copy
 import itertools
 from typing import Any
 
-import prw
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+import prw
 
 
 class Block(nn.Module):

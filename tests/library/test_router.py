@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from prw.router import BLOCK, Router, column_product, noisy_top1, router_input
 from torch import Tensor
+
+from prw.router import BLOCK, Router, column_product, noisy_top1, router_input
 
 # Hypothesis chooses counts and a seed; the numbers themselves are drawn from that seed.
 seeds = st.integers(0, 2**32 - 1)
@@ -105,7 +106,8 @@ def test_arithmetic_is_at_least_fp32(dtype: torch.dtype) -> None:
 
 def test_no_tokens_give_no_nan() -> None:
     assert router_input(torch.zeros(0, WIDTH), "token", None).shape == (0, WIDTH)
-    assert torch.equal(router_input(torch.zeros(2, 0, WIDTH), "sample", None), torch.zeros(2, WIDTH))
+    pooled = router_input(torch.zeros(2, 0, WIDTH), "sample", None)
+    assert torch.equal(pooled, torch.zeros(2, WIDTH))
 
 
 @given(seeds, st.integers(1, 6))

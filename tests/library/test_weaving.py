@@ -7,12 +7,13 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
-import prw
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+
+import prw
 
 
 class Net(nn.Module):
