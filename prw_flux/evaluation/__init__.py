@@ -1,0 +1,31 @@
+"""Exact evaluation on held-out ShapeWeave scenes: metrics, baselines, intervals, forgetting."""
+
+from prw_flux.evaluation.arms import ARMS
+from prw_flux.evaluation.generate import Sampling, generate
+from prw_flux.evaluation.routing import count_experts
+from prw_flux.evaluation.runner import Settings, evaluate_run, evaluate_stage
+from prw_flux.evaluation.samples import EvaluationSample, draw_samples
+from prw_flux.evaluation.shapes import METRICS, score, unusable
+from prw_flux.evaluation.statistics import Interval, bootstrap, paired_bootstrap
+from prw_flux.evaluation.tables import beats, markdown, rich_table
+
+__all__ = [
+    "ARMS",
+    "METRICS",
+    "EvaluationSample",
+    "Interval",
+    "Sampling",
+    "Settings",
+    "beats",
+    "bootstrap",
+    "count_experts",
+    "draw_samples",
+    "evaluate_run",
+    "evaluate_stage",
+    "generate",
+    "markdown",
+    "paired_bootstrap",
+    "rich_table",
+    "score",
+    "unusable",
+]

@@ -1,0 +1,114 @@
+"""The arms of the comparison: what the trained adapter has to beat, and what bounds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final, final
+
+import cv2
+import numpy as np
+import torch
+
+from prw_flux.adapter import PRWAdapter
+from prw_flux.encode import decode_latents, encode_image, to_pixels
+from prw_flux.evaluation.generate import Sampling, Tick, generate
+from prw_flux.evaluation.samples import EvaluationSample
+from prw_flux.pipeline import CoLoGenPipeline
+from prw_flux.tasks.base import Image
+
+Make = Callable[[CoLoGenPipeline, Sequence[EvaluationSample], Sampling, Tick], list[Image]]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A way to answer samples.
+
+    Args:
+        label: for tables.
+        baseline: whether the trained adapter is compared with it.
+        make: one picture per sample.
+    """
+
+    label: str
+    baseline: bool
+    make: Make
+
+
+def _trained(
+    pipe: CoLoGenPipeline, samples: Sequence[EvaluationSample], sampling: Sampling, tick: Tick
+) -> list[Image]:
+    return generate(pipe, samples, sampling, tick=tick)
+
+
+def _text_only(
+    pipe: CoLoGenPipeline, samples: Sequence[EvaluationSample], sampling: Sampling, tick: Tick
+) -> list[Image]:
+    return generate(pipe, samples, sampling, with_source=False, tick=tick)
+
+
+def _zero_delta(
+    pipe: CoLoGenPipeline, samples: Sequence[EvaluationSample], sampling: Sampling, tick: Tick
+) -> list[Image]:
+    fresh = CoLoGenPipeline.from_pipe(pipe, prw=untrained(pipe))
+    return generate(fresh, samples, sampling, tick=tick)
+
+
+def untrained(pipe: CoLoGenPipeline) -> PRWAdapter:
+    """An adapter with the configuration of the pipeline's and one fresh expert, whose B is zero.
+
+    The pipeline's own adapter takes its place again at its next call with a source.
+
+    Raises:
+        ValueError: the pipeline has no adapter.
+    """
+    if pipe.prw is None:
+        raise ValueError("the pipeline has no adapter to make a fresh copy of")
+    fresh = PRWAdapter.from_config(pipe.prw.config).to(pipe.prw.device)
+    fresh.weave.fingerprint = dict(pipe.prw.weave.fingerprint)
+    fresh.weave.unlock("fresh")
+    fresh.weave.close()
+    adapter: PRWAdapter = fresh.eval()
+    return adapter
+
+
+def _copy(
+    pipe: CoLoGenPipeline, samples: Sequence[EvaluationSample], sampling: Sampling, tick: Tick
+) -> list[Image]:
+    return [resized(s.triple.source, s.triple.target.shape[0]) for s in samples]
+
+
+def resized(image: Image, side: int) -> Image:
+    """The picture, resampled to a square of `side` pixels if it is not one already."""
+    if image.shape[:2] == (side, side):
+        return image
+    return np.asarray(cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA), np.uint8)
+
+
+@torch.inference_mode()
+def _ceiling(
+    pipe: CoLoGenPipeline, samples: Sequence[EvaluationSample], sampling: Sampling, tick: Tick
+) -> list[Image]:
+    outputs: list[Image] = []
+    for sample in samples:
+        pixels = to_pixels(sample.triple.target)
+        decoded = decode_latents(pipe.vae, encode_image(pipe.vae, pixels))
+        levels = (decoded[0].float().cpu() * 127.5 + 127.5).round().byte()
+        outputs.append(np.ascontiguousarray(levels.permute(1, 2, 0).numpy()))
+    return outputs
+
+
+ARMS: Final[Mapping[str, Arm]] = MappingProxyType(
+    {
+        "prw": Arm(label="PRW", baseline=False, make=_trained),
+        "text": Arm(label="text only", baseline=True, make=_text_only),
+        "zero": Arm(label="zero-delta experts", baseline=True, make=_zero_delta),
+        "copy": Arm(label="copy of the source", baseline=True, make=_copy),
+        "ceiling": Arm(label="true target through the autoencoder", baseline=False, make=_ceiling),
+    }
+)
+"""`prw` is the trained adapter with free routing, `text` the base without the source, `zero` the
+source attached with untrained experts, `copy` the source unchanged, `ceiling` what the autoencoder
+leaves of the true target: no arm that generates can be expected to score above it."""

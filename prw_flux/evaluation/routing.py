@@ -1,0 +1,105 @@
+"""Where each task is routed: how often every block chooses every expert.
+
+Shapes: B samples, S source tokens, C packed latent channels, P pooled width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import prw
+from prw_flux.adapter import PRWAdapter
+from prw_flux.attach import attach
+from prw_flux.encode import (
+    encode_image,
+    encode_pooled,
+    pack,
+    position_ids,
+    source_offset,
+    to_pixels,
+)
+from prw_flux.evaluation.samples import EvaluationSample
+from prw_flux.passes import source_pass
+from prw_flux.pipeline import CoLoGenPipeline
+
+VERSION: Final = 1
+TIMES: Final = (1.0, 0.75, 0.5, 0.25)
+"""Where the routing is looked at when the source follows the current timestep."""
+
+
+def count_experts(
+    pipe: CoLoGenPipeline,
+    samples: Mapping[str, Sequence[EvaluationSample]],
+    *,
+    batch_size: int = 32,
+) -> dict[str, Any]:
+    """Which expert each block chooses for the sources of each task, without router noise.
+
+    Under source_timestep "zero" the routing is the same in every denoising step; under "current" it
+    is counted at four times.
+
+    Returns:
+        {"version", "groups": names of the blocks, "stages": names of the experts, "tasks": {task:
+        {"n": rows routed per block, "counts": [block][expert], "gate": [block] mean gate}}}
+    """
+    adapter: PRWAdapter = pipe.prw
+    attach(pipe.transformer, adapter)
+    groups = list(adapter.weave.pools)
+    stages = [stage.name for stage in adapter.weave.stages]
+    tasks = {}
+    for task, chosen in samples.items():
+        record = prw.Record()
+        with record, torch.inference_mode():
+            for start in range(0, len(chosen), batch_size):
+                _observe(pipe, chosen[start : start + batch_size], record)
+        if chosen:
+            tasks[task] = _counts(record, groups, len(stages))
+    return {"version": VERSION, "groups": groups, "stages": stages, "tasks": tasks}
+
+
+def _observe(
+    pipe: CoLoGenPipeline, samples: Sequence[EvaluationSample], record: prw.Record
+) -> None:
+    """Source passes of one batch of one task and one size, seen by `record`."""
+    adapter: PRWAdapter = pipe.prw
+    spec = adapter.task(samples[0].task)
+    device = pipe.transformer.device
+    latents = encode_image(pipe.vae, to_pixels(np.stack([s.triple.source for s in samples])))
+    rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
+    tokens_BSC = pack(latents).to(device=device, dtype=pipe.transformer.dtype)
+    ids_S3 = position_ids(rows, columns, offset=source_offset(spec.aligned, columns), device=device)
+    pooled_BP = _pooled(pipe, adapter, spec.sentence, samples).to(tokens_BSC)
+    zero = adapter.config.source_timestep == "zero"
+    for time in (0.0,) if zero else TIMES:
+        timestep_B = tokens_BSC.new_full((len(samples),), time)
+        source_pass(pipe.transformer, tokens_BSC, ids_S3, pooled_BP, timestep_B, None, record)
+
+
+def _pooled(
+    pipe: CoLoGenPipeline,
+    adapter: PRWAdapter,
+    sentence: str,
+    samples: Sequence[EvaluationSample],
+) -> Tensor:
+    texts = {
+        "task": [sentence],
+        "empty": [""],
+        "prompt": [sample.triple.text for sample in samples],
+    }[adapter.config.source_pooled]
+    return encode_pooled(texts, tokenizer=pipe.tokenizer, text_encoder=pipe.text_encoder)
+
+
+def _counts(record: prw.Record, groups: Sequence[str], experts: int) -> dict[str, Any]:
+    found = record.by_group()
+    counts, gates, rows = [], [], 0
+    for group in groups:
+        chosen = found[group]["expert"].cpu().numpy()
+        rows = int(chosen.size)
+        counts.append(np.bincount(chosen, minlength=experts).tolist())
+        gates.append(round(float(found[group]["gate"].float().mean()), 4))
+    return {"n": rows, "counts": counts, "gate": gates}

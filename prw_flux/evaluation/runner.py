@@ -1,0 +1,306 @@
+"""The evaluation of a run: the comparison with the baselines, and what later stages forgot.
+
+Everything is computed after training: `at_stage` gives back, bit for bit, the model as it was at
+the end of every stage, so nothing has to be measured while the run is going.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeAlias, final
+
+from prw_flux.evaluation.arms import ARMS
+from prw_flux.evaluation.generate import Sampling, Tick, generate
+from prw_flux.evaluation.routing import count_experts
+from prw_flux.evaluation.samples import Draw, EvaluationSample, draw_samples
+from prw_flux.evaluation.shapes import METRICS, means, score, unusable
+from prw_flux.evaluation.sheets import photo_samples, write_sheets
+from prw_flux.evaluation.statistics import bootstrap, paired_bootstrap
+from prw_flux.pipeline import CoLoGenPipeline
+from prw_flux.rundir import RunFolder, write_atomically
+from prw_flux.shapeweave.source import ShapeWeave
+from prw_flux.tasks import DataSource, Image, load_task
+
+VERSION: Final = 1
+FILE: Final = "evaluation.json"
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Told (what, pictures done, pictures in all) after every batch; may raise to stop."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is measured, and how.
+
+    Args:
+        n: held-out samples per task of the comparison.
+        history: samples per task and stage of the forgetting matrix, at most n; 0 leaves it out.
+        shown: samples per task in the report's grids.
+        photos: real photos per task in the grids; 0 leaves them out.
+        seed: of the held-out scenes, their tasks and the starting noise.
+        arms: names from `ARMS`.
+        sampling: how pictures are generated.
+
+    Raises:
+        ValueError: a value that cannot work.
+    """
+
+    n: int = 128
+    history: int = 64
+    shown: int = 8
+    photos: int = 3
+    seed: int = 0
+    arms: tuple[str, ...] = tuple(ARMS)
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or not 0 <= self.history <= self.n or min(self.shown, self.photos) < 0:
+            raise ValueError(
+                f"n must be at least 1, history between 0 and n, shown and photos at least 0; got "
+                f"{self.n}, {self.history}, {self.shown}, {self.photos}"
+            )
+        unknown = [arm for arm in self.arms if arm not in ARMS]
+        if unknown or "prw" not in self.arms:
+            raise ValueError(f"arms {unknown} are unknown, or prw is left out; known: {list(ARMS)}")
+
+    @classmethod
+    def quick(cls, n: int = 32, steps: int = 12) -> Settings:
+        """For the end of a demo: small n, few steps, bf16; about a minute on two CPU cores."""
+        sampling = Sampling(steps=steps, precision="bf16")
+        return cls(n=n, history=min(n, 16), shown=min(n, 6), photos=3, sampling=sampling)
+
+
+def evaluate_run(
+    run: str | Path,
+    settings: Settings | None = None,
+    *,
+    pipe: CoLoGenPipeline | None = None,
+    source: DataSource | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """Measure a run and write evaluation.json, routing.json and samples/ into it.
+
+    Args:
+        run: the run folder; the stages that are finished are evaluated.
+        settings: None takes the defaults, at the run's precision.
+        pipe: the run's pipeline, where it is loaded already.
+        source: held-out examples; None takes ShapeWeave's at the run's size.
+        progress: for a progress bar.
+
+    Returns:
+        What evaluation.json holds (docs: Results): "tasks" with means, intervals and paired
+        differences of every arm, and "forgetting".
+
+    Raises:
+        RunError: the folder is not a run.
+        ValueError: no stage is finished, or no finished stage has a task with an exact metric.
+    """
+    started = time.perf_counter()
+    folder = RunFolder.open(run)
+    settings = settings or Settings(sampling=Sampling(precision=folder.config.precision))
+    stages = finished_stages(folder)
+    if pipe is None:
+        pipe = CoLoGenPipeline.from_pretrained(folder.path)
+    if source is None:
+        source = ShapeWeave(size=folder.config.size, seed=settings.seed, split="heldout")
+    tasks = [t for t in dict.fromkeys(stages.values()) if t in METRICS and t in source.tasks()]
+    if not tasks:
+        raise ValueError(f"no task of {folder.path} has an exact metric: {list(stages.values())}")
+    bench = _Bench(pipe, settings, _draw(source, tasks, settings), progress)
+    result = {
+        "version": VERSION,
+        "source": source.name,
+        "size": folder.config.size,
+        "settings": asdict(settings),
+        "tasks": {task: bench.compare(task) for task in tasks},
+        "forgetting": bench.history(stages) if settings.history else None,
+    }
+    write_json(folder.path / "routing.json", bench.routing())
+    shown = {task: bench.shown(task) for task in tasks}
+    photos = photo_samples(folder, tasks, settings.photos, settings.seed)
+    outputs = bench.generate("photos", [s for part in photos.values() for s in part])
+    write_sheets(folder.path / "samples", shown, photos, outputs)
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    write_json(folder.path / FILE, result)
+    return result
+
+
+def evaluate_stage(
+    run: str | Path,
+    stage: str,
+    settings: Settings | None = None,
+    *,
+    pipe: CoLoGenPipeline | None = None,
+    source: DataSource | None = None,
+) -> dict[str, Any]:
+    """The metric of every task seen until `stage`, by the model as it was at that stage's end.
+
+    Returns:
+        {"stage", "n", "tasks": {task: {"mean", "low", "high", "n"}}}
+
+    Raises:
+        ValueError: there is no such finished stage.
+    """
+    folder = RunFolder.open(run)
+    settings = settings or Settings(sampling=Sampling(precision=folder.config.precision))
+    stages = finished_stages(folder)
+    if stage not in stages:
+        raise ValueError(f"{stage!r} is no finished stage of {folder.path}: {', '.join(stages)}")
+    if pipe is None:
+        pipe = CoLoGenPipeline.from_pretrained(folder.path)
+    if source is None:
+        source = ShapeWeave(size=folder.config.size, seed=settings.seed, split="heldout")
+    seen = list(stages.values())[: list(stages).index(stage) + 1]
+    tasks = [t for t in dict.fromkeys(seen) if t in METRICS and t in source.tasks()]
+    bench = _Bench(pipe, settings, _draw(source, tasks, settings), lambda *told: None)
+    rows = {t: bootstrap(bench.at(t, f"stage:{stage}", settings.n)).to_json() for t in tasks}
+    return {"stage": stage, "n": settings.n, "tasks": rows}
+
+
+def finished_stages(folder: RunFolder) -> dict[str, str]:
+    """Stage name -> task name, of the finished stages, oldest first.
+
+    Raises:
+        ValueError: there is none.
+    """
+    stages = {
+        stage.name: load_task(stage.task).name for stage in folder.config.stages[: folder.done]
+    }
+    if not stages:
+        raise ValueError(f"{folder.path} has no finished stage yet: there is nothing to evaluate")
+    return stages
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Replace a JSON file in one step."""
+    write_atomically(path, json.dumps(value, indent=1) + "\n")
+
+
+def _draw(source: DataSource, tasks: Sequence[str], settings: Settings) -> dict[str, Draw]:
+    draws = {
+        task: draw_samples(source, load_task(task), settings.n, settings.seed, unusable)
+        for task in tasks
+    }
+    short = [task for task, draw in draws.items() if not draw.samples]
+    if short:
+        raise ValueError(f"{source.name} gives no sample that can be scored for {short}")
+    return draws
+
+
+class _Bench:
+    """Generates and scores, each (task, arm or route) once."""
+
+    def __init__(
+        self,
+        pipe: CoLoGenPipeline,
+        settings: Settings,
+        draws: Mapping[str, Draw],
+        progress: Progress,
+    ) -> None:
+        self.pipe, self.settings, self.draws, self.progress = pipe, settings, draws, progress
+        self._scores: dict[tuple[str, str], list[dict[str, float]]] = {}
+        self._pictures: dict[str, list[Image]] = {}
+
+    def compare(self, task: str) -> dict[str, Any]:
+        """Means and intervals of every arm on one task, and the paired differences to PRW."""
+        draw, metric = self.draws[task], METRICS[task]
+        arms: dict[str, Any] = {}
+        for name in self.settings.arms:
+            rows = self._arm(task, name)
+            headline = [row["headline"] for row in rows]
+            arms[name] = {
+                "label": ARMS[name].label,
+                "headline": bootstrap(headline).to_json(),
+                "parts": {k: v for k, v in means(rows).items() if k != "headline"},
+            }
+        ours = [row["headline"] for row in self._arm(task, "prw")]
+        differences = {
+            name: paired_bootstrap(ours, [r["headline"] for r in self._arm(task, name)]).to_json()
+            for name in self.settings.arms
+            if ARMS[name].baseline
+        }
+        return {
+            "n": len(draw.samples),
+            "rejected": draw.rejected,
+            "headline": metric.headline,
+            "parts": dict(metric.parts),
+            "arms": arms,
+            "differences": differences,
+        }
+
+    def _arm(self, task: str, name: str) -> list[dict[str, float]]:
+        if (task, name) not in self._scores:
+            samples = self.draws[task].samples
+            tick = self._tick(f"{task}: {ARMS[name].label}", len(samples))
+            pictures = ARMS[name].make(self.pipe, samples, self.settings.sampling, tick)
+            rows = [score(s, image) for s, image in zip(samples, pictures, strict=True)]
+            self._scores[task, name] = rows
+            if name == "prw":
+                self._pictures[task] = pictures[: self.settings.shown]
+        return self._scores[task, name]
+
+    def history(self, stages: Mapping[str, str]) -> dict[str, Any]:
+        """The forgetting matrix: the headline of each task seen so far, after each stage.
+
+        "router" has the router as it was at the end of the row's stage; its last row is the
+        trained adapter. "at_stage" pins each task to the end of the last stage that trained it:
+        by construction a later stage cannot change that model, so a column repeats its first value.
+        """
+        count, names = self.settings.history, list(stages)
+        tasks = [t for t in dict.fromkeys(stages.values()) if t in self.draws]
+        router: list[list[float | None]] = []
+        pinned: list[list[float | None]] = []
+        for row, stage in enumerate(names):
+            own = {stages[s]: s for s in names[: row + 1]}
+            last = row == len(names) - 1
+            router.append([self._cell(t, "free" if last else f"stage:{stage}", count)
+                           if t in own else None for t in tasks])  # fmt: skip
+            pinned.append([self._cell(t, "free" if own[t] == names[-1] else f"stage:{own[t]}",
+                                      count) if t in own else None for t in tasks])  # fmt: skip
+        return {"n": count, "stages": names, "tasks": tasks, "router": router, "at_stage": pinned}
+
+    def _cell(self, task: str, route: str, count: int) -> float:
+        values = self.at(task, route, count)
+        return sum(values) / len(values)
+
+    def at(self, task: str, route: str, count: int) -> list[float]:
+        """Headlines of the first `count` samples of a task under a route."""
+        if route == "free":
+            rows = self._arm(task, "prw")[:count]
+        elif (task, route) in self._scores:
+            rows = self._scores[task, route]
+        else:
+            samples = self.draws[task].samples[:count]
+            pictures = self.generate(f"{task} at {route}", samples, route)
+            rows = [score(s, image) for s, image in zip(samples, pictures, strict=True)]
+            self._scores[task, route] = rows
+        return [row["headline"] for row in rows]
+
+    def generate(
+        self, what: str, samples: Sequence[EvaluationSample], route: str = "free"
+    ) -> list[Image]:
+        """Pictures of the trained adapter."""
+        tick = self._tick(what, len(samples))
+        return generate(self.pipe, samples, self.settings.sampling, route=route, tick=tick)
+
+    def routing(self) -> dict[str, Any]:
+        """Chosen experts on the samples of the comparison."""
+        samples = {task: draw.samples for task, draw in self.draws.items()}
+        return count_experts(self.pipe, samples, batch_size=self.settings.sampling.batch_size)
+
+    def shown(self, task: str) -> list[tuple[EvaluationSample, Image, float]]:
+        """Samples for the grid: what was asked, what came out, its headline."""
+        rows = self._arm(task, "prw")
+        return [
+            (sample, image, row["headline"])
+            for sample, image, row in zip(
+                self.draws[task].samples, self._pictures[task], rows, strict=False
+            )
+        ]
+
+    def _tick(self, what: str, total: int) -> Tick:
+        return lambda done: self.progress(what, done, total)

@@ -1,0 +1,101 @@
+"""The comparison as a table: for a terminal and for the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from prw_flux.evaluation.arms import ARMS
+
+
+def rich_table(evaluation: Mapping[str, Any]) -> Table:
+    """The headline of every arm per task, and the margin to the best baseline."""
+    names = arm_names(evaluation)
+    table = Table(title=caption(evaluation), title_justify="left", title_style="dim")
+    table.add_column("task")
+    table.add_column("metric", style="dim")
+    for name in names:
+        table.add_column(column(name), justify="right", style="bold" if name == "prw" else "")
+    table.add_column("margin [95 %]", justify="right")
+    table.add_column("n", justify="right")
+    for task, row in evaluation["tasks"].items():
+        cells = [value(row, name) for name in names]
+        margin = Text(margin_text(row), style="green" if beats(row) else "red")
+        table.add_row(task, row["headline"], *cells, margin, str(row["n"]))
+    return table
+
+
+def markdown(evaluation: Mapping[str, Any]) -> str:
+    """The same table in Markdown, then the parts of every metric."""
+    names = arm_names(evaluation)
+    titles = [column(name) for name in names]
+    lines = [
+        f"{caption(evaluation)}.",
+        "",
+        f"| task | metric | {' | '.join(titles)} | margin [95 %] | n |",
+        f"|---|---|{'---:|' * (len(names) + 2)}",
+    ]
+    for task, row in evaluation["tasks"].items():
+        cells = " | ".join(value(row, name) for name in names)
+        lines.append(f"| {task} | {row['headline']} | {cells} | {margin_text(row)} | {row['n']} |")
+    lines += ["", f"| task | part | {' | '.join(titles)} |", f"|---|---|{'---:|' * len(names)}"]
+    for task, row in evaluation["tasks"].items():
+        for part, meaning in row["parts"].items():
+            cells = " | ".join(part_text(row, name, part) for name in names)
+            lines.append(f"| {task} | {part}: {meaning} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def caption(evaluation: Mapping[str, Any]) -> str:
+    """What was measured, in one line."""
+    settings = evaluation["settings"]
+    return (
+        f"held-out {evaluation['source']} at {evaluation['size']} px, "
+        f"{settings['sampling']['steps']} steps, {settings['sampling']['precision']}, "
+        f"seed {settings['seed']}"
+    )
+
+
+def arm_names(evaluation: Mapping[str, Any]) -> list[str]:
+    """The arms that were measured, in the order of `ARMS`."""
+    found = {name for row in evaluation["tasks"].values() for name in row["arms"]}
+    return [name for name in ARMS if name in found]
+
+
+def column(name: str) -> str:
+    """A short heading for an arm."""
+    return {"prw": "PRW", "text": "text only", "zero": "zero-delta"}.get(name, name)
+
+
+def value(row: Mapping[str, Any], name: str) -> str:
+    """The mean headline of an arm."""
+    arm = row["arms"].get(name)
+    return "" if arm is None else f"{arm['headline']['mean']:.2f}"
+
+
+def part_text(row: Mapping[str, Any], name: str, part: str) -> str:
+    """The mean of a part of the metric; nothing where it was not measured."""
+    found = row["arms"].get(name, {"parts": {}})["parts"].get(part)
+    return "" if found is None else f"{found:.2f}"
+
+
+def margin(row: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The paired difference to the strongest baseline: the smallest of the means."""
+    differences = row["differences"].values()
+    return min(differences, key=lambda d: float(d["mean"])) if differences else None
+
+
+def margin_text(row: Mapping[str, Any]) -> str:
+    """+0.25 [+0.18, +0.31]."""
+    least = margin(row)
+    if least is None:
+        return ""
+    return f"{least['mean']:+.2f} [{least['low']:+.2f}, {least['high']:+.2f}]"
+
+
+def beats(row: Mapping[str, Any], least: float = 0.10) -> bool:
+    """Whether PRW is ahead of every baseline by `least` in the mean, and surely ahead at all."""
+    return all(d["mean"] >= least and d["low"] > 0 for d in row["differences"].values())

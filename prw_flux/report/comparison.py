@@ -1,0 +1,101 @@
+"""The trained adapter against its baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any, Final
+
+from prw_flux.report.charts import Dot, dot_plot, marker
+from prw_flux.report.facts import Facts
+from prw_flux.report.layout import section, title_of
+
+ARMS: Final = ("prw", "text", "zero", "copy", "ceiling")
+SHORT: Final = {"prw": "PRW", "text": "text only", "zero": "zero-delta"}
+
+
+def comparison(facts: Facts) -> str:
+    """The trained adapter against the baselines, task by task."""
+    if not facts.evaluation:
+        return ""
+    tasks: Mapping[str, Any] = facts.evaluation["tasks"]
+    names = [a for a in ARMS if any(a in task["arms"] for task in tasks.values())]
+    first = next(iter(tasks.values()))["arms"]
+    keys = "".join(
+        f"<span>{marker(a)}{escape(first[a]['label'])}</span>" for a in names if a in first
+    )
+    head = "".join(f'<th class="num">{SHORT.get(a, a)}</th>' for a in names)
+    rows = "".join(_comparison_row(task, row, names) for task, row in tasks.items())
+    settings = facts.evaluation["settings"]
+    steps = settings["sampling"]["steps"]
+    return section(
+        "Comparison",
+        "comparison",
+        f"Every arm answers the same held-out {escape(str(facts.evaluation['source']))} samples "
+        f"from the same noise, in {steps} steps. All values lie between 0 and 1, higher is better. "
+        "The margin is the mean paired difference to the best of the three baselines, with its "
+        "95 % bootstrap interval.",
+        f'<div class="legend">{keys}</div><div class="scroll"><table class="wide"><thead><tr>'
+        f'<th>task and metric</th><th>0 to 1</th>{head}<th class="num">margin</th>'
+        f'<th class="num">n</th></tr></thead><tbody>{rows}</tbody></table></div>'
+        f"<details><summary>Parts of every metric</summary>{_parts(tasks, names)}</details>",
+    )
+
+
+def _comparison_row(task: str, row: Mapping[str, Any], names: Sequence[str]) -> str:
+    arms = row["arms"]
+    dots = [
+        Dot(**_interval(arms[a]["headline"]), style=a, name=arms[a]["label"])
+        for a in (*names[1:], names[0])
+        if a in arms
+    ]
+    cells = "".join(
+        f'<td class="num{" strong" if a == "prw" else ""}">{arms[a]["headline"]["mean"]:.2f}</td>'
+        if a in arms
+        else '<td class="num"></td>'
+        for a in names
+    )
+    return (
+        f'<tr><td>{escape(title_of(task))}<span class="what">{escape(row["headline"])}</span></td>'
+        f'<td class="plot">{dot_plot(dots, title=f"{title_of(task)}: all arms")}</td>{cells}'
+        f'<td class="num">{_margin(row)}</td><td class="num">{row["n"]}</td></tr>'
+    )
+
+
+def _margin(row: Mapping[str, Any]) -> str:
+    """The difference to the strongest baseline, and its interval below."""
+    if not row["differences"]:
+        return ""
+    least = min(row["differences"].values(), key=lambda d: float(d["mean"]))
+    low, high = signed(least["low"]), signed(least["high"])
+    return f'<b>{signed(least["mean"])}</b><br><span class="interval">{low} to {high}</span>'
+
+
+def signed(value: float) -> str:
+    """+0.25 or −0.10, with a true minus sign."""
+    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _interval(value: Mapping[str, Any]) -> dict[str, float]:
+    return {key: float(value[key]) for key in ("mean", "low", "high")}
+
+
+def _parts(tasks: Mapping[str, Any], names: Sequence[str]) -> str:
+    head = "".join(f'<th class="num">{SHORT.get(a, a)}</th>' for a in names)
+    rows = "".join(
+        f"<tr><td>{escape(title_of(task)) if i == 0 else ''}</td><td>{escape(part)}"
+        f'<span class="what">{escape(meaning)}</span></td>'
+        + "".join(_part(row["arms"].get(a), part) for a in names)
+        + "</tr>"
+        for task, row in tasks.items()
+        for i, (part, meaning) in enumerate(row["parts"].items())
+    )
+    return (
+        f'<div class="scroll"><table class="wide"><thead><tr><th>task</th><th>part</th>{head}'
+        f"</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _part(arm: Mapping[str, Any] | None, part: str) -> str:
+    value = None if arm is None else arm["parts"].get(part)
+    return f'<td class="num">{"" if value is None else f"{value:.2f}"}</td>'

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from prw_flux import recipes
+from prw_flux.evaluation.sheets import write_sheets
+from prw_flux.evaluation.samples import draw_samples
+from prw_flux.report import write_report
+from prw_flux.report.charts import axis_ticks, dot_plot, line_chart, smooth, Dot, Series
+from prw_flux.report.facts import count_parameters, read_facts
+from prw_flux.report.text import count, duration
+from prw_flux.rundir import RunError, RunFolder
+from prw_flux.shapeweave.source import ShapeWeave
+from prw_flux.tasks import TASKS
+
+BLOCKS = [f"transformer_blocks.{i}.attn" for i in range(2)]
+BLOCKS += [f"single_transformer_blocks.{i}.attn" for i in range(6)]
+ARMS = {"prw": "PRW", "text": "text only", "zero": "zero-delta experts"}
+ARMS |= {"copy": "copy of the source", "ceiling": "true target through the autoencoder"}
+
+
+def fabricate(path: Path, stages: int = 5, *, measured: bool = True, pictures: int = 4) -> RunFolder:
+    """A run folder with the files of a real one and invented numbers, for this test alone."""
+    config = recipes.demo()
+    run = RunFolder.create(path, config)
+    rng = random.Random(0)
+    for number, stage in enumerate(config.stages[:stages]):
+        for step in range(5, stage.steps + 1, 5):
+            usage = [
+                1.0 if number == 0 else min(1.0, 0.8 - 0.5 * math.exp(-step / 60) + rng.gauss(0, s))
+                for s in (0.05, 0.02)
+            ]
+            run.log(
+                {
+                    "stage": stage.name,
+                    "task": stage.task,
+                    "step": step,
+                    "loss": 0.4 * math.exp(-step / 90) + 0.35 + 0.05 * rng.random(),
+                    "usage_noisy": usage[0],
+                    "usage_deterministic": usage[1],
+                    "seconds": 0.2 * step,
+                    "memory_mib": 1800.0,
+                }
+            )
+        run.finish_stage(number, {"seconds": 0.2 * stage.steps})
+        expert = run.adapter / "experts" / f"{number}-{stage.name}"
+        expert.mkdir(parents=True)
+        save_file({"A": np.zeros((32, 128), "f4")}, expert / "adapter_model.safetensors")
+    if measured:
+        _measure(run, [stage.task for stage in config.stages[:stages]], pictures, rng)
+    return run
+
+
+def _measure(run: RunFolder, tasks: list[str], pictures: int, rng: random.Random) -> None:
+    names = [stage.name for stage in run.config.stages[: len(tasks)]]
+    shares = [[[rng.random() for _ in names] for _ in BLOCKS] for _ in tasks]
+    routing = {
+        "version": 1,
+        "groups": BLOCKS,
+        "stages": names,
+        "tasks": {
+            task: {"n": 32, "counts": [[round(32 * v) for v in row] for row in block], "gate": []}
+            for task, block in zip(tasks, shares, strict=True)
+        },
+    }
+    matrix = [[0.8 - 0.05 * (i - j) if j <= i else None for j in range(len(tasks))]
+              for i in range(len(tasks))]  # fmt: skip
+    evaluation = {
+        "version": 1,
+        "source": "shapeweave",
+        "size": 96,
+        "seconds": 41.0,
+        "settings": {"seed": 0, "sampling": {"steps": 12, "precision": "bf16"}},
+        "tasks": {task: _row() for task in tasks},
+        "forgetting": {
+            "n": 12, "stages": names, "tasks": tasks, "router": matrix, "at_stage": matrix,
+        },
+    }  # fmt: skip
+    (run.path / "routing.json").write_text(json.dumps(routing))
+    (run.path / "evaluation.json").write_text(json.dumps(evaluation))
+    data = ShapeWeave(size=96, split="heldout")
+    draws = {t: draw_samples(data, TASKS[t], pictures).samples for t in tasks}
+    shown = {t: [(s, s.triple.target, 0.91) for s in draw] for t, draw in draws.items()}
+    photos = {tasks[0]: draws[tasks[0]][:1]}
+    write_sheets(run.path / "samples", shown, photos, [draws[tasks[0]][0].triple.target])
+
+
+def _row() -> dict[str, Any]:
+    means = {"prw": 0.78, "text": 0.21, "zero": 0.02, "copy": 0.52, "ceiling": 0.97}
+    spread = {k: {"mean": v, "low": v - 0.05, "high": v + 0.03, "n": 32} for k, v in means.items()}
+    return {
+        "n": 32,
+        "rejected": {},
+        "headline": "mean of C and L",
+        "parts": {"C": "attributes", "L": "box IoU"},
+        "arms": {
+            name: {"label": label, "headline": spread[name], "parts": {"C": 0.5, "L": 0.6}}
+            for name, label in ARMS.items()
+        },
+        "differences": {
+            name: {"mean": 0.78 - means[name], "low": 0.1, "high": 0.4, "n": 32}
+            for name in ("text", "zero", "copy")
+        },
+    }
+
+
+class Page(HTMLParser):
+    """Collects identifiers, addresses and unbalanced tags."""
+
+    VOID = frozenset({"meta", "img", "br", "line", "path", "rect", "circle", "link", "input"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.addresses: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.ids |= {values["id"]} if values.get("id") else set()
+        self.addresses += [str(values[k]) for k in ("src", "href") if values.get(k)]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        return None
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"unbalanced </{tag}>"
+
+
+def test_report_of_a_whole_run_is_complete_and_self_contained(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "demo")
+    path = write_report(run.path)
+    text = path.read_text("utf-8")
+    page = Page(text)
+    assert not page.open
+    assert page.ids >= {"comparison", "samples", "training", "routing", "forgetting", "cost"}
+    assert all(a.startswith(("#", "data:image/png;base64,")) for a in page.addresses)
+    assert {a[1:] for a in page.addresses if a.startswith("#")} <= page.ids
+    assert not re.search(r"https?://|@import|<script", text)
+    assert "not finished" not in text
+    assert text.count("<figure") == 5 * 4 + 1
+    assert "outside the base&#x27;s training domain" in text
+
+
+def test_report_of_a_partial_run_says_what_is_missing(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "partial", stages=2, measured=False)
+    text = write_report(run.path, tmp_path / "partial.html").read_text("utf-8")
+    assert "2 of 5 stages are done, control, customise, edit are still to come" in text
+    assert "Not there yet: comparison, samples, routing, forgetting." in text
+    assert not Page(text).open
+
+
+def test_report_of_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "new", recipes.demo())
+    run.log({"stage": "inpaint", "task": "inpaint", "step": 5, "loss": float("nan")})
+    assert "0 of 5" in write_report(run.path).read_text("utf-8")
+
+
+def test_prompts_are_escaped(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "demo", stages=1, pictures=1)
+    index = run.path / "samples" / "samples.json"
+    entries = json.loads(index.read_text())
+    entries["samples"][0]["prompt"] = "<script>alert(1)</script>" + "long" * 60
+    index.write_text(json.dumps(entries))
+    text = write_report(run.path).read_text("utf-8")
+    assert "<script" not in text and "&lt;script&gt;" in text
+
+
+def test_pictures_that_are_gone_and_damaged_files_do_not_stop_a_report(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "demo", stages=1, pictures=1)
+    next((run.path / "samples").glob("*-output.png")).unlink()
+    (run.path / "evaluation.json").write_text('{"tasks": ')
+    assert "comparison" in write_report(run.path).read_text("utf-8")
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is not a run"):
+        write_report(tmp_path)
+
+
+def test_facts_count_parameters_from_headers(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "demo", stages=2, measured=False)
+    assert [stage.parameters for stage in read_facts(run.path).stages[:3]] == [4096, 4096, None]
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"\xff" * 12)
+    assert count_parameters(broken) is None
+    assert count_parameters(tmp_path / "absent.safetensors") is None
+
+
+def test_large_pictures_are_scaled_down(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from prw_flux.report.pictures import data_uri
+
+    noise = np.random.default_rng(0).integers(0, 255, (900, 600, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.png")
+    assert len(data_uri(tmp_path / "large.png")) < 256 * 256 * 3 * 4 / 3
+    assert data_uri(tmp_path / "absent.png") == ""
+
+
+def test_axis_ticks_are_round_and_enclose() -> None:
+    assert axis_ticks(0.0, 1.0) == [0.0, 0.5, 1.0]
+    for low, high in ((0.31, 0.78), (-3.0, 12000.0), (5.0, 5.0), (0.0, 1e-7)):
+        ticks = axis_ticks(low, high)
+        assert ticks[0] <= low + 1e-9 and ticks[-1] >= high - 1e-9 and 2 <= len(ticks) <= 7
+
+
+def test_charts_skip_gaps() -> None:
+    gap = Series(x=[1, 2, 3], y=[1.0, math.nan, 2.0], style="main", name="a")
+    assert line_chart([gap], title="t").count("M") == 2
+    assert line_chart([], title="t") == ""
+    assert smooth([1.0, math.nan, 1.0], 3) == [1.0, 1.0, 1.0]
+    dot = Dot(mean=0.5, low=0.4, high=1.7, style="prw", name="<x>")
+    assert "&lt;x&gt;" in dot_plot([dot], title="t")
+
+
+def test_numbers_in_words() -> None:
+    assert [duration(s) for s in (None, 9.4, 200, 7500)] == ["", "9 s", "3 min 20 s", "2 h 05 min"]
+    assert [count(n) for n in (None, 4096, 45_600, 7_812_345)] == ["", "4,096", "45.6 k", "7.81 M"]
