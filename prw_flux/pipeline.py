@@ -268,9 +268,9 @@ class CoLoGenPipeline(FluxPipeline):
                 source_pooled_embeds,
                 num_images_per_prompt,
             )
-        flux |= {"height": source.meta.height, "width": source.meta.width}
+        height, width = source.size
         with following(self.transformer, source):
-            return super().__call__(**flux)
+            return super().__call__(height=height, width=width, **flux)
 
     def _attached_adapter(self) -> PRWAdapter:
         adapter: PRWAdapter | None = self.prw
@@ -293,7 +293,7 @@ class CoLoGenPipeline(FluxPipeline):
         pooled: Tensor | None,
         images_per_prompt: int = 1,
     ) -> Source:
-        """The source of a call; its meta holds the size of the result."""
+        """The source of a call, which also says how large the result is."""
         adapter = self._attached_adapter()
         spec = adapter.task(task)
         call = adapter.route(route)
@@ -346,13 +346,17 @@ class CoLoGenPipeline(FluxPipeline):
                 )
             return image, height, width
         pixels = to_pixels(image)
-        step = 2 * factor  # a token is two latents wide
-        shape = pixels.shape[-2], pixels.shape[-1]
-        fitted = fitted_size(*shape, resolution=self.prw.config.resolution, step=step)
-        height, width = whole_size(height or fitted[0], step), whole_size(width or fitted[1], step)
+        rows, columns = pixels.shape[-2], pixels.shape[-1]
+        fitted = fitted_size(rows, columns, self.prw.config.resolution, 2 * factor)
+        height, width = self._size(height or fitted[0], width or fitted[1])
         pixels = resize(pixels, (height, width) if spec.aligned else fitted)
         device = self._execution_device
         return encode_image(self.vae, pixels, device=device), height, width
+
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        """The nearest size that packs into whole tokens, two latents wide."""
+        step = 2 * self.vae_scale_factor
+        return whole_size(height, step), whole_size(width, step)
 
     def _cached_source(
         self,
@@ -371,14 +375,15 @@ class CoLoGenPipeline(FluxPipeline):
             source_pooled=adapter.config.source_pooled,
             task=task,
             route=route,
-            height=height,
-            width=width,
         )
+        size = self._size(height or cache.meta.height, width or cache.meta.width)
+        if adapter.task(cache.meta.task).aligned:
+            cache.meta.require(height=size[0], width=size[1])
         if cache.meta.source_pooled == "prompt":
             pooled = flux.get("pooled_prompt_embeds")
             pooled = self._pooled(flux["prompt"]) if pooled is None else pooled
             cache.meta.require(pooled=fingerprint(pooled))
-        return Source.of_cache(self.transformer, adapter, cache)
+        return Source.of_cache(self.transformer, adapter, cache, size)
 
     def _source_dtype(self) -> torch.dtype:
         """As FluxPipeline chooses the dtype of its latents."""

@@ -61,18 +61,23 @@ class Source:
         self.pooled_BP = pooled_BP
         self.call = call
         self.meta = meta
+        self.size = (meta.height, meta.width)
         self.images_per_prompt = images_per_prompt
         self.recorded: list[tuple[Tensor, SourceCache]] = []
         self.fixed: SourceCache | None = None
 
     @classmethod
     def of_cache(
-        cls, transformer: FluxTransformer2DModel, adapter: PRWAdapter, cache: SourceCache
+        cls,
+        transformer: FluxTransformer2DModel,
+        adapter: PRWAdapter,
+        cache: SourceCache,
+        size: tuple[int, int],
     ) -> Source:
-        """A source that was recorded before."""
+        """A source that was recorded before, for results of this (height, width)."""
         empty = torch.empty(0)
         source = cls(transformer, adapter, empty, empty, None, prw.Call(), cache.meta)
-        source.fixed = cache
+        source.fixed, source.size = cache, size
         return source
 
     def encode(self) -> SourceCache:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,3 +98,34 @@ def make_batch() -> Callable[..., dict[str, Tensor]]:
         }
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole pipeline folder in FLUX.1's layout: tiny-flux's parts, smaller, with random weights."""
+    from prw_flux.tiny.autoencoder import new_autoencoder
+    from prw_flux.tiny.base import BaseRecipe
+    from prw_flux.tiny.build import new_base, write_folder
+
+    torch.manual_seed(0)
+    recipe = BaseRecipe(width=32, heads=2, double_blocks=1, single_blocks=1)
+    model, clip, t5 = new_base(recipe)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    write_folder(folder, new_autoencoder(8), model, clip, t5)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def short_config(tiny_base: Path) -> Any:
+    """Three stages of three steps on `tiny_base`: a run of a second."""
+    from prw_flux.recipes import demo
+
+    config = demo().with_settings(
+        [f"base.path={tiny_base}", "size=64", "data.samples=6", "log_every=2", "save_every=2",
+         "adapter.rank=2", "adapter.alpha=none", "precision=fp32", "stages.*.steps=3",
+         "stages.*.batch_size=2", "optimizer.warmup=1"]
+    )  # fmt: skip
+    return replace(config, stages=config.stages[:3])

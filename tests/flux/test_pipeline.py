@@ -416,6 +416,15 @@ def test_caches_of_others_are_refused(make_pipe: Any) -> None:
         run(pipe, "a", image=photo(), source_cache=cache)
 
 
+def test_a_source_that_lies_beside_serves_any_size(make_pipe: Any) -> None:
+    pipe = make_pipe()
+    cache = pipe.encode_source(photo(), task="customise", height=32, width=32)
+    out = run(pipe, "a", source_cache=cache, height=48, width=16)
+    assert_close(out, run(pipe, "a", image=photo(), task="customise", height=48, width=16), **EXACT)
+    aligned = pipe.encode_source(photo(), task="edit", height=50, width=32)
+    assert run(pipe, "a", source_cache=aligned, height=50).shape == (1, 6, 64)
+
+
 def test_a_cache_that_saw_a_prompt_serves_that_prompt(make_pipe: Any) -> None:
     pipe = make_pipe(source_pooled="prompt")
     with pytest.raises(ValueError, match="prompt= that the calls will use"):
