@@ -44,7 +44,7 @@ from prw_flux.encode import (
     to_pixels,
     whole_size,
 )
-from prw_flux.locate import is_run, resolve_run
+from prw_flux.locate import EMBEDDED, is_run, resolve_base, resolve_run
 from prw_flux.source_cache import SourceCache, SourceMeta
 from prw_flux.sources import Source, fingerprint, following
 
@@ -113,7 +113,7 @@ class CoLoGenPipeline(FluxPipeline):
 
         Args:
             pretrained_model_name_or_path: A folder that `save_pretrained` wrote, any FLUX.1
-                pipeline (then without adapter), or a run.
+                pipeline (then without adapter), "tiny-flux", or a run.
             base: Another place for the base of a run, when it is not where the run says.
             kwargs: As in `DiffusionPipeline.from_pretrained`; `torch_dtype` casts the experts too,
                 routers stay in float32.
@@ -134,7 +134,9 @@ class CoLoGenPipeline(FluxPipeline):
             return pipe
         if base is not None:
             raise ValueError(f"{folder} is not a run (it has no run.json): leave base out.")
-        if folder.is_dir() and not (folder / "model_index.json").is_file():
+        if str(folder) == EMBEDDED:
+            pretrained_model_name_or_path = resolve_base(EMBEDDED)
+        elif folder.is_dir() and not (folder / "model_index.json").is_file():
             raise FileNotFoundError(
                 f"{folder} is neither a pipeline (no model_index.json) nor a run (no run.json)."
             )

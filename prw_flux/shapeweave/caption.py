@@ -6,7 +6,7 @@ from prw_flux.shapeweave.scene import PLACES, Item, Scene
 
 
 def describe(item: Item) -> str:
-    """"small red striped circle"; the default texture is not said, a glyph is "emblem"."""
+    """Words for an item: small red striped circle. "plain" is not said; a glyph is an emblem."""
     if item.glyph is not None:
         return "emblem"
     words = [item.size, item.colour, item.texture, item.shape]
@@ -14,16 +14,17 @@ def describe(item: Item) -> str:
 
 
 def article(phrase: str) -> str:
+    """The phrase with "a" or "an" in front."""
     return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"
 
 
 def located(item: Item, phrase: str | None = None) -> str:
-    """"a small red circle at the top left"."""
+    """A phrase with its place: a small red circle at the top left."""
     return f"{article(phrase or describe(item))} at the {PLACES[item.place]}"
 
 
 def caption(scene: Scene, *, positions: bool = True) -> str:
-    """"a small red circle at the top left and a large blue star at the right on a mint background".
+    """Items and background: a small red circle at the top left on a mint background.
 
     ``positions=False`` leaves the places out, so that they can only come from a source image.
     """

@@ -80,6 +80,7 @@ KINDS = (*_ITEM_CHANGES, "add", "remove", "background")
 
 
 def free_places(scene: Scene) -> list[int]:
+    """Cells of the grid that no item occupies."""
     taken = {item.place for item in scene.items}
     return [place for place in range(len(PLACES)) if place not in taken]
 

@@ -8,7 +8,7 @@ found in closed form, and the template with the least squared residual wins.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import cv2
 import numpy as np
@@ -29,7 +29,7 @@ TIPS: dict[str, Box] = {
     "star": (1.7, 1.8, 1.5, 0.4),
     "triangle": (0.9, 1.3, 0.7, 0.0),
 }
-"""Pixels that a pointed corner loses at half contrast, measured on exact renders: x0, y0, x1, y1."""
+"""Pixels that pointed corners lose at half contrast, measured on exact renders (x0, y0, x1, y1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,7 @@ class Reading:
 
 
 def nearest(colour: NDArray[np.float64], palette: dict[str, tuple[int, int, int]]) -> str:
+    """Name of the palette's closest colour, Euclidean in RGB."""
     return min(palette, key=lambda name: float(np.square(colour - palette[name]).sum()))
 
 
@@ -97,8 +98,10 @@ def _extent(strength: NDArray[np.float64]) -> tuple[float, float]:
     first, last = int(inside[0]), int(inside[-1])
     before = strength[first - 1] if first > 0 else 0.0
     after = strength[last + 1] if last + 1 < len(strength) else 0.0
-    return (first - float(np.clip(before / plateau, 0, 1)) + _missing(strength[first], plateau),
-            last + 1 + float(np.clip(after / plateau, 0, 1)) - _missing(strength[last], plateau))
+    return (
+        first - float(np.clip(before / plateau, 0, 1)) + _missing(strength[first], plateau),
+        last + 1 + float(np.clip(after / plateau, 0, 1)) - _missing(strength[last], plateau),
+    )
 
 
 def _missing(value: float, plateau: float) -> float:
@@ -106,7 +109,7 @@ def _missing(value: float, plateau: float) -> float:
     return float(np.clip(1 - value / plateau, 0, 0.5))
 
 
-@lru_cache(maxsize=None)
+@cache
 def template(shape: str) -> NDArray[np.float64]:
     """Coverage [TEMPLATE, TEMPLATE] of a shape stretched to its own bounding box."""
     points = unit_outline(shape)
@@ -148,7 +151,9 @@ def identify(image: Image, box: Box, ground: NDArray[np.float64]) -> Found:
             weight = coverage * tone
             colour = _fit(patch - ground * (1 - coverage)[..., None], weight)
             name = nearest(colour, COLOURS)
-            model = ground * (1 - coverage)[..., None] + weight[..., None] * np.asarray(COLOURS[name])
+            model = ground * (1 - coverage)[..., None] + weight[..., None] * np.asarray(
+                COLOURS[name]
+            )
             residual = float(np.square(patch - model).mean())
             if residual < least:
                 least = residual
@@ -166,7 +171,7 @@ def with_tips(shape: str, box: Box, side: int) -> Box:
 
 
 def _tone(shape: str, texture: str, box: Box) -> NDArray[np.float64]:
-    """Brightness [TEMPLATE, 1] of each row of the box: stripes are anchored to the item's centre."""
+    """Brightness [TEMPLATE, 1] of each row of the box; stripes hang on the item's centre."""
     if texture == "plain":
         return np.ones((TEMPLATE, 1))
     points = unit_outline(shape)
@@ -182,7 +187,7 @@ def _tone(shape: str, texture: str, box: Box) -> NDArray[np.float64]:
 def _fit(patch: NDArray[np.float64], weight: NDArray[np.float64]) -> NDArray[np.float64]:
     """Least-squares colour c of patch = weight * c, clipped to the gamut."""
     energy = max(float(np.square(weight).sum()), 1e-9)
-    return np.clip((patch * weight[..., None]).sum(axis=(0, 1)) / energy, 0, 255)
+    return np.asarray(np.clip((patch * weight[..., None]).sum(axis=(0, 1)) / energy, 0, 255))
 
 
 def _size(shape: str, box: Box) -> str:
@@ -201,5 +206,3 @@ def read_glyph(image: Image, box: Box, truth: Glyph) -> float:
     ink, paper = (np.asarray(COLOURS[c], np.float64) for c in (truth.ink, truth.paper))
     is_ink = np.square(mirrored - ink).sum(-1) < np.square(mirrored - paper).sum(-1)
     return float((is_ink.astype(np.int64) == truth.grid())[:, :2].mean())
-
-

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import cv2
 import numpy as np
@@ -17,7 +17,7 @@ STRIPE_TONE = 0.4
 SEGMENTATION_CLASSES = {shape: 1 + index for index, shape in enumerate(SHAPES)}
 
 
-@lru_cache(maxsize=None)
+@cache
 def unit_outline(shape: str) -> NDArray[np.float64]:
     """Polygon [P, 2] of a shape in the square [-0.5, 0.5]^2, touching it on every side."""
     if shape == "circle":
@@ -37,7 +37,7 @@ def unit_outline(shape: str) -> NDArray[np.float64]:
 def outline(item: Item) -> NDArray[np.float64]:
     """Polygon [P, 2] of an item in image fractions."""
     shape = "square" if item.glyph is not None else item.shape
-    return unit_outline(shape) * SIZES[item.size] + np.asarray(item.centre)
+    return np.asarray(unit_outline(shape) * SIZES[item.size] + np.asarray(item.centre))
 
 
 def _fill(canvas: Image, points: NDArray[np.float64], value: tuple[int, ...]) -> None:
@@ -53,7 +53,7 @@ def _shrink(canvas: Image, size: int) -> Image:
 def _stripes(item: Item, side: int) -> NDArray[np.bool_]:
     """Rows [side] that carry the darker tone; anchored to the item's centre."""
     rows = (np.arange(side) + 0.5) / side - item.centre[1]
-    return np.floor(rows / (STRIPE_PERIOD / 2)).astype(np.int64) % 2 == 1
+    return np.asarray(np.floor(rows / (STRIPE_PERIOD / 2)).astype(np.int64) % 2 == 1)
 
 
 def _paint(canvas: Image, item: Item) -> None:

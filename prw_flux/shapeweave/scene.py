@@ -137,6 +137,7 @@ def draw_item(rng: np.random.Generator, place: int) -> Item:
 
 
 def draw_jitter(rng: np.random.Generator) -> tuple[float, float]:
+    """A small uniform displacement (x, y)."""
     x, y = rng.uniform(-JITTER, JITTER, size=2)
     return (float(x), float(y))
 

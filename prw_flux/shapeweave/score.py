@@ -88,7 +88,7 @@ def score_items(image: Image, items: Sequence[Item]) -> dict[str, float]:
 
 
 def kept(image: Image, truth: Image, affected: Sequence[Box], margin: float = 0.03) -> float:
-    """K: share of the pixels outside ``affected`` (grown by ``margin``) within 8 levels of truth."""
+    """K: share of the pixels outside ``affected`` (grown by ``margin``) that are as in truth."""
     outside = np.ones(truth.shape[:2], dtype=np.bool_)
     side = truth.shape[0]
     for x0, y0, x1, y1 in affected:

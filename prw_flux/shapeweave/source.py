@@ -98,8 +98,12 @@ class ShapeWeave:
         image = render(scene, self.size)
         edit = None
         if change is not None:
-            edit = Pair(source=image, text=change.instruction,
-                        target=render(change.after, self.size), metadata={"change": change})  # fmt: skip
+            edit = Pair(
+                source=image,
+                text=change.instruction,
+                target=render(change.after, self.size),
+                metadata={"change": change},
+            )
         return Example(
             key=key,
             image=image,
@@ -158,8 +162,7 @@ def draw_subject(rng: np.random.Generator) -> tuple[Scene, Scene]:
 
 
 def subject_caption(scene: Scene) -> str:
-    """"this object at the top right and a small green star at the left on a sky background"."""
+    """Places for all, no words for the glyph: this object at the top right on a sky background."""
     first, *rest = scene.items
     words = [f"this object at the {PLACES[first.place]}", *(located(item) for item in rest)]
     return " and ".join(words) + f" on a {scene.background} background"
-

@@ -32,13 +32,21 @@ class AutoencoderRecipe:
     """How the autoencoder is trained; ``latent_noise`` is the sd added to standardised latents."""
 
     channels: int = 48
-    steps: int = 3500
+    steps: int = 3000
     batch_size: int = 24
     photo_share: float = 0.25
     lr: float = 1.5e-3
     latent_noise: float = 0.1
+    object_weight: float = 1.0
     scenes: int = 6000
     seed: int = 0
+
+
+PHASES = (
+    AutoencoderRecipe(),
+    AutoencoderRecipe(steps=2200, lr=1e-3, object_weight=8.0, scenes=8000, seed=1),
+)
+"""First everything alike; then pixels that differ from a scene's background weigh eight times."""
 
 
 def new_autoencoder(channels: int) -> AutoencoderTiny:
@@ -52,11 +60,17 @@ def new_autoencoder(channels: int) -> AutoencoderTiny:
 
 
 def train_autoencoder(
-    recipe: AutoencoderRecipe, photos: list[NDArray[np.uint8]]
+    recipe: AutoencoderRecipe,
+    photos: list[NDArray[np.uint8]],
+    vae: AutoencoderTiny | None = None,
 ) -> AutoencoderTiny:
-    """Train on scenes and crops of ``photos`` (uint8 [H, W, 3]); L1 + 4 x MSE in [-1, 1]."""
+    """Train on scenes and crops of ``photos`` (uint8 [H, W, 3]); L1 + 4 x MSE in [-1, 1].
+
+    ``vae`` is the result of an earlier phase, to go on from; None starts afresh.
+    """
     torch.manual_seed(recipe.seed)
-    vae = new_autoencoder(recipe.channels).to(memory_format=torch.channels_last)
+    vae = vae if vae is not None else new_autoencoder(recipe.channels)
+    vae.to(memory_format=torch.channels_last).train()
     norm = nn.BatchNorm2d(LATENT_CHANNELS, affine=False, momentum=0.02)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.lr, betas=(0.9, 0.98), eps=1e-8)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -68,7 +82,8 @@ def train_autoencoder(
             noisy = latent + recipe.latent_noise * torch.randn_like(latent)
             decoded = vae.decoder(noisy).float()
         error = decoded - image
-        loss = error.abs().mean() + 4 * error.square().mean()
+        weight = pixel_weight(image, recipe)
+        loss = (weight * (error.abs() + 4 * error.square())).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -79,6 +94,22 @@ def train_autoencoder(
             logger.info("autoencoder step %d/%d: %.2f dB", step, recipe.steps, psnr)
     fold_normalisation(vae, norm)
     return vae.eval()
+
+
+def pixel_weight(image: Tensor, recipe: AutoencoderRecipe) -> Tensor:
+    """[B, 1, H, W]: ``object_weight`` where a scene differs from its background, else 1.
+
+    The scenes come first in the batch; photographs weigh 1 everywhere.
+    """
+    weight = torch.ones_like(image[:, :1])
+    if recipe.object_weight == 1.0:
+        return weight
+    n_scenes = len(image) - round(recipe.photo_share * recipe.batch_size)
+    scenes = image[:n_scenes]
+    background = scenes.flatten(2).median(dim=2).values[:, :, None, None]
+    differs = (scenes - background).abs().amax(dim=1, keepdim=True) > 0.12
+    weight[:n_scenes][differs] = recipe.object_weight
+    return weight
 
 
 def fold_normalisation(vae: AutoencoderTiny, norm: nn.BatchNorm2d) -> None:
@@ -137,9 +168,7 @@ def augment(images: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.u
     return np.roll(images, tuple(int(s) for s in shift), axis=(1, 2))
 
 
-def photo_crop(
-    photo: NDArray[np.uint8], rng: np.random.Generator, size: int
-) -> NDArray[np.uint8]:
+def photo_crop(photo: NDArray[np.uint8], rng: np.random.Generator, size: int) -> NDArray[np.uint8]:
     """A random square of the photo at a random scale, resampled to ``size``, mirrored at random."""
     import cv2
 

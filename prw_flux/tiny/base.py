@@ -19,6 +19,8 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxTran
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from prw_flux.encode import pack, position_ids
+from prw_flux.flow import interpolate, resolution_shift, sample_times, velocity_target
 from prw_flux.tiny.autoencoder import to_tensor, warmup_cosine
 from prw_flux.tiny.corpus import draw_content, paint, vocabulary
 from prw_flux.tiny.text_tokenizers import CLIP_LENGTH, T5_LENGTH, clip_tokenizer, t5_tokenizer
@@ -30,6 +32,20 @@ GRID = 6
 
 
 @dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of pretraining from the averaged weights of the one before.
+
+    Rates fall along a cosine that would end at step ``horizon``; training stops after ``steps``.
+    """
+
+    steps: int
+    horizon: int
+    lr: float
+    muon_lr: float
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class BaseRecipe:
     """How the base is pretrained. ``pictures`` is the size of the pre-encoded training set."""
 
@@ -37,11 +53,12 @@ class BaseRecipe:
     heads: int = 4
     double_blocks: int = 2
     single_blocks: int = 6
-    pictures: int = 80_000
-    steps: int = 20_000
+    pictures: int = 50_000
+    phases: tuple[Phase, ...] = (
+        Phase(steps=4000, horizon=11_500, lr=2e-3, muon_lr=4e-3, seed=0),
+        Phase(steps=4500, horizon=4500, lr=1.5e-3, muon_lr=3e-3, seed=1),
+    )
     batch_size: int = 64
-    lr: float = 2e-3
-    muon_lr: float = 4e-3
     caption_dropout: float = 0.05
     ema: float = 0.999
     seed: int = 0
@@ -85,23 +102,10 @@ class BaseModel(nn.Module):
         text, pooled = self.encode(clip_ids, t5_ids)
         velocity: Tensor = self.transformer(
             hidden_states=noisy, encoder_hidden_states=text, pooled_projections=pooled,
-            timestep=time, guidance=guidance, img_ids=grid_ids(GRID, GRID),
+            timestep=time, guidance=guidance, img_ids=position_ids(GRID, GRID),
             txt_ids=torch.zeros(text.shape[1], 3), return_dict=False,
         )[0]  # fmt: skip
         return velocity
-
-
-def grid_ids(rows: int, columns: int) -> Tensor:
-    """FLUX position ids [rows * columns, 3]: (0, row, column)."""
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3).float()
-
-
-def pack(latent: Tensor) -> Tensor:
-    """Latents [B, 16, H, W] to tokens [B, H/2 * W/2, 64], FLUX's channel order."""
-    b, c, h, w = latent.shape
-    latent = latent.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return latent.reshape(b, (h // 2) * (w // 2), 4 * c)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +122,9 @@ def build_corpus(recipe: BaseRecipe, vae: AutoencoderTiny) -> Corpus:
     rng = np.random.default_rng(recipe.seed + 1)
     words = vocabulary()
     clip, t5 = clip_tokenizer(words), t5_tokenizer(words)
-    tokens, clip_ids, t5_ids = [], [], []
+    tokens: list[Tensor] = []
+    clip_ids: list[Tensor] = []
+    t5_ids: list[Tensor] = []
     for start in range(0, recipe.pictures, 256):
         contents = [draw_content(rng) for _ in range(min(256, recipe.pictures - start))]
         image = to_tensor(np.stack([paint(content) for content in contents]))
@@ -138,36 +144,47 @@ def vary(text: str, rng: np.random.Generator) -> str:
     return text + "." if rng.random() < 0.1 else text
 
 
-def sample_times(count: int, generator: torch.Generator, shift: float = 1.6) -> Tensor:
-    """Logit-normal times, shifted as FLUX shifts its schedule: s t / (1 + (s - 1) t)."""
-    t = torch.sigmoid(torch.randn(count, generator=generator))
-    return shift * t / (1 + (shift - 1) * t)
-
-
-def optimizers(model: BaseModel, recipe: BaseRecipe) -> list[torch.optim.Optimizer]:
+def optimizers(model: BaseModel, phase: Phase) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the blocks, AdamW for all else."""
-    matrices, others = [], []
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
     for name, parameter in model.named_parameters():
         inside = "blocks." in name and "norm" not in name and parameter.ndim == 2
         (matrices if inside else others).append(parameter)
     return [
-        torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=0.0,
+        torch.optim.Muon(matrices, lr=phase.muon_lr, weight_decay=0.0,
                          adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(others, lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]  # fmt: skip
 
 
-def pretrain(recipe: BaseRecipe, corpus: Corpus, model: BaseModel, unconditional: tuple[Tensor, Tensor],
-             on_save: Callable[[BaseModel, int], None] = lambda model, step: None,
-             save_every: int = 1000) -> BaseModel:  # fmt: skip
-    """Flow matching: x_t = (1 - t) x_0 + t eps, target eps - x_0; returns the averaged weights."""
-    generator = torch.Generator().manual_seed(recipe.seed)
+def pretrain(
+    recipe: BaseRecipe,
+    phase: Phase,
+    corpus: Corpus,
+    model: BaseModel,
+    unconditional: tuple[Tensor, Tensor],
+    on_save: Callable[[BaseModel, int], None] = lambda model, step: None,
+    save_every: int = 1000,
+) -> BaseModel:
+    """One phase of flow matching with the velocity as target; returns the averaged weights.
+
+    Args:
+        recipe: batch size, caption dropout, averaging.
+        phase: steps and rates.
+        corpus: what is learnt.
+        model: the weights at the start; trained in place.
+        unconditional: CLIP and T5 token ids of the empty text, for dropped captions.
+        on_save: called with the averaged weights and the number of steps taken.
+        save_every: how often it is called.
+    """
+    generator = torch.Generator().manual_seed(phase.seed)
     average = copy.deepcopy(model).requires_grad_(False)
-    steppers = optimizers(model, recipe)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: warmup_cosine(s, recipe.steps))
+    steppers = optimizers(model, phase)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: warmup_cosine(s, phase.horizon))
                  for o in steppers]  # fmt: skip
     running, started = math.nan, time.time()
-    for step in range(recipe.steps):
+    for step in range(phase.steps):
         loss = batch_loss(model, corpus, recipe, generator, unconditional)
         for optimizer in steppers:
             optimizer.zero_grad()
@@ -181,15 +198,21 @@ def pretrain(recipe: BaseRecipe, corpus: Corpus, model: BaseModel, unconditional
         running = value if math.isnan(running) else 0.99 * running + 0.01 * value
         if step % 100 == 0:
             seconds = (time.time() - started) / (step + 1)
-            logger.info("base step %d/%d: loss %.4f, %.3f s a step", step, recipe.steps, running,
+            logger.info("base step %d/%d: loss %.4f, %.3f s a step", step, phase.steps, running,
                         seconds)  # fmt: skip
         if (step + 1) % save_every == 0:
             on_save(average, step + 1)
     return average.eval()
 
 
-def batch_loss(model: BaseModel, corpus: Corpus, recipe: BaseRecipe, generator: torch.Generator,
-               unconditional: tuple[Tensor, Tensor]) -> Tensor:  # fmt: skip
+def batch_loss(
+    model: BaseModel,
+    corpus: Corpus,
+    recipe: BaseRecipe,
+    generator: torch.Generator,
+    unconditional: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Mean squared error of the velocity on one random batch."""
     size = recipe.batch_size
     index = torch.randint(len(corpus.tokens), (size,), generator=generator)
     clean = corpus.tokens[index].float()
@@ -197,18 +220,19 @@ def batch_loss(model: BaseModel, corpus: Corpus, recipe: BaseRecipe, generator: 
     dropped = torch.rand(size, generator=generator) < recipe.caption_dropout
     clip_ids = torch.where(dropped[:, None], unconditional[0], clip_ids)
     t5_ids = torch.where(dropped[:, None], unconditional[1], t5_ids)
-    time = sample_times(size, generator)
+    time = sample_times(size, generator, shift=resolution_shift(GRID * GRID))
     guidance = 1 + 4 * torch.rand(size, generator=generator)
     noise = torch.randn(clean.shape, generator=generator)
-    noisy = torch.lerp(clean, noise, time[:, None, None])
+    noisy = interpolate(clean, noise, time)
     with torch.autocast("cpu", torch.bfloat16):
         velocity = model(noisy, time, guidance, clip_ids, t5_ids)
-    return nn.functional.mse_loss(velocity.float(), noise - clean)
+    return nn.functional.mse_loss(velocity.float(), velocity_target(clean, noise))
 
 
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Exponential moving average of the parameters, in place."""
     with torch.no_grad():
-        ours = list(average.parameters())
+        ours: list[Tensor] = list(average.parameters())
         torch._foreach_lerp_(ours, list(model.parameters()), 1 - decay)
 
 

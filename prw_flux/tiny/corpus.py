@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from prw_flux.shapeweave.caption import caption, describe
+from prw_flux.shapeweave.caption import caption
 from prw_flux.shapeweave.change import draw_change
 from prw_flux.shapeweave.render import render
-from prw_flux.shapeweave.source import thing
 from prw_flux.shapeweave.scene import (
     BACKGROUNDS,
     COLOURS,
@@ -28,6 +27,7 @@ from prw_flux.shapeweave.scene import (
     draw_glyph,
     draw_scene,
 )
+from prw_flux.shapeweave.source import thing
 from prw_flux.tasks.base import fill_box
 from prw_flux.tasks.grounding import PALETTE, paint_overlay, request
 

@@ -19,7 +19,7 @@ T5_EXTRA_IDS = 0
 def byte_alphabet() -> list[str]:
     """The 256 printable stand-ins that byte-level BPE uses for bytes, in byte order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    shifted = {}
+    shifted: dict[int, int] = {}
     for byte in range(256):
         if byte not in printable:
             shifted[byte] = 256 + len(shifted)
