@@ -168,7 +168,8 @@ def read_overlay(
         a = <output - source, colour - source> / |colour - source|^2
 
     is alpha on marked pixels and 0 elsewhere. Pixels with a > alpha / 2 are marked; a 3 x 3 median
-    removes specks; the largest 4-connected component is the answer and its extent the box. Where
+    removes specks; the largest 4-connected component, with the marked pixels that touch it (the
+    median rounds corners off), is the answer and its extent the box. Where
     the source already has the overlay's colour (distance under 16 of 441 levels) the overlay
     cannot be seen: such a pixel counts as marked if the median of its visible neighbours is.
 
@@ -190,13 +191,15 @@ def read_overlay(
     visible = norm2 >= 16.0**2
     a = ((output.astype(np.float32) - src) * direction).sum(-1) / np.maximum(norm2, 1.0)
     marked = np.where(visible, a > alpha / 2, _spread(a > alpha / 2, visible)).astype(np.uint8)
-    marked = np.asarray(cv2.medianBlur(marked, 3), np.uint8)
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(marked, connectivity=4)
+    smooth = np.asarray(cv2.medianBlur(marked, 3), np.uint8)
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(smooth, connectivity=4)
     if count < 2:
         return Overlay(None, np.zeros(marked.shape, bool), 0.0)
-    mask: Mask = np.asarray(labels == 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA])))
+    core = labels == 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
+    reach = cv2.dilate(core.astype(np.uint8), np.ones((3, 3), np.uint8))
+    mask: Mask = np.asarray(core | ((reach > 0) & (marked > 0)))
     strength = np.clip(a[mask & visible] / alpha, 0, 1)
-    share = mask.sum() / marked.sum()
+    share = core.sum() / smooth.sum()
     return Overlay(mask_box(mask), mask, float(strength.mean() * share) if strength.size else 0.0)
 
 
