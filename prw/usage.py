@@ -52,7 +52,10 @@ def observe(
     jacobian: list[Tensor] = []
     if learning and inputs is not None:
         rows = None if keep is None else keep.reshape(-1, 1)
-        signal_ED, noise_ED = usage_jacobian(routing.probs.flatten(0, -2), inputs, newest, rows)
+        with torch.autocast(used.device.type, enabled=False):  # in fp32, as the router itself
+            signal_ED, noise_ED = usage_jacobian(
+                routing.probs.flatten(0, -2), inputs, newest, rows
+            )
         for index, signal, noise in learning:
             columns.append(signal)
             jacobian.append(signal_ED[index])
