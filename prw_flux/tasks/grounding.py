@@ -32,6 +32,7 @@ from prw_flux.tasks.base import (
 )
 
 ALPHA: Final = 0.5
+MIN_MARK: Final = 0.001
 PALETTE: Final[Mapping[str, tuple[int, int, int]]] = {
     "magenta": (255, 0, 255),
     "red": (255, 0, 0),
@@ -174,7 +175,8 @@ def read_overlay(
     cannot be seen: such a pixel counts as marked if the median of its visible neighbours is.
 
     Confidence = mean of min(a / alpha, 1) over the component, times the component's share of all
-    marked pixels: 1 for an exact target, low for pale or scattered marks, 0 for none.
+    marked pixels: 1 for an exact target, low for pale or scattered marks, 0 for none. A component
+    of at most 0.1 % of the picture is no mark: that much an autoencoder invents.
 
     Args:
         output: uint8 [H, W, 3], the generated picture.
@@ -193,7 +195,8 @@ def read_overlay(
     marked = np.where(visible, a > alpha / 2, _spread(a > alpha / 2, visible)).astype(np.uint8)
     smooth = np.asarray(cv2.medianBlur(marked, 3), np.uint8)
     count, labels, stats, _ = cv2.connectedComponentsWithStats(smooth, connectivity=4)
-    if count < 2:
+    largest = int(stats[1:, cv2.CC_STAT_AREA].max()) if count > 1 else 0
+    if largest <= MIN_MARK * marked.size:
         return Overlay(None, np.zeros(marked.shape, bool), 0.0)
     core = labels == 1 + int(np.argmax(stats[1:, cv2.CC_STAT_AREA]))
     reach = cv2.dilate(core.astype(np.uint8), np.ones((3, 3), np.uint8))
