@@ -6,10 +6,12 @@ never shows held-out content, the "heldout" split shows nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prw_flux.shapeweave.caption import caption, describe, located
 from prw_flux.shapeweave.change import Change, draw_change
@@ -36,6 +38,15 @@ from prw_flux.tasks.base import Example, Pair, Thing, keyed_rng
 TASKS: Final = ("inpaint", "ground", "control", "customise", "edit")
 SPLITS: Final = ("train", "heldout")
 ENDLESS: Final = 2**31
+
+DrawMap: TypeAlias = Callable[[Scene, int], NDArray[np.uint8]]
+MAPS: Final[Mapping[str, DrawMap]] = {
+    "lineart": lineart_map,
+    "softedge": softedge_map,
+    "depth": depth_map,
+    "segmentation": segmentation_map,
+}
+"""The exact maps; drawn for control and for tasks of the user's own, which may need them."""
 
 
 class ShapeWeave:
@@ -73,7 +84,8 @@ class ShapeWeave:
             return self._subject_example(rng, key)
         scene = self._scene(rng, distinct=task in ("ground", "edit"))
         change = None if task in ("inpaint", "ground", "control") else self._change(rng, scene)
-        return self._example(key, scene, change)
+        maps = {} if task in ("inpaint", "ground", "edit") else MAPS
+        return self._example(key, scene, change, maps)
 
     def _accepts(self, *scenes: Scene) -> bool:
         held_out = any(scene.held_out() for scene in scenes)
@@ -94,7 +106,9 @@ class ShapeWeave:
             if self.split == "heldout" or self._accepts(change.after):
                 return change
 
-    def _example(self, key: str, scene: Scene, change: Change | None) -> Example:
+    def _example(
+        self, key: str, scene: Scene, change: Change | None, maps: Mapping[str, DrawMap]
+    ) -> Example:
         image = render(scene, self.size)
         edit = None
         if change is not None:
@@ -109,12 +123,7 @@ class ShapeWeave:
             image=image,
             caption=caption(scene),
             things=tuple(thing(item, self.size) for item in scene.items),
-            maps={
-                "lineart": lineart_map(scene, self.size),
-                "softedge": softedge_map(scene, self.size),
-                "depth": depth_map(scene, self.size),
-                "segmentation": segmentation_map(scene, self.size),
-            },
+            maps={name: draw(scene, self.size) for name, draw in maps.items()},
             edit=edit,
             metadata={"scene": scene, "caption_without_positions": caption(scene, positions=False)},
         )
