@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeAlias, final
 
+import torch
+
 from prw_flux.evaluation.arms import ARMS
 from prw_flux.evaluation.generate import Sampling, Tick, generate
 from prw_flux.evaluation.routing import count_experts
@@ -104,7 +106,7 @@ def evaluate_run(
     settings = settings or Settings(sampling=Sampling(precision=folder.config.precision))
     stages = finished_stages(folder)
     if pipe is None:
-        pipe = CoLoGenPipeline.from_pretrained(folder.path)
+        pipe = load_pipeline(folder)
     if source is None:
         source = ShapeWeave(size=folder.config.size, seed=settings.seed, split="heldout")
     tasks = [t for t in dict.fromkeys(stages.values()) if t in METRICS and t in source.tasks()]
@@ -151,7 +153,7 @@ def evaluate_stage(
     if stage not in stages:
         raise ValueError(f"{stage!r} is no finished stage of {folder.path}: {', '.join(stages)}")
     if pipe is None:
-        pipe = CoLoGenPipeline.from_pretrained(folder.path)
+        pipe = load_pipeline(folder)
     if source is None:
         source = ShapeWeave(size=folder.config.size, seed=settings.seed, split="heldout")
     seen = list(stages.values())[: list(stages).index(stage) + 1]
@@ -159,6 +161,15 @@ def evaluate_stage(
     bench = _Bench(pipe, settings, _draw(source, tasks, settings), lambda *told: None)
     rows = {t: bootstrap(bench.at(t, f"stage:{stage}", settings.n)).to_json() for t in tasks}
     return {"stage": stage, "n": settings.n, "tasks": rows}
+
+
+def load_pipeline(folder: RunFolder) -> CoLoGenPipeline:
+    """The trained pipeline, on the GPU if there is one; on a CPU in float32."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    narrow = device == "cuda" and folder.config.precision == "bf16"
+    dtype = torch.bfloat16 if narrow else torch.float32
+    pipe: CoLoGenPipeline = CoLoGenPipeline.from_pretrained(folder.path, dtype=dtype)
+    return pipe.to(device)
 
 
 def finished_stages(folder: RunFolder) -> dict[str, str]:

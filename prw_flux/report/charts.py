@@ -148,10 +148,17 @@ def dot_plot(dots: Sequence[Dot], *, title: str, width: int = 260) -> str:
         told = f"{dot.name}: {dot.mean:.2f} ({dot.low:.2f} to {dot.high:.2f})"
         parts.append(
             f'<g class="dot {dot.style}"><title>{escape(told)}</title>'
-            f'<line x1="{x(dot.low):.1f}" x2="{x(dot.high):.1f}" y1="{middle}" y2="{middle}"/>'
+            f"{_whisker(dot, x(dot.low), x(dot.high), middle)}"
             f"{_marker(dot.style, x(dot.mean), middle)}</g>"
         )
     return _svg(width, height, title, parts)
+
+
+def _whisker(dot: Dot, left: float, right: float, y: float) -> str:
+    """The interval; none for the ceiling, which is a bound and not a contender."""
+    if dot.style == "ceiling":
+        return ""
+    return f'<line x1="{left:.1f}" x2="{right:.1f}" y1="{y:g}" y2="{y:g}"/>'
 
 
 def _marker(style: str, x: float, y: float) -> str:
@@ -173,13 +180,10 @@ def _svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
     )
 
 
-def smooth(values: Sequence[float], span: int) -> list[float]:
-    """Exponential moving average over about `span` values, unbiased at the start."""
-    keep = 1 - 2 / (max(span, 1) + 1)
-    total = weight = 0.0
+def smooth(values: Sequence[float], reach: int) -> list[float]:
+    """Mean of the finite values at most `reach` places away, NaN where there is none."""
     averaged = []
-    for value in values:
-        if math.isfinite(value):
-            total, weight = keep * total + value, keep * weight + 1
-        averaged.append(total / weight if weight else math.nan)
+    for i in range(len(values)):
+        near = [v for v in values[max(0, i - reach) : i + reach + 1] if math.isfinite(v)]
+        averaged.append(sum(near) / len(near) if near else math.nan)
     return averaged

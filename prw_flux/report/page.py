@@ -79,7 +79,7 @@ def header(facts: Facts) -> str:
         ("pictures", f"{config.size} × {config.size} px"),
         ("expert rank", f"{config.adapter.rank}"),
         ("expert parameters", count(sum(experts)) if experts else "none yet"),
-        ("evaluated on", f"{n} samples per task" if n else "not yet"),
+        ("held-out samples", f"{n} per task" if n else "not yet"),
     )
     cells = "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in entries)
     base = facts.index["base"]

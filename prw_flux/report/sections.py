@@ -24,7 +24,7 @@ def training(facts: Facts) -> str:
     legend = (
         '<div class="legend"><span><i class="swatch"></i>loss, running mean</span>'
         '<span><i class="swatch faint"></i>loss of one batch</span>'
-        '<span><i class="swatch"></i>usage without noise</span>'
+        '<span><i class="swatch"></i>usage as generation routes</span>'
         '<span><i class="swatch second"></i>usage with router noise</span>'
         '<span><i class="swatch dashed"></i>density, its target</span></div>'
     )
@@ -43,7 +43,7 @@ def _curves(number: int, stage: StageFacts) -> str:
     loss_chart = line_chart(
         [
             Series(x=steps, y=loss, style="raw", name="loss of one batch"),
-            Series(x=steps, y=smooth(loss, len(loss) // 8), style="main", name="running mean"),
+            Series(x=steps, y=smooth(loss, len(loss) // 16), style="main", name="running mean"),
         ],
         title=f"loss of stage {stage.name}",
         high=_top(loss),

@@ -13,10 +13,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from prw_flux import recipes
-from prw_flux.evaluation.sheets import write_sheets
 from prw_flux.evaluation.samples import draw_samples
+from prw_flux.evaluation.sheets import write_sheets
 from prw_flux.report import write_report
-from prw_flux.report.charts import axis_ticks, dot_plot, line_chart, smooth, Dot, Series
+from prw_flux.report.charts import Dot, Series, axis_ticks, dot_plot, line_chart, smooth
 from prw_flux.report.facts import count_parameters, read_facts
 from prw_flux.report.text import count, duration
 from prw_flux.rundir import RunError, RunFolder
@@ -29,7 +29,9 @@ ARMS = {"prw": "PRW", "text": "text only", "zero": "zero-delta experts"}
 ARMS |= {"copy": "copy of the source", "ceiling": "true target through the autoencoder"}
 
 
-def fabricate(path: Path, stages: int = 5, *, measured: bool = True, pictures: int = 4) -> RunFolder:
+def fabricate(
+    path: Path, stages: int = 5, *, measured: bool = True, pictures: int = 4
+) -> RunFolder:
     """A run folder with the files of a real one and invented numbers, for this test alone."""
     config = recipes.demo()
     run = RunFolder.create(path, config)
@@ -222,7 +224,7 @@ def test_charts_skip_gaps() -> None:
     gap = Series(x=[1, 2, 3], y=[1.0, math.nan, 2.0], style="main", name="a")
     assert line_chart([gap], title="t").count("M") == 2
     assert line_chart([], title="t") == ""
-    assert smooth([1.0, math.nan, 1.0], 3) == [1.0, 1.0, 1.0]
+    assert smooth([1.0, math.nan, 3.0], 1) == [1.0, 2.0, 3.0]
     dot = Dot(mean=0.5, low=0.4, high=1.7, style="prw", name="<x>")
     assert "&lt;x&gt;" in dot_plot([dot], title="t")
 
