@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 import prw
 from prw_flux.cli import data, evaluate, generate, inspect, tiny, train
@@ -35,7 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     if args.debug:
         return int(args.run(args))
-    _quieten()
+    with warnings.catch_warnings():
+        _quieten()
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         return int(args.run(args))
     except Interrupted as stopped:
@@ -68,21 +74,23 @@ def _fail(message: str, status: int) -> int:
 
 
 def _quieten() -> None:
-    """Our own warnings as one line each; those of the libraries below us not at all."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    """Our own warnings as one line each; the chatter of the libraries below us not at all."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
     warnings.simplefilter("ignore")
     warnings.filterwarnings("default", module=r"prw(_flux|_kernels)?\b")
-    warnings.formatwarning = _one_line
+    warnings.showwarning = _one_line
 
 
-def _one_line(message: Warning | str, *_: object, **__: object) -> str:
-    return f"prw-flux: warning: {message}\n"
+def _one_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    sys.stderr.write(f"prw-flux: warning: {message}\n")
 
 
 __all__ = ["build_parser", "main", "sentence"]

@@ -73,6 +73,7 @@ def evaluate_and_tell(
     from prw_flux.progress import watching
     from prw_flux.rundir import RunError, RunFolder
 
+    show.quiet_loading()
     run = RunFolder.open(path)
     if not run.done:
         raise RunError(f"{path} has no finished stage to evaluate; prw-flux train --resume {path}")

@@ -45,6 +45,7 @@ def run_generate(args: argparse.Namespace) -> int:
     from prw_flux.pipeline import CoLoGenPipeline
     from prw_flux.rundir import RunError, RunFolder
 
+    show.quiet_loading()
     _check(args)
     run = RunFolder.open(args.directory)
     if not run.done:
@@ -53,8 +54,9 @@ def run_generate(args: argparse.Namespace) -> int:
         )
     size = run.config.size
     source = None if args.image is None else prepared(args, size)
-    pipe = CoLoGenPipeline.from_pretrained(run.path, base=args.base)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    pipe = CoLoGenPipeline.from_pretrained(run.path, base=args.base, dtype=dtype)
+    pipe.to(device)
     pipe.set_progress_bar_config(disable=args.json or not show.watcher().is_terminal)
     began = time.perf_counter()
     given = {} if source is None else {"image": source, "task": args.task, "route": args.route}

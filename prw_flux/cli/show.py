@@ -11,13 +11,23 @@ from rich.table import Table
 
 
 def human() -> Console:
-    """For people: stdout, wrapped only on a terminal."""
-    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+    """For people: stdout; where it is no terminal, wide enough for every table."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200, soft_wrap=True)
 
 
 def watcher() -> Console:
     """For progress: stderr, so that stdout stays the answer."""
     return Console(stderr=True, highlight=False)
+
+
+def quiet_loading() -> None:
+    """Load models without the bars and remarks of the libraries that load them."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 def answer(data: Any) -> None:

@@ -22,6 +22,7 @@ def run_build(args: argparse.Namespace) -> int:
     """Pretrain autoencoder and base, and write the pipeline."""
     from prw_flux.tiny.build import build
 
+    show.quiet_loading()
     build(Path(args.out))
     show.human().print(args.out)
     return 0

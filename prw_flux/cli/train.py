@@ -31,7 +31,7 @@ def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
         "--from", dest="parent", metavar="RUN", help="add stages to a copy of a finished run"
     )
     train.add_argument(
-        "--stage", dest="stages", action="append", default=[], metavar="TASK",
+        "--stage", dest="stages", action="append", default=[], metavar="[NAME=]TASK",
         help="one more stage, on a task or package.module:object; may be repeated",
     )  # fmt: skip
     train.set_defaults(run=run_train)
@@ -61,6 +61,7 @@ def run_demo(args: argparse.Namespace) -> int:
 
 def run_train(args: argparse.Namespace) -> int:
     """Train, resume or extend; then, unless told otherwise, evaluate and report."""
+    show.quiet_loading()
     if args.resume is not None:
         path = _resume(args)
     else:
@@ -136,10 +137,12 @@ def configured(args: argparse.Namespace, parent: Any = None) -> Any:
     old = () if parent is None else parent.config.stages
     names = [stage.name for stage in old]
     stages = [*old, *(stage for stage in config.stages if stage.name not in names)]
-    for task in args.stages:
-        last = stages[-1]
+    for spec in args.stages:  # as long as the last one, unless --set says otherwise
+        (name, _, task), last = spec.rpartition("="), stages[-1]
         stages.append(
-            Stage(task=task, steps=last.steps, batch_size=last.batch_size, lr=last.lr)
+            Stage(
+                task=task, name=name, steps=last.steps, batch_size=last.batch_size, lr=last.lr
+            )
         )
     config = replace(config, stages=tuple(stages))
     if args.photos is not None:

@@ -102,7 +102,7 @@ def make_batch() -> Callable[..., dict[str, Tensor]]:
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole pipeline folder in FLUX.1's layout: tiny-flux's parts, smaller, with random weights."""
+    """A whole pipeline folder in FLUX.1's layout: tiny-flux's parts, smaller and random."""
     from prw_flux.tiny.autoencoder import new_autoencoder
     from prw_flux.tiny.base import BaseRecipe
     from prw_flux.tiny.build import new_base, write_folder

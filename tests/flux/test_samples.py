@@ -1,0 +1,133 @@
+"""Encoded samples: pure functions of seed, stage and index, whatever order they are asked in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prw_flux import CoLoGenPipeline
+from prw_flux.samples import SampleError, Samples, batch_indices, stable_hash
+from prw_flux.shapeweave.source import ShapeWeave
+from prw_flux.tasks import TASKS, Example, Task, TaskReject, Triple
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_base: Path) -> Any:
+    return CoLoGenPipeline.from_pretrained(tiny_base)
+
+
+def make(pipe: Any, task: Task = TASKS["edit"], **changes: Any) -> Samples:
+    settings = {"stage": "edit", "seed": 0, "batch_size": 2, "count": 5, **changes}
+    return Samples(ShapeWeave(size=64), task, pipe, **settings)
+
+
+@given(st.integers(0, 5), st.integers(1, 7), st.integers(1, 12), st.integers(1, 3))
+def test_epochs_are_permutations_laid_end_to_end(
+    seed: int, batch: int, count: int, epochs: int
+) -> None:
+    steps = -(-epochs * count // batch)
+    order = [i for s in range(steps) for i in batch_indices(seed, "edit", s, batch, count)]
+    assert len(order) == steps * batch
+    for epoch in range(epochs):
+        assert sorted(order[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+def test_the_hash_is_stable_across_versions() -> None:
+    assert stable_hash(0, "edit", "step", 3) == 2301896200712259777
+    assert 0 <= stable_hash("x") < 2**63
+
+
+def test_a_batch_is_a_function_of_seed_stage_and_step(pipe: Any) -> None:
+    one, two = make(pipe), make(pipe)
+    for samples in (one, two):
+        samples.prepare()
+    for step in (4, 0, 2):
+        a, b = one.batch(step), two.batch(step)
+        for name in vars(a):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+    other = make(pipe, seed=1)
+    other.prepare()
+    assert not torch.equal(one.batch(0).target_BTC, other.batch(0).target_BTC)
+    assert one.batch(0).target_BTC.shape == (2, 16, 64)
+    assert one.batch(0).text_BLE.dtype == torch.float32
+
+
+def test_batches_encoded_on_demand_draw_the_same_samples(pipe: Any) -> None:
+    ahead, demand = make(pipe, count=6), make(pipe, count=None)
+    ahead.prepare()
+    demand.prepare()
+    assert ahead._encoded is not None
+    for step in range(3):
+        wanted = ahead._encoded.target_NTC[2 * step : 2 * step + 2].float()
+        torch.testing.assert_close(demand.batch(step).target_BTC, wanted, atol=0.05, rtol=0.05)
+
+
+def test_a_dropped_caption_is_the_empty_text(pipe: Any) -> None:
+    samples = make(pipe)
+    samples.prepare()
+    kept, dropped = samples.batch(0), samples.batch(0, [True, False])
+    empty_LE, empty_P = (part[0] for part in samples.texts.gather([0]))
+    assert torch.equal(dropped.text_BLE[0], empty_LE) and torch.equal(dropped.pooled_BP[0], empty_P)
+    assert torch.equal(dropped.text_BLE[1], kept.text_BLE[1])
+    assert not torch.equal(kept.text_BLE[0], empty_LE)
+
+
+def test_only_an_unaligned_source_is_moved_aside(pipe: Any) -> None:
+    for name, columns in (("edit", 0), ("customise", -4)):
+        samples = make(pipe, TASKS[name], count=1, batch_size=1)
+        samples.prepare()
+        batch = samples.batch(0)
+        moved = batch.source_ids_S3 - batch.target_ids_T3
+        assert torch.equal(moved, torch.tensor([0.0, 0.0, columns]).expand(16, 3))
+
+
+class Picky(Task):
+    """Refuses most draws; never the same ones for another seed."""
+
+    name, sentence = "picky", "Be picky."
+
+    def missing(self, example: Example) -> str | None:
+        return None
+
+    def make(self, example: Example, rng: np.random.Generator) -> Triple:
+        if rng.random() < 0.7:
+            raise TaskReject("not today")
+        return self.triple(example, "x", example.image, "", example.image)
+
+
+class Never(Picky):
+    """Refuses everything."""
+
+    def missing(self, example: Example) -> str | None:
+        return "no reason"
+
+
+class Uneven(Picky):
+    """Targets of two sizes."""
+
+    def make(self, example: Example, rng: np.random.Generator) -> Triple:
+        side = 64 if rng.random() < 0.5 else 32
+        return self.triple(example, "x", example.image, "", example.image[:side, :side])
+
+
+def test_rejects_are_replaced_and_counted(pipe: Any) -> None:
+    one, two = make(pipe, Picky()), make(pipe, Picky())
+    keys = [one.triple(i).metadata["key"] for i in range(5)]
+    assert [two.triple(i).metadata["key"] for i in reversed(range(5))] == keys[::-1]
+    assert one.rejected["not today"] == two.rejected["not today"] > 0
+
+
+def test_a_task_that_never_succeeds_says_why(pipe: Any) -> None:
+    with pytest.raises(SampleError, match=r"no sample for 'picky': no reason \(20 x\)"):
+        make(pipe, Never()).prepare()
+
+
+def test_samples_of_several_sizes_are_refused(pipe: Any) -> None:
+    with pytest.raises(SampleError, match="must agree in size"):
+        make(pipe, Uneven(), count=16).prepare()
