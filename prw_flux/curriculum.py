@@ -43,7 +43,7 @@ class Stage:
         if not self.name:
             object.__setattr__(self, "name", self.task.partition(":")[2].lower() or self.task)
         if not NAME.fullmatch(self.name):
-            raise ConfigError(f"name {self.name!r} is none for a stage: use letters, digits, _ and -")
+            raise ConfigError(f"name {self.name!r} is no name: use letters, digits, _ and -")
         for field in ("steps", "batch_size"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field} must be at least 1, got {getattr(self, field)}")

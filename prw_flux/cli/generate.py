@@ -54,9 +54,10 @@ def run_generate(args: argparse.Namespace) -> int:
         )
     size = run.config.size
     source = None if args.image is None else prepared(args, size)
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if cuda else torch.float32
     pipe = CoLoGenPipeline.from_pretrained(run.path, base=args.base, dtype=dtype)
-    pipe.to(device)
+    pipe.to("cuda" if cuda else "cpu")
     pipe.set_progress_bar_config(disable=args.json or not show.watcher().is_terminal)
     began = time.perf_counter()
     given = {} if source is None else {"image": source, "task": args.task, "route": args.route}
