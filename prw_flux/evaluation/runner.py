@@ -22,6 +22,7 @@ from prw_flux.evaluation.samples import Draw, EvaluationSample, draw_samples
 from prw_flux.evaluation.shapes import METRICS, means, score, unusable
 from prw_flux.evaluation.sheets import photo_samples, write_sheets
 from prw_flux.evaluation.statistics import bootstrap, paired_bootstrap
+from prw_flux.evaluation.tables import markdown
 from prw_flux.pipeline import CoLoGenPipeline
 from prw_flux.rundir import RunFolder, write_atomically
 from prw_flux.shapeweave.source import ShapeWeave
@@ -84,7 +85,7 @@ def evaluate_run(
     source: DataSource | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
-    """Measure a run and write evaluation.json, routing.json and samples/ into it.
+    """Measure a run; write evaluation.json and .md, routing.json and samples/ into it.
 
     Args:
         run: the run folder; the stages that are finished are evaluated.
@@ -117,6 +118,7 @@ def evaluate_run(
         "version": VERSION,
         "source": source.name,
         "size": folder.config.size,
+        "stages": list(stages),
         "settings": asdict(settings),
         "tasks": {task: bench.compare(task) for task in tasks},
         "forgetting": bench.history(stages) if settings.history else None,
@@ -128,6 +130,7 @@ def evaluate_run(
     write_sheets(folder.path / "samples", shown, photos, outputs)
     result["seconds"] = round(time.perf_counter() - started, 1)
     write_json(folder.path / FILE, result)
+    write_atomically((folder.path / FILE).with_suffix(".md"), markdown(result))
     return result
 
 
@@ -169,7 +172,8 @@ def load_pipeline(folder: RunFolder) -> CoLoGenPipeline:
     narrow = device == "cuda" and folder.config.precision == "bf16"
     dtype = torch.bfloat16 if narrow else torch.float32
     pipe: CoLoGenPipeline = CoLoGenPipeline.from_pretrained(folder.path, dtype=dtype)
-    return pipe.to(device)
+    pipe.to(device)
+    return pipe
 
 
 def finished_stages(folder: RunFolder) -> dict[str, str]:

@@ -93,7 +93,12 @@ def margin_text(row: Mapping[str, Any]) -> str:
     least = margin(row)
     if least is None:
         return ""
-    return f"{least['mean']:+.2f} [{least['low']:+.2f}, {least['high']:+.2f}]"
+    return f"{signed(least['mean'])} [{signed(least['low'])}, {signed(least['high'])}]"
+
+
+def signed(number: float) -> str:
+    """+0.25; zero has no minus."""
+    return f"{round(number, 2) + 0.0:+.2f}"
 
 
 def beats(row: Mapping[str, Any], least: float = 0.10) -> bool:

@@ -73,7 +73,7 @@ def _margin(row: Mapping[str, Any]) -> str:
 
 def signed(value: float) -> str:
     """+0.25 or −0.10, with a true minus sign."""
-    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+    return f"{round(value, 2) + 0.0:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _interval(value: Mapping[str, Any]) -> dict[str, float]:

@@ -105,6 +105,6 @@ def notice(facts: Facts, absent: Sequence[str]) -> str:
         )
     if absent:
         told.append(f"Not there yet: {', '.join(absent).lower()}.")
-    elif facts.evaluation and set(facts.evaluation["tasks"]) < {s.task for s in facts.done}:
-        told.append("The evaluation is older than the last stage.")
+    if facts.evaluation and facts.evaluation["stages"] != [stage.name for stage in facts.done]:
+        told.append("The evaluation is older than the last finished stage.")
     return f'<p class="note">{escape(" ".join(told))}</p>' if told else ""

@@ -121,7 +121,7 @@ def forgetting(facts: Facts) -> str:
     if not matrix:
         return ""
     rows = [f"after {name}" for name in matrix["stages"]]
-    columns = [title_of(task) for task in matrix["tasks"]]
+    columns = list(matrix["tasks"])
     router = heat_table(rows, columns, matrix["router"], lambda v: f"{v:.2f}")
     pinned = heat_table(rows, columns, matrix["at_stage"], lambda v: f"{v:.2f}")
     return section(

@@ -268,7 +268,8 @@ def test_evaluate_run_writes_what_the_report_reads(run: RunFolder, pipe: CoLoGen
     assert all((run.path / "samples" / s["output"]).is_file() for s in samples)
     assert json.loads((run.path / "routing.json").read_text())["tasks"]["ground"]["n"] == 3
     assert all(done <= total for _, done, total in told)
-    assert "| ground | Acc@0.5 |" in markdown(found) and rich_table(found).row_count == 3
+    assert "| ground | Acc@0.5 |" in (run.path / "evaluation.md").read_text()
+    assert markdown(found) and rich_table(found).row_count == 3
 
 
 def test_evaluate_stage_is_a_row_of_the_matrix(run: RunFolder, pipe: CoLoGenPipeline) -> None:

@@ -81,6 +81,7 @@ def _measure(run: RunFolder, tasks: list[str], pictures: int, rng: random.Random
         "version": 1,
         "source": "shapeweave",
         "size": 96,
+        "stages": names,
         "seconds": 41.0,
         "settings": {"seed": 0, "sampling": {"steps": 12, "precision": "bf16"}},
         "tasks": {task: _row() for task in tasks},
@@ -163,6 +164,12 @@ def test_report_of_a_partial_run_says_what_is_missing(tmp_path: Path) -> None:
     assert "2 of 5 stages are done, control, customise, edit are still to come" in text
     assert "Not there yet: comparison, samples, routing, forgetting." in text
     assert not Page(text).open
+
+
+def test_an_evaluation_that_is_older_than_the_last_stage_is_told(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "older", stages=2, pictures=1)
+    run.finish_stage(2, {"seconds": 1.0})
+    assert "older than the last finished stage" in write_report(run.path).read_text("utf-8")
 
 
 def test_report_of_a_run_that_has_only_begun(tmp_path: Path) -> None:
