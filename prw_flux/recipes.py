@@ -47,7 +47,7 @@ def demo() -> RunConfig:
         adapter=AdapterConfig(rank=32, alpha=64),
         optimizer=_TINY_OPTIMIZER,
         evaluation=EvaluationConfig(per_task=32, history=12, steps=12),
-        log_every=5,
+        log_every=10,
         save_every=100,
     )
 

@@ -234,8 +234,9 @@ class Samples:
     def _latents(self, images: list[np.ndarray[Any, Any]]) -> tuple[Tensor, tuple[int, int]]:
         """Packed latents [B, tokens, C] in bf16 on the CPU, and the grid of tokens."""
         vae = self.pipe.vae
+        pixels = to_pixels(np.stack(images)).contiguous(memory_format=torch.channels_last)
         with torch.autocast(vae.device.type, torch.bfloat16):
-            latents = encode_image(vae, to_pixels(np.stack(images)))
+            latents = encode_image(vae, pixels)
         grid = latents.shape[-2] // 2, latents.shape[-1] // 2
         return pack(latents).to("cpu", torch.bfloat16), grid
 

@@ -25,6 +25,7 @@ from prw_flux.curriculum import Stage
 from prw_flux.data.choose import open_data, require_feeds
 from prw_flux.flow import flow_loss, interpolate, resolution_shift, sample_times
 from prw_flux.interrupt import Interrupted, Stop
+from prw_flux.passes import source_pass
 from prw_flux.progress import Quiet
 from prw_flux.resume import Position, read_moments, read_position, restore_moments, save_state
 from prw_flux.rundir import RunFolder
@@ -289,11 +290,18 @@ class Trainer:
     @torch.no_grad()
     def _quiet_usage(self, samples: Samples, stage: Stage, step: int) -> float:
         """Usage of the same batch without router noise, as generation routes."""
-        batch = samples.batch(step)
-        noisy = batch.target_BTC.to(self.session.device)
-        times = torch.full((stage.batch_size,), 0.5, device=self.session.device)
+        batch, device = samples.batch(step), self.session.device
+        pooled = self._source_pooled(samples)
+        times = torch.full((stage.batch_size,), 0.5, device=device)
         with self._arithmetic(), prw.Record() as record:
-            self._forward(batch, noisy, times, samples, record)
+            source_pass(
+                self.session.passes.transformer,
+                batch.source_BSC.to(device),
+                batch.source_ids_S3.to(device),
+                batch.pooled_BP.to(device) if pooled is None else pooled,
+                self.adapter.source_time(times),
+                call=record,
+            )
         return record.usage()
 
     def _leave(self, position: Position) -> None:
