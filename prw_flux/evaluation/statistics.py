@@ -25,6 +25,7 @@ class Interval:
     n: int
 
     def to_json(self) -> dict[str, float | int]:
+        """Plain numbers for a JSON file."""
         return {"mean": self.mean, "low": self.low, "high": self.high, "n": self.n}
 
 
