@@ -2,6 +2,8 @@
 
 from diffusers import ModelMixin as ModelMixin  # diffusers looks for it beside PRWAdapter
 
+from prw_flux import _imports as _imports  # before anything imports diffusers' FLUX
+from prw_flux import recipes, tiny
 from prw_flux.adapter import PRWAdapter, TaskSpec
 from prw_flux.attach import attach, attached, detach
 from prw_flux.passes import TwoPass, main_pass, source_pass
@@ -20,5 +22,7 @@ __all__ = [
     "attached",
     "detach",
     "main_pass",
+    "recipes",
     "source_pass",
+    "tiny",
 ]
