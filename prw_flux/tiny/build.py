@@ -77,7 +77,7 @@ def autoencoder(out: Path, phases: tuple[AutoencoderRecipe, ...]) -> Autoencoder
     """The trained autoencoder of ``out``, trained now where it is absent."""
     if (out / "vae" / "config.json").is_file():
         logger.info("using the autoencoder in %s", out / "vae")
-        return AutoencoderTiny.from_pretrained(out / "vae", torch_dtype=torch.float32).eval()
+        return AutoencoderTiny.from_pretrained(out / "vae", dtype=torch.float32).eval()
     photos = photographs()
     vae: AutoencoderTiny | None = None
     for phase in phases:

@@ -36,7 +36,7 @@ def measure(folder: Path, *, captions: int = 500, steps: int = 28, sheet: Path |
         {"autoencoder": {"C", "L", "photo_psnr", "scenes"}, "base": {"C", "L", "background",
         "captions", "steps", "C_new_triple", "C_known_triples"}}.
     """
-    pipeline = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = FluxPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return {
         "autoencoder": round_trip(pipeline.vae),

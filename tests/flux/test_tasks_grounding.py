@@ -162,7 +162,7 @@ def test_real_boxes_and_masks_read_back(assets: Path) -> None:
 def test_marks_survive_the_autoencoder_of_flux(assets: Path) -> None:
     from diffusers import AutoencoderTiny
 
-    vae = AutoencoderTiny.from_pretrained(assets / "taef1", torch_dtype=torch.float32)
+    vae = AutoencoderTiny.from_pretrained(assets / "taef1", dtype=torch.float32)
 
     def round_trip(image: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(image).float().permute(2, 0, 1)[None] / 127.5 - 1

@@ -111,7 +111,7 @@ def test_build_writes_a_flux_pipeline_that_runs_and_is_measured(tmp_path: Path) 
         batch_size=4,
     )
     folder = build(tmp_path / "tiny", phases=(phase,), recipe=recipe, compile_base=False)
-    pipeline = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = FluxPipeline.from_pretrained(folder, dtype=torch.float32)
     assert pipeline.transformer.config.in_channels == 64
     assert (folder / "recipe.json").is_file()
     sheet = tmp_path / "sheet.png"
