@@ -2,7 +2,7 @@
 
 ``run.json`` configuration, base, stages done · ``adapter/`` the trained adapter after the last
 finished stage · ``state/`` what a resumed run continues from · ``metrics.jsonl`` one line per
-logged step · ``stages/`` and ``samples/`` what the evaluation measured and generated.
+logged step. Evaluation and report add their own files.
 """
 
 from __future__ import annotations
@@ -72,8 +72,6 @@ class RunFolder:
             for folder in (parent.adapter, parent.state):
                 if folder.is_dir():
                     shutil.copytree(folder, path / folder.name)
-        (path / "stages").mkdir()
-        (path / "samples").mkdir()
         index = {
             "format_version": FORMAT_VERSION,
             "recipe": config.recipe,
@@ -109,6 +107,8 @@ class RunFolder:
                 f"{path} holds a run already; continue it with --resume {path}, replace it with "
                 "--overwrite, or choose another folder with --out"
             )
+        with _held(path):
+            return
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -155,6 +155,11 @@ class RunFolder:
     def index(self) -> dict[str, Any]:
         """What run.json holds."""
         return self._index
+
+    def note(self, **facts: Any) -> None:
+        """Add plain facts to run.json."""
+        self._index |= facts
+        self._write_index()
 
     def finish_stage(self, number: int, facts: Mapping[str, Any]) -> None:
         """Note that stage `number` is done, with plain facts about it (seconds, rejects)."""
@@ -216,12 +221,18 @@ class RunFolder:
         Raises:
             RunError: another process trains it.
         """
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RunError(f"another process is training {self.path}") from None
+        with _held(self.path):
             yield
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    with (path / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"another process is training {path}") from None
+        yield
 
 
 def write_atomically(path: Path, text: str) -> None:

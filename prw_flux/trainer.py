@@ -5,7 +5,6 @@ Shapes: B samples, T target tokens, C packed latent channels.
 
 from __future__ import annotations
 
-import math
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -19,12 +18,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import prw
 from prw import PRWError
-from prw_flux.adapter import PRWAdapter
-from prw_flux.config import OptimizerConfig, RunConfig
+from prw_flux.config import RunConfig
 from prw_flux.curriculum import Stage
 from prw_flux.data.choose import open_data, require_feeds
 from prw_flux.flow import flow_loss, interpolate, resolution_shift, sample_times
 from prw_flux.interrupt import Interrupted, Stop
+from prw_flux.optimization import learning_rate, new_optimizer
 from prw_flux.passes import source_pass
 from prw_flux.progress import Quiet
 from prw_flux.resume import Position, read_moments, read_position, restore_moments, save_state
@@ -88,17 +87,19 @@ def train(
         on_stage_end: called with the run and the number of each stage that has been finished.
 
     Raises:
+        RunError: another process trains this run.
         Interrupted: `stop` asked for it; the state is saved.
         TrainingError: a loss or gradient is not finite; the state before it is saved.
     """
-    position = read_position(run)
-    run.forget_log_after(position.stage, position.step)
-    trainer = Trainer(run, session, data, progress or Quiet(), stop or Stop())
-    for number in range(position.stage, len(run.config.stages)):
-        trainer.run_stage(number, position)
-        position = Position(stage=number + 1)
-        if on_stage_end is not None:
-            on_stage_end(run, number)
+    with run.exclusively():
+        position = read_position(run)
+        run.forget_log_after(position.stage, position.step)
+        trainer = Trainer(run, session, data, progress or Quiet(), stop or Stop())
+        for number in range(position.stage, len(run.config.stages)):
+            trainer.run_stage(number, position)
+            position = Position(stage=number + 1)
+            if on_stage_end is not None:
+                on_stage_end(run, number)
 
 
 class Trainer:
@@ -315,30 +316,6 @@ class Trainer:
             f"stopped after step {position.step} of stage {stage!r}; continue with "
             f"prw-flux train --resume {self.run.path}",
         )
-
-
-def new_optimizer(adapter: PRWAdapter, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over what learns now, experts and routers in groups of their own."""
-    kinds: dict[str, list[torch.nn.Parameter]] = {"experts": [], "router": []}
-    for pool in adapter.weave.pools.values():
-        for name, parameter in pool.learners():
-            kinds[name.split(".")[0]].append(parameter)
-    groups = [
-        {"params": kinds["experts"], "weight_decay": config.weight_decay, "factor": 1.0},
-        {"params": kinds["router"], "weight_decay": 0.0, "factor": config.router_lr},
-    ]
-    beta1, beta2 = config.betas
-    return torch.optim.AdamW(groups, lr=1e-4, betas=(beta1, beta2), eps=config.eps, fused=True)
-
-
-def learning_rate(config: OptimizerConfig, stage: Stage, step: int) -> float:
-    """Linear warm-up, then constant, or half a cosine down to a twentieth."""
-    if step < config.warmup:
-        return stage.lr * (step + 1) / config.warmup
-    if config.decay == "constant":
-        return stage.lr
-    done = (step - config.warmup) / max(1, stage.steps - config.warmup)
-    return stage.lr * (0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * done)))
 
 
 def memory_mib() -> int:

@@ -73,6 +73,7 @@ def run_train(args: argparse.Namespace) -> int:
 
 def _begin(args: argparse.Namespace) -> Path:
     """A new run: everything that can be wrong is found before its folder exists."""
+    from prw_flux.data.photos import PhotoFolder
     from prw_flux.resume import adapter_to_continue
     from prw_flux.rundir import RunFolder
     from prw_flux.session import open_session
@@ -83,9 +84,15 @@ def _begin(args: argparse.Namespace) -> Path:
     path = Path(args.out) if args.out else RUNS / (config.recipe.replace(":", ".") or "run")
     RunFolder.check_room(path, overwrite=args.overwrite, parent=parent)
     start = None if parent is None else adapter_to_continue(parent)
+    # a folder that does not train is shown in the report: it has to be usable as well
+    shown = PhotoFolder(config.data.photos, config.size) if config.data.photos else None
     session = open_session(config, start)
     data = open_training_data(config, session)
+    photos = data if isinstance(data, PhotoFolder) else shown
     run = RunFolder.create(path, config, parent=parent, overwrite=args.overwrite)
+    if photos is not None:
+        run.note(photos={"name": photos.name, "summary": photos.summary()})
+        show.watcher().print(f"{photos.name}  {photos.summary()}", soft_wrap=True)
     _train(args, run, session, data)
     return path
 

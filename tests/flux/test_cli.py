@@ -79,6 +79,8 @@ def test_wrong_usage_is_status_2(words: list[str]) -> None:
         (["train", "demo", "--stage", "colour"], "unknown task 'colour'"),
         (["train", "demo", "--set", "base.path=gone"], "The base gone does not exist"),
         (["train", "--from", "gone"], "there is no folder gone"),
+        (["demo", "--photos", "gone"], "gone"),
+        (["train", "photos", "--photos", "gone"], "gone"),
         (["train", "--resume", "gone"], "there is no folder gone"),
         (["train", "--resume"], "--resume needs the run folder"),
         (["train", "demo", "--resume", "x", "--set", "seed=1"], "keeps its configuration"),

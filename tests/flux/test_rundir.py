@@ -121,8 +121,10 @@ def test_a_failed_write_leaves_the_old_text(
 
 def test_one_trainer_at_a_time(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", demo())
-    with run.exclusively(), pytest.raises(RunError, match="another process"):
+    with run.exclusively(), pytest.raises(RunError, match="another process is training"):
         with run.exclusively():
             pass
+    with run.exclusively(), pytest.raises(RunError, match="another process is training"):
+        RunFolder.create(run.path, demo(), overwrite=True)
     with run.exclusively():
         pass

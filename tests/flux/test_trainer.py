@@ -14,13 +14,12 @@ import torch
 from prw_flux import PRWAdapter
 from prw_flux.config import OptimizerConfig, RunConfig
 from prw_flux.curriculum import Stage
+from prw_flux.optimization import learning_rate, new_optimizer
 from prw_flux.rundir import RunFolder
 from prw_flux.session import open_session
 from prw_flux.trainer import (
     Trainer,
     TrainingError,
-    learning_rate,
-    new_optimizer,
     open_training_data,
     train,
 )
