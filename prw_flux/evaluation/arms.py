@@ -18,7 +18,7 @@ from prw_flux.evaluation.samples import EvaluationSample
 from prw_flux.pipeline import CoLoGenPipeline
 from prw_flux.tasks.base import Image
 
-Make = Callable[[CoLoGenPipeline, Sequence[EvaluationSample], Sampling, Tick], list[Image]]
+Make = Callable[[CoLoGenPipeline, Sequence[EvaluationSample], Sampling, Tick, str], list[Image]]
 
 
 @final
@@ -29,28 +29,52 @@ class Arm:
     Args:
         label: for tables.
         baseline: whether the trained adapter is compared with it.
-        make: one picture per sample.
+        trained: whether it is the trained adapter, under some route.
+        make: one picture per sample; told the route to the stage that trained the task, too.
     """
 
     label: str
-    baseline: bool
+    baseline: bool = False
+    trained: bool = False
     make: Make
 
 
-def _trained(
-    pipe: CoLoGenPipeline, samples: Sequence[EvaluationSample], sampling: Sampling, tick: Tick
+def _own_stage(
+    pipe: CoLoGenPipeline,
+    samples: Sequence[EvaluationSample],
+    sampling: Sampling,
+    tick: Tick,
+    stage: str,
+) -> list[Image]:
+    return generate(pipe, samples, sampling, route=stage, tick=tick)
+
+
+def _free(
+    pipe: CoLoGenPipeline,
+    samples: Sequence[EvaluationSample],
+    sampling: Sampling,
+    tick: Tick,
+    stage: str,
 ) -> list[Image]:
     return generate(pipe, samples, sampling, tick=tick)
 
 
 def _text_only(
-    pipe: CoLoGenPipeline, samples: Sequence[EvaluationSample], sampling: Sampling, tick: Tick
+    pipe: CoLoGenPipeline,
+    samples: Sequence[EvaluationSample],
+    sampling: Sampling,
+    tick: Tick,
+    stage: str,
 ) -> list[Image]:
     return generate(pipe, samples, sampling, with_source=False, tick=tick)
 
 
 def _zero_delta(
-    pipe: CoLoGenPipeline, samples: Sequence[EvaluationSample], sampling: Sampling, tick: Tick
+    pipe: CoLoGenPipeline,
+    samples: Sequence[EvaluationSample],
+    sampling: Sampling,
+    tick: Tick,
+    stage: str,
 ) -> list[Image]:
     fresh = CoLoGenPipeline.from_pipe(pipe, prw=untrained(pipe))
     return generate(fresh, samples, sampling, tick=tick)
@@ -75,7 +99,11 @@ def untrained(pipe: CoLoGenPipeline) -> PRWAdapter:
 
 
 def _copy(
-    pipe: CoLoGenPipeline, samples: Sequence[EvaluationSample], sampling: Sampling, tick: Tick
+    pipe: CoLoGenPipeline,
+    samples: Sequence[EvaluationSample],
+    sampling: Sampling,
+    tick: Tick,
+    stage: str,
 ) -> list[Image]:
     return [resized(s.triple.source, s.triple.target.shape[0]) for s in samples]
 
@@ -89,7 +117,11 @@ def resized(image: Image, side: int) -> Image:
 
 @torch.inference_mode()
 def _ceiling(
-    pipe: CoLoGenPipeline, samples: Sequence[EvaluationSample], sampling: Sampling, tick: Tick
+    pipe: CoLoGenPipeline,
+    samples: Sequence[EvaluationSample],
+    sampling: Sampling,
+    tick: Tick,
+    stage: str,
 ) -> list[Image]:
     outputs: list[Image] = []
     for sample in samples:
@@ -102,13 +134,15 @@ def _ceiling(
 
 ARMS: Final[Mapping[str, Arm]] = MappingProxyType(
     {
-        "prw": Arm(label="PRW", baseline=False, make=_trained),
+        "stage": Arm(label="PRW at the task's own stage", trained=True, make=_own_stage),
+        "prw": Arm(label="PRW, final router", trained=True, make=_free),
         "text": Arm(label="text only", baseline=True, make=_text_only),
         "zero": Arm(label="zero-delta experts", baseline=True, make=_zero_delta),
         "copy": Arm(label="copy of the source", baseline=True, make=_copy),
-        "ceiling": Arm(label="true target through the autoencoder", baseline=False, make=_ceiling),
+        "ceiling": Arm(label="true target through the autoencoder", make=_ceiling),
     }
 )
-"""`prw` is the trained adapter with free routing, `text` the base without the source, `zero` the
+"""`stage` is the trained adapter pinned to the stage that trained the task, `prw` the same adapter
+with the final router choosing freely, `text` the base without the source, `zero` the
 source attached with untrained experts, `copy` the source unchanged, `ceiling` what the autoencoder
 leaves of the true target: no arm that generates can be expected to score above it."""

@@ -67,8 +67,10 @@ class Settings:
                 f"{self.n}, {self.history}, {self.shown}, {self.photos}"
             )
         unknown = [arm for arm in self.arms if arm not in ARMS]
-        if unknown or "prw" not in self.arms:
-            raise ValueError(f"arms {unknown} are unknown, or prw is left out; known: {list(ARMS)}")
+        if unknown or "stage" not in self.arms:
+            raise ValueError(
+                f"arms {unknown} are unknown, or stage is left out; known: {list(ARMS)}"
+            )
 
     @classmethod
     def quick(cls, n: int = 32, steps: int = 12) -> Settings:
@@ -113,7 +115,7 @@ def evaluate_run(
     tasks = [t for t in dict.fromkeys(stages.values()) if t in METRICS and t in source.tasks()]
     if not tasks:
         raise ValueError(f"no task of {folder.path} has an exact metric: {list(stages.values())}")
-    bench = _Bench(pipe, settings, _draw(source, tasks, settings), progress)
+    bench = _Bench(pipe, settings, _draw(source, tasks, settings), progress, stages)
     result = {
         "version": VERSION,
         "source": source.name,
@@ -126,7 +128,7 @@ def evaluate_run(
     write_json(folder.path / "routing.json", bench.routing())
     shown = {task: bench.shown(task) for task in tasks}
     photos = photo_samples(folder, tasks, settings.photos, settings.seed)
-    outputs = bench.generate("photos", [s for part in photos.values() for s in part])
+    outputs = bench.of_photos(photos)
     write_sheets(folder.path / "samples", shown, photos, outputs)
     result["seconds"] = round(time.perf_counter() - started, 1)
     write_json(folder.path / FILE, result)
@@ -161,7 +163,7 @@ def evaluate_stage(
         source = ShapeWeave(size=folder.config.size, seed=settings.seed, split="heldout")
     seen = list(stages.values())[: list(stages).index(stage) + 1]
     tasks = [t for t in dict.fromkeys(seen) if t in METRICS and t in source.tasks()]
-    bench = _Bench(pipe, settings, _draw(source, tasks, settings), lambda *told: None)
+    bench = _Bench(pipe, settings, _draw(source, tasks, settings), lambda *told: None, stages)
     rows = {t: bootstrap(bench.at(t, f"stage:{stage}", settings.n)).to_json() for t in tasks}
     return {"stage": stage, "n": settings.n, "tasks": rows}
 
@@ -215,8 +217,10 @@ class _Bench:
         settings: Settings,
         draws: Mapping[str, Draw],
         progress: Progress,
+        stages: Mapping[str, str],
     ) -> None:
         self.pipe, self.settings, self.draws, self.progress = pipe, settings, draws, progress
+        self.own = {task: stage for stage, task in stages.items()}
         self._scores: dict[tuple[str, str], list[dict[str, float]]] = {}
         self._pictures: dict[str, list[Image]] = {}
 
@@ -232,11 +236,11 @@ class _Bench:
                 "headline": bootstrap(headline).to_json(),
                 "parts": {k: v for k, v in means(rows).items() if k != "headline"},
             }
-        ours = [row["headline"] for row in self._arm(task, "prw")]
+        baselines = [name for name in self.settings.arms if ARMS[name].baseline]
         differences = {
-            name: paired_bootstrap(ours, [r["headline"] for r in self._arm(task, name)]).to_json()
-            for name in self.settings.arms
-            if ARMS[name].baseline
+            ours: {name: self._difference(task, ours, name) for name in baselines}
+            for ours in self.settings.arms
+            if ARMS[ours].trained
         }
         return {
             "n": len(draw.samples),
@@ -247,14 +251,19 @@ class _Bench:
             "differences": differences,
         }
 
+    def _difference(self, task: str, ours: str, theirs: str) -> dict[str, Any]:
+        a, b = ([row["headline"] for row in self._arm(task, name)] for name in (ours, theirs))
+        return paired_bootstrap(a, b).to_json()
+
     def _arm(self, task: str, name: str) -> list[dict[str, float]]:
         if (task, name) not in self._scores:
             samples = self.draws[task].samples
             tick = self._tick(f"{task}: {ARMS[name].label}", len(samples))
-            pictures = ARMS[name].make(self.pipe, samples, self.settings.sampling, tick)
+            own = f"stage:{self.own[task]}"
+            pictures = ARMS[name].make(self.pipe, samples, self.settings.sampling, tick, own)
             rows = [score(s, image) for s, image in zip(samples, pictures, strict=True)]
             self._scores[task, name] = rows
-            if name == "prw":
+            if name == "stage":
                 self._pictures[task] = pictures[: self.settings.shown]
         return self._scores[task, name]
 
@@ -274,8 +283,8 @@ class _Bench:
             last = row == len(names) - 1
             router.append([self._cell(t, "free" if last else f"stage:{stage}", count)
                            if t in own else None for t in tasks])  # fmt: skip
-            pinned.append([self._cell(t, "free" if own[t] == names[-1] else f"stage:{own[t]}",
-                                      count) if t in own else None for t in tasks])  # fmt: skip
+            pinned.append([self._cell(t, f"stage:{own[t]}", count) if t in own else None
+                           for t in tasks])  # fmt: skip
         return {"n": count, "stages": names, "tasks": tasks, "router": router, "at_stage": pinned}
 
     def _cell(self, task: str, route: str, count: int) -> float:
@@ -284,8 +293,10 @@ class _Bench:
 
     def at(self, task: str, route: str, count: int) -> list[float]:
         """Headlines of the first `count` samples of a task under a route."""
-        if route == "free":
+        if route == "free" and "prw" in self.settings.arms:
             rows = self._arm(task, "prw")[:count]
+        elif route == f"stage:{self.own[task]}" and "stage" in self.settings.arms:
+            rows = self._arm(task, "stage")[:count]
         elif (task, route) in self._scores:
             rows = self._scores[task, route]
         else:
@@ -302,6 +313,14 @@ class _Bench:
         tick = self._tick(what, len(samples))
         return generate(self.pipe, samples, self.settings.sampling, route=route, tick=tick)
 
+    def of_photos(self, photos: Mapping[str, Sequence[EvaluationSample]]) -> list[Image]:
+        """Pictures for photo samples, each task at its own stage."""
+        return [
+            picture
+            for task, samples in photos.items()
+            for picture in self.generate(f"{task}: photos", samples, f"stage:{self.own[task]}")
+        ]
+
     def routing(self) -> dict[str, Any]:
         """Chosen experts on the samples of the comparison."""
         samples = {task: draw.samples for task, draw in self.draws.items()}
@@ -309,7 +328,7 @@ class _Bench:
 
     def shown(self, task: str) -> list[tuple[EvaluationSample, Image, float]]:
         """Samples for the grid: what was asked, what came out, its headline."""
-        rows = self._arm(task, "prw")
+        rows = self._arm(task, "stage")
         return [
             (sample, image, row["headline"])
             for sample, image, row in zip(

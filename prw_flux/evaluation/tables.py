@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from rich.table import Table
 from rich.text import Text
 
 from prw_flux.evaluation.arms import ARMS
+
+SHORT: Final = {
+    "stage": "own stage",
+    "prw": "final router",
+    "text": "text only",
+    "zero": "zero-delta",
+}
+"""Headings of the arms that need another than their name."""
 
 
 def rich_table(evaluation: Mapping[str, Any]) -> Table:
@@ -18,13 +26,18 @@ def rich_table(evaluation: Mapping[str, Any]) -> Table:
     table.add_column("task")
     table.add_column("metric", style="dim")
     for name in names:
-        table.add_column(column(name), justify="right", style="bold" if name == "prw" else "")
-    table.add_column("margin [95 %]", justify="right")
+        table.add_column(column(name), justify="right", style="bold" if ARMS[name].trained else "")
+    ours = [name for name in names if ARMS[name].trained]
+    for name in ours:
+        table.add_column(f"margin of {column(name)}", justify="right")
     table.add_column("n", justify="right")
     for task, row in evaluation["tasks"].items():
         cells = [value(row, name) for name in names]
-        margin = Text(margin_text(row), style="green" if beats(row) else "red")
-        table.add_row(task, row["headline"], *cells, margin, str(row["n"]))
+        margins = [
+            Text(margin_text(row, name), style="green" if beats(row, name) else "red")
+            for name in ours
+        ]
+        table.add_row(task, row["headline"], *cells, *margins, str(row["n"]))
     return table
 
 
@@ -32,15 +45,18 @@ def markdown(evaluation: Mapping[str, Any]) -> str:
     """The same table in Markdown, then the parts of every metric."""
     names = arm_names(evaluation)
     titles = [column(name) for name in names]
+    ours = [name for name in names if ARMS[name].trained]
+    margins = " | ".join(f"margin of {column(name)}" for name in ours)
     lines = [
         f"{caption(evaluation)}.",
         "",
-        f"| task | metric | {' | '.join(titles)} | margin [95 %] | n |",
-        f"|---|---|{'---:|' * (len(names) + 2)}",
+        f"| task | metric | {' | '.join(titles)} | {margins} | n |",
+        f"|---|---|{'---:|' * (len(names) + len(ours) + 1)}",
     ]
     for task, row in evaluation["tasks"].items():
         cells = " | ".join(value(row, name) for name in names)
-        lines.append(f"| {task} | {row['headline']} | {cells} | {margin_text(row)} | {row['n']} |")
+        gains = " | ".join(margin_text(row, name) for name in ours)
+        lines.append(f"| {task} | {row['headline']} | {cells} | {gains} | {row['n']} |")
     lines += ["", f"| task | part | {' | '.join(titles)} |", f"|---|---|{'---:|' * len(names)}"]
     for task, row in evaluation["tasks"].items():
         for part, meaning in row["parts"].items():
@@ -67,7 +83,7 @@ def arm_names(evaluation: Mapping[str, Any]) -> list[str]:
 
 def column(name: str) -> str:
     """A short heading for an arm."""
-    return {"prw": "PRW", "text": "text only", "zero": "zero-delta"}.get(name, name)
+    return SHORT.get(name, name)
 
 
 def value(row: Mapping[str, Any], name: str) -> str:
@@ -82,15 +98,15 @@ def part_text(row: Mapping[str, Any], name: str, part: str) -> str:
     return "" if found is None else f"{found:.2f}"
 
 
-def margin(row: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def margin(row: Mapping[str, Any], ours: str) -> Mapping[str, Any] | None:
     """The paired difference to the strongest baseline: the smallest of the means."""
-    differences = row["differences"].values()
+    differences = row["differences"].get(ours, {}).values()
     return min(differences, key=lambda d: float(d["mean"])) if differences else None
 
 
-def margin_text(row: Mapping[str, Any]) -> str:
+def margin_text(row: Mapping[str, Any], ours: str) -> str:
     """+0.25 [+0.18, +0.31]."""
-    least = margin(row)
+    least = margin(row, ours)
     if least is None:
         return ""
     return f"{signed(least['mean'])} [{signed(least['low'])}, {signed(least['high'])}]"
@@ -101,6 +117,6 @@ def signed(number: float) -> str:
     return f"{round(number, 2) + 0.0:+.2f}"
 
 
-def beats(row: Mapping[str, Any], least: float = 0.10) -> bool:
-    """Whether PRW is ahead of every baseline by `least` in the mean, and surely ahead at all."""
-    return all(d["mean"] >= least and d["low"] > 0 for d in row["differences"].values())
+def beats(row: Mapping[str, Any], ours: str, least: float = 0.10) -> bool:
+    """Whether an arm is ahead of every baseline by `least` in the mean, and surely ahead at all."""
+    return all(d["mean"] >= least and d["low"] > 0 for d in row["differences"][ours].values())

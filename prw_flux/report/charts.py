@@ -110,6 +110,7 @@ def label(value: float) -> str:
 
 
 MARKERS: Final = {
+    "stage": "M-5.5 0A5.5 5.5 0 1 1 5.5 0A5.5 5.5 0 1 1 -5.5 0Z",
     "prw": "M-5.5 0A5.5 5.5 0 1 1 5.5 0A5.5 5.5 0 1 1 -5.5 0Z",
     "text": "M-4 -4H4V4H-4Z",
     "zero": "M0 -5.5L5.5 0L0 5.5L-5.5 0Z",

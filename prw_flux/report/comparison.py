@@ -10,8 +10,14 @@ from prw_flux.report.charts import Dot, dot_plot, marker
 from prw_flux.report.facts import Facts
 from prw_flux.report.layout import section, title_of
 
-ARMS: Final = ("prw", "text", "zero", "copy", "ceiling")
-SHORT: Final = {"prw": "PRW", "text": "text only", "zero": "zero-delta"}
+ARMS: Final = ("stage", "prw", "text", "zero", "copy", "ceiling")
+OURS: Final = ("stage", "prw")
+SHORT: Final = {
+    "stage": "own stage",
+    "prw": "final router",
+    "text": "text only",
+    "zero": "zero-delta",
+}
 
 
 def comparison(facts: Facts) -> str:
@@ -25,6 +31,7 @@ def comparison(facts: Facts) -> str:
         f"<span>{marker(a)}{escape(first[a]['label'])}</span>" for a in names if a in first
     )
     head = "".join(f'<th class="num">{SHORT.get(a, a)}</th>' for a in names)
+    margins = "".join(f'<th class="num">margin, {SHORT[a]}</th>' for a in OURS if a in names)
     rows = "".join(_comparison_row(task, row, names) for task, row in tasks.items())
     settings = facts.evaluation["settings"]
     steps = settings["sampling"]["steps"]
@@ -33,10 +40,11 @@ def comparison(facts: Facts) -> str:
         "comparison",
         f"Every arm answers the same held-out {escape(str(facts.evaluation['source']))} samples "
         f"from the same noise, in {steps} steps. All values lie between 0 and 1, higher is better. "
-        "The margin is the mean paired difference to the best of the three baselines, with its "
-        "95 % bootstrap interval.",
+        "A margin is the mean paired difference to the best of the three baselines, with its "
+        "95 % bootstrap interval: of the adapter pinned to the stage that trained the task, and of "
+        "the final router choosing freely.",
         f'<div class="legend">{keys}</div><div class="scroll"><table class="wide"><thead><tr>'
-        f'<th>task and metric</th><th>0 to 1</th>{head}<th class="num">margin</th>'
+        f"<th>task and metric</th><th>0 to 1</th>{head}{margins}"
         f'<th class="num">n</th></tr></thead><tbody>{rows}</tbody></table></div>'
         f"<details><summary>Parts of every metric</summary>{_parts(tasks, names)}</details>",
     )
@@ -46,27 +54,29 @@ def _comparison_row(task: str, row: Mapping[str, Any], names: Sequence[str]) -> 
     arms = row["arms"]
     dots = [
         Dot(**_interval(arms[a]["headline"]), style=a, name=arms[a]["label"])
-        for a in (*names[1:], names[0])
+        for a in reversed(names)
         if a in arms
     ]
     cells = "".join(
-        f'<td class="num{" strong" if a == "prw" else ""}">{arms[a]["headline"]["mean"]:.2f}</td>'
+        f'<td class="num{" strong" if a in OURS else ""}">{arms[a]["headline"]["mean"]:.2f}</td>'
         if a in arms
         else '<td class="num"></td>'
         for a in names
     )
+    gains = "".join(f'<td class="num">{_margin(row, a)}</td>' for a in OURS if a in names)
     return (
         f'<tr><td>{escape(title_of(task))}<span class="what">{escape(row["headline"])}</span></td>'
         f'<td class="plot">{dot_plot(dots, title=f"{title_of(task)}: all arms")}</td>{cells}'
-        f'<td class="num">{_margin(row)}</td><td class="num">{row["n"]}</td></tr>'
+        f'{gains}<td class="num">{row["n"]}</td></tr>'
     )
 
 
-def _margin(row: Mapping[str, Any]) -> str:
+def _margin(row: Mapping[str, Any], ours: str) -> str:
     """The difference to the strongest baseline, and its interval below."""
-    if not row["differences"]:
+    differences = row["differences"].get(ours)
+    if not differences:
         return ""
-    least = min(row["differences"].values(), key=lambda d: float(d["mean"]))
+    least = min(differences.values(), key=lambda d: float(d["mean"]))
     low, high = signed(least["low"]), signed(least["high"])
     return f'<b>{signed(least["mean"])}</b><br><span class="interval">{low} to {high}</span>'
 
