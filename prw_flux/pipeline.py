@@ -115,19 +115,19 @@ class CoLoGenPipeline(FluxPipeline):
             pretrained_model_name_or_path: A folder that `save_pretrained` wrote, any FLUX.1
                 pipeline (then without adapter), "tiny-flux", or a run.
             base: Another place for the base of a run, when it is not where the run says.
-            kwargs: As in `DiffusionPipeline.from_pretrained`; `torch_dtype` casts the experts too,
-                routers stay in float32.
+            kwargs: As in `DiffusionPipeline.from_pretrained`. `dtype` (float32 by default) casts
+                the experts too, routers stay in float32.
 
         Raises:
             FileNotFoundError: If a local folder is neither, or the base of a run is missing.
             ValueError: If `base` is given for something that is not a run.
         """
         folder = Path(pretrained_model_name_or_path)
+        # without a dtype diffusers loads float32 and transformers what the file has
+        kwargs.setdefault("dtype", kwargs.pop("torch_dtype", torch.float32))
         if is_run(folder):
             location, revision = resolve_run(folder, base)
-            adapter = PRWAdapter.from_pretrained(
-                folder / "adapter", torch_dtype=kwargs.get("torch_dtype", kwargs.get("dtype"))
-            )
+            adapter = PRWAdapter.from_pretrained(folder / "adapter", dtype=kwargs["dtype"])
             if revision is not None:
                 kwargs.setdefault("revision", revision)
             pipe: Self = super().from_pretrained(location, prw=adapter, **kwargs)

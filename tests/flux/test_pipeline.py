@@ -471,3 +471,11 @@ def test_the_registry_serves_an_adapter_without_tasks_of_its_own(make_transforme
     assert not adapter.task("customise").aligned
     adapter.add_task("mine", "Do it.", True)
     assert adapter.task("mine").sentence == "Do it." and adapter.task("edit").aligned
+
+
+def test_the_embedded_base_loads_by_name_in_one_dtype() -> None:
+    pipe = CoLoGenPipeline.from_pretrained("tiny-flux")
+    parts = (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.vae)
+    assert {part.dtype for part in parts} == {torch.float32}
+    image = pipe("a red circle", height=32, width=32, num_inference_steps=1).images[0]
+    assert image.size == (32, 32)
