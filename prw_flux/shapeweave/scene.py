@@ -80,6 +80,7 @@ class Item:
 
     @property
     def triple(self) -> tuple[str, str, str]:
+        """Shape, colour and texture: what the held-out combinations are made of."""
         return (self.shape, self.colour, self.texture)
 
     @property

@@ -71,6 +71,7 @@ class ShapeWeave:
         return ENDLESS
 
     def tasks(self) -> frozenset[str]:
+        """All five tasks of the curriculum."""
         return frozenset(TASKS)
 
     def example(self, task: str, index: int) -> Example:

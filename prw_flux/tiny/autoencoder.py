@@ -50,6 +50,7 @@ PHASES = (
 
 
 def new_autoencoder(channels: int) -> AutoencoderTiny:
+    """An untrained autoencoder of factor 8 with ``channels`` at every resolution."""
     return AutoencoderTiny(
         encoder_block_out_channels=(channels,) * 4,
         decoder_block_out_channels=(channels,) * 4,
