@@ -23,6 +23,7 @@ from prw_flux.encode import pack, position_ids
 from prw_flux.flow import interpolate, resolution_shift, sample_times, velocity_target
 from prw_flux.tiny.autoencoder import to_tensor, warmup_cosine
 from prw_flux.tiny.corpus import draw_content, paint, vocabulary
+from prw_flux.tiny.text_pretraining import TaggingRecipe
 from prw_flux.tiny.text_tokenizers import CLIP_LENGTH, T5_LENGTH, clip_tokenizer, t5_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class BaseRecipe:
         Phase(steps=4000, horizon=11_500, lr=2e-3, muon_lr=4e-3, seed=0),
         Phase(steps=4500, horizon=4500, lr=1.5e-3, muon_lr=3e-3, seed=1),
     )
+    tagging: TaggingRecipe = TaggingRecipe()
     batch_size: int = 64
     caption_dropout: float = 0.05
     ema: float = 0.999

@@ -23,6 +23,7 @@ from prw_flux.data.images import open_image
 from prw_flux.tiny.autoencoder import PHASES, AutoencoderRecipe, train_autoencoder
 from prw_flux.tiny.base import BaseModel, BaseRecipe, build_corpus, pretrain, scheduler
 from prw_flux.tiny.corpus import vocabulary
+from prw_flux.tiny.text_pretraining import train_tagging
 from prw_flux.tiny.text_tokenizers import CLIP_LENGTH, T5_LENGTH, clip_tokenizer, t5_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ def build(
     corpus = build_corpus(recipe, vae)
     torch.manual_seed(recipe.seed)
     model, clip, t5 = new_base(recipe)
+    tagged = train_tagging(model.text_encoder_2, t5, recipe.tagging)
+    logger.info("T5 names %.1f %% of the tags", 100 * tagged)
     nothing = (token_ids(clip, CLIP_LENGTH), token_ids(t5, T5_LENGTH))
     with small_attention():
         if compile_base:
