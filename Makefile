@@ -33,6 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	PYTHONPATH=.:kernels $(BIN)/lint-imports
 
 type: $(STAMP)

@@ -53,9 +53,7 @@ def observe(
     if learning and inputs is not None:
         rows = None if keep is None else keep.reshape(-1, 1)
         with torch.autocast(used.device.type, enabled=False):  # in fp32, as the router itself
-            signal_ED, noise_ED = usage_jacobian(
-                routing.probs.flatten(0, -2), inputs, newest, rows
-            )
+            signal_ED, noise_ED = usage_jacobian(routing.probs.flatten(0, -2), inputs, newest, rows)
         for index, signal, noise in learning:
             columns.append(signal)
             jacobian.append(signal_ED[index])

@@ -90,9 +90,7 @@ class RunFolder:
         return run
 
     @staticmethod
-    def check_room(
-        path: Path, *, overwrite: bool = False, parent: RunFolder | None = None
-    ) -> None:
+    def check_room(path: Path, *, overwrite: bool = False, parent: RunFolder | None = None) -> None:
         """Raise RunError where `create` would."""
         if parent is not None and path.resolve() == parent.path.resolve():
             raise RunError(f"{path} cannot extend itself; choose another folder with --out")

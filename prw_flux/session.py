@@ -84,9 +84,7 @@ def _load_base(config: RunConfig) -> CoLoGenPipeline:
     # a small base keeps its encoders wide, as generation will run them; a large one cannot
     dtypes = {"transformer": narrow, "default": torch.float32 if device == "cpu" else narrow}
     location = resolve_base(config.base.path)
-    pipe = CoLoGenPipeline.from_pretrained(
-        location, revision=config.base.revision, dtype=dtypes
-    )
+    pipe = CoLoGenPipeline.from_pretrained(location, revision=config.base.revision, dtype=dtypes)
     pipe.to(device)
     pipe.vae.to(memory_format=torch.channels_last)  # twice as fast on a CPU
     return pipe

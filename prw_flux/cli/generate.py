@@ -17,9 +17,7 @@ LINES = ("canny", "softedge", "lineart")
 
 def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
     """Add the verb."""
-    parser = verbs.add_parser(
-        "generate", parents=[common], help="make an image with a trained run"
-    )
+    parser = verbs.add_parser("generate", parents=[common], help="make an image with a trained run")
     parser.add_argument("--run", dest="directory", required=True, metavar="DIR")
     parser.add_argument("--base", help="where the base is now, if the run does not know")
     parser.add_argument("--prompt", required=True)
@@ -28,9 +26,7 @@ def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", help="inpaint, ground, control, customise, edit, or your own")
     parser.add_argument("--mask", metavar="FILE", help="inpaint: white where the hole is")
     parser.add_argument("--lines", choices=LINES, help="control: draw this map from the image")
-    parser.add_argument(
-        "--route", default="free", help="free (default), stage:NAME or expert:NAME"
-    )
+    parser.add_argument("--route", default="free", help="free (default), stage:NAME or expert:NAME")
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--guidance", type=float, default=3.5)
     parser.add_argument("--seed", type=int, default=0)

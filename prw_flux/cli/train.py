@@ -147,9 +147,7 @@ def configured(args: argparse.Namespace, parent: Any = None) -> Any:
     for spec in args.stages:  # as long as the last one, unless --set says otherwise
         (name, _, task), last = spec.rpartition("="), stages[-1]
         stages.append(
-            Stage(
-                task=task, name=name, steps=last.steps, batch_size=last.batch_size, lr=last.lr
-            )
+            Stage(task=task, name=name, steps=last.steps, batch_size=last.batch_size, lr=last.lr)
         )
     config = replace(config, stages=tuple(stages))
     if args.photos is not None:

@@ -224,9 +224,7 @@ def test_generate(
         assert size_of(Path("out.png")) == (64, 64)
 
 
-def test_data_shows_what_each_task_gets(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_data_shows_what_each_task_gets(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     sheet = tmp_path / "sheet.png"
     status, out, _ = told(capsys, "data", "--size", "64", "--count", "3", "--out", sheet, "--json")
     tasks = json.loads(out)["tasks"]

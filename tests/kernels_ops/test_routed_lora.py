@@ -35,9 +35,7 @@ class Case:
         self.B = [[self.leaf(out, rank) for _ in range(experts)] for out in outs]
         self.scaling = [2.0] * experts
         shape = leading[:1] if per_sample else leading
-        self.expert = (
-            torch.randint(0, experts, shape) if only is None else torch.full(shape, only)
-        )
+        self.expert = torch.randint(0, experts, shape) if only is None else torch.full(shape, only)
         self.gate = torch.rand(shape, dtype=torch.float64).requires_grad_()
 
     @staticmethod

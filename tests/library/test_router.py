@@ -34,9 +34,7 @@ def test_probabilities_and_choice(seed: int, count: int, noisy: bool) -> None:
         logits += eps * torch.nn.functional.softplus(h.double() @ torch.stack(noise).double().T)
     assert routing.probs.shape == (9, count)
     # fp32 logits of a few units, rounded a few times: 1e-5 relative.
-    torch.testing.assert_close(
-        routing.probs.double(), logits.softmax(-1), rtol=1e-4, atol=1e-6
-    )
+    torch.testing.assert_close(routing.probs.double(), logits.softmax(-1), rtol=1e-4, atol=1e-6)
     assert torch.equal(routing.gate, routing.probs.amax(-1))
     assert torch.equal(routing.expert, routing.probs.argmax(-1))
     assert bool((routing.gate >= 1 / count - 1e-6).all())
