@@ -44,6 +44,31 @@ class Call:
         return None
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Recall(Call):
+    """A call that keeps what the routers of a finished stage read; see `Weave.remember`.
+
+    Attributes:
+        rows: how many inputs are kept per group and forward, evenly spread over the rows.
+        inputs: by group, the inputs ``[rows, D]`` of each forward.
+    """
+
+    rows: int
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
+
+    def keep(self, name: str, h_TD: Tensor, counted_T: Tensor | None) -> None:
+        """Keep some of the rows that count."""
+        rows_TD = h_TD.detach() if counted_T is None else h_TD.detach()[counted_T.flatten()]
+        self.inputs.setdefault(name, []).append(spread(rows_TD, self.rows))
+
+
+def spread(rows_TD: Tensor, count: int) -> Tensor:
+    """At most `count` of the rows, evenly spread from the first to the last."""
+    if len(rows_TD) <= count:
+        return rows_TD
+    return rows_TD[torch.linspace(0, len(rows_TD) - 1, count, device=rows_TD.device).long()]
+
+
 @dataclass
 class GroupRecord:
     """What was observed of one routed group: sums without graph.

@@ -1,7 +1,8 @@
 """The folder of a weave: written all or nothing, verified before a tensor is read.
 
 ``prw.json`` configuration, stage ledger, base fingerprint, sha256 of every tensor file ·
-``router.safetensors`` the live router columns and one snapshot per closed stage ·
+``router.safetensors`` the live router columns, and per closed stage its snapshot and the inputs
+that were remembered ·
 ``experts/<index>-<name>/`` each expert as a LoRA folder that PEFT opens.
 
 Shape suffixes: D input width, E experts.
@@ -139,6 +140,12 @@ class Stored:
             for label, count in labels.items()
             for name, pool in pools.items()
         }
+        memories = {
+            (stage.index, name): memory
+            for stage in self.ledger.stages
+            for name, pool in pools.items()
+            if (memory := _memory(router, stage, pool, source)) is not None
+        }
         experts = {}
         for stage in self.ledger.stages:
             place = self.folder / expert_folder(stage)
@@ -148,7 +155,7 @@ class Stored:
                 lora_format.alpha_of(text, str(place / lora_format.SETTINGS)),
                 lora_format.pairs(found, pools, str(place / lora_format.WEIGHTS)),
             )
-        return State(self.ledger, columns, experts)
+        return State(self.ledger, columns, memories, experts)
 
 
 @dataclass(frozen=True)
@@ -158,11 +165,13 @@ class State:
     Attributes:
         ledger: the stages.
         columns: signal and noise ``[E, D]`` by label (``live`` or a stage's) and pool.
+        memories: remembered router inputs ``[M, D]`` by stage index and pool, where there are any.
         experts: by stage index, alpha and the factors by pool and projection.
     """
 
     ledger: Ledger
     columns: Mapping[tuple[str, str], tuple[Tensor, Tensor]]
+    memories: Mapping[tuple[int, str], Tensor]
     experts: Mapping[int, tuple[float, Mapping[tuple[str, str], tuple[Tensor, Tensor]]]]
 
     def fill(self, pools: Mapping[str, Pool]) -> None:
@@ -176,6 +185,8 @@ class State:
             if not stage.open:
                 for name, pool in pools.items():
                     pool.router.put_snapshot(stage.index, *self.columns[_label(stage), name])
+        for (index, name), memory_MD in self.memories.items():
+            pools[name].router.remember(index, memory_MD)
 
 
 def read(path: str | Path) -> Stored:
@@ -273,10 +284,26 @@ def _router_tensors(pools: Mapping[str, Pool], ledger: Ledger) -> dict[str, Tens
             kept = pool.router.snapshot(stage.index)
             if kept is not None:
                 states[_label(stage)] = kept
+            if len(memory_MD := pool.router.memory(stage.index)):
+                tensors[f"{_label(stage)}/{name}/memory"] = memory_MD
         for label, (signal_ED, noise_ED) in states.items():
             tensors[f"{label}/{name}/signal"] = signal_ED
             tensors[f"{label}/{name}/noise"] = noise_ED
     return tensors
+
+
+def _memory(router: Mapping[str, Tensor], stage: Stage, pool: Pool, source: str) -> Tensor | None:
+    """The inputs remembered for a closed stage; None where there are none."""
+    key = f"{_label(stage)}/{pool.name}/memory"
+    if stage.open or key not in router:
+        return None
+    found = router[key]
+    if found.dim() != 2 or found.shape[1] != pool.in_features or not found.is_floating_point():
+        raise CheckpointError(
+            f"{source}: tensor {key!r} is {found.dtype} {list(found.shape)}, but the router needs "
+            f"floats [M, {pool.in_features}]"
+        )
+    return found
 
 
 def _columns(

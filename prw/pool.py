@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prw.call import Call, CallSlot, Record
+from prw.call import Call, CallSlot, Recall, Record
 from prw.config import Config
 from prw.errors import ConfigError, StageError
 from prw.experts import Expert, factors
 from prw.ledger import Ledger
 from prw.noise import gaussian_noise, group_id
-from prw.router import Router, Routing, noisy_top1, router_input
+from prw.router import Router, Routing, column_product, noisy_top1, router_input
 from prw.schedule import Learning, schedule
 from prw.usage import RouterPass, observe
 from prw_kernels import routed_lora
@@ -172,6 +173,34 @@ class Pool(nn.Module):
         call = self.slot.call if call is None else call
         return self._route(x, call, self._view(call))[0]
 
+    def retention(self) -> Tensor | None:
+        """How far the live routing of the remembered inputs is from what it was; see `prw.losses`.
+
+        ``sum_e p_e (log p_e - log q_e)`` for every remembered input of every closed stage, with p
+        the probabilities under the stage's snapshot (0 for later experts) and q those under the
+        live columns, both without noise.
+
+        Returns:
+            ``[M]``, differentiable in the columns that may learn; None with nothing remembered.
+        """
+        count = len(self.ledger)
+        memories = {s.index: self.router.memory(s.index) for s in self.ledger.stages if not s.open}
+        rows = {index: h_MD for index, h_MD in memories.items() if len(h_MD)}
+        if not rows:
+            return None
+        signal, _ = self.router.columns(count, False, self.learning.columns)
+        h_MD = torch.cat(list(rows.values()))
+        with torch.autocast(h_MD.device.type, enabled=False):
+            logits_ME = column_product(h_MD, signal)[:, :count]
+            with torch.no_grad():
+                before_ME = torch.cat([self._probs_at(i, h, count) for i, h in rows.items()])
+            return F.kl_div(logits_ME.log_softmax(-1), before_ME, reduction="none").sum(-1)
+
+    def _probs_at(self, stage: int, h_MD: Tensor, count: int) -> Tensor:
+        """Probabilities under the snapshot of a stage, 0 for experts that came later."""
+        columns, noise = self.router.columns(stage + 1, True, frozenset())
+        return F.pad(noisy_top1(h_MD, columns, noise, None).probs, (0, count - stage - 1))
+
     def add(
         self, outputs: Mapping[str, Tensor], x: Tensor, call: Call | None = None
     ) -> tuple[dict[str, Tensor], Routing | None]:
@@ -194,8 +223,8 @@ class Pool(nn.Module):
         if view.count == 0:
             return dict(outputs), None
         routing, inputs = self._route(x, call, view)
-        if isinstance(call, Record) and call.listening and next(iter(self.projections)) in outputs:
-            self._record(call, routing, inputs, view)
+        if next(iter(self.projections)) in outputs:
+            self._observe(call, routing, inputs, view)
         forced = view.forced is not None
         indices = [view.forced] if view.forced is not None else list(range(view.count))
         experts = [self.expert(index) for index in indices]
@@ -260,14 +289,16 @@ class Pool(nn.Module):
                 "would change the routing of earlier ones; give the prompt's tokens as mask="
             )
 
-    def _record(
-        self, record: Record, routing: Routing, inputs: RouterPass | None, view: View
-    ) -> None:
-        keep = record.mask
+    def _observe(self, call: Call, routing: Routing, inputs: RouterPass | None, view: View) -> None:
+        """Tell a record or a recall of this forward; a plain call hears nothing."""
+        keep = call.mask
         if keep is not None and self.config.granularity == "sample":
             keep = keep.flatten(1).any(1)
-        pairs = () if view.pinned else self.router.pairs(self.learning.columns)
-        record.tally.add(self.name, observe(routing, inputs, view.newest, keep, pairs))
+        if isinstance(call, Recall) and inputs is not None:
+            call.keep(self.name, inputs.h_TD, keep)
+        if isinstance(call, Record) and call.listening:
+            pairs = () if view.pinned else self.router.pairs(self.learning.columns)
+            call.tally.add(self.name, observe(routing, inputs, view.newest, keep, pairs))
 
 
 def _forced(shape: torch.Size, expert: int, count: int, x: Tensor) -> Routing:

@@ -112,6 +112,19 @@ class Router(nn.Module):
         kept = self.snapshots[str(stage)] if str(stage) in self.snapshots else None
         return (kept.signal, kept.noise) if isinstance(kept, Snapshot) else None
 
+    def memory(self, stage: int) -> Tensor:
+        """Inputs ``[M, D]`` that `stage` routed, from `remember`; M is 0 where nothing was kept."""
+        kept = self.snapshots[str(stage)] if str(stage) in self.snapshots else None
+        if isinstance(kept, Snapshot):
+            return kept.memory
+        return self.anchor.new_zeros(0, self.in_features)
+
+    def remember(self, stage: int, memory_MD: Tensor) -> None:
+        """Keep router inputs beside the snapshot of a closed stage, instead of earlier ones."""
+        kept = self.snapshots[str(stage)]
+        assert isinstance(kept, Snapshot)
+        kept.memory = memory_MD.detach().to(self.anchor.device, copy=True)
+
     def take_snapshot(self, stage: int) -> None:
         """Keep the columns 0..stage as they are now."""
         signal_ED, noise_ED = self.state()
@@ -133,15 +146,17 @@ class Router(nn.Module):
 
 
 class Snapshot(nn.Module):
-    """Router columns of one stage: buffers, so that they follow the model to its device."""
+    """Router columns of one stage and inputs it routed: buffers, so that they follow the model."""
 
     signal: Tensor
     noise: Tensor
+    memory: Tensor
 
     def __init__(self, signal_ED: Tensor, noise_ED: Tensor) -> None:
         super().__init__()
         self.register_buffer("signal", signal_ED.detach().clone(), persistent=False)
         self.register_buffer("noise", noise_ED.detach().clone(), persistent=False)
+        self.register_buffer("memory", signal_ED.new_empty(0, signal_ED.shape[1]), persistent=False)
 
 
 def router_input(x: Tensor, granularity: str, mask: Tensor | None) -> Tensor:

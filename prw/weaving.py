@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prw import checkpoint
-from prw.call import Call, CallSlot, Record
+from prw.call import Call, CallSlot, Recall, Record, spread
 from prw.config import Config
 from prw.errors import ConfigError, StageError
 from prw.ledger import Ledger, Stage
@@ -188,6 +188,39 @@ class Weave:
             yield call
         finally:
             self._slot.call = before
+
+    @contextmanager
+    def remember(
+        self, name: str, rows: int = 64, mask: Tensor | None = None, context: Any = None
+    ) -> Iterator[Call]:
+        """Inside, as `at_stage`; afterwards every router holds some inputs that it routed there.
+
+        `prw.retention_loss` keeps the routing of these inputs in later stages as it was at the end
+        of stage `name`. Run the model once or a few times on data of that stage. The rows are saved
+        with the routers; they replace those that the stage had, unless the block raises.
+
+        Args:
+            name: a closed stage.
+            rows: how many inputs each routed group keeps: tokens, or means of samples.
+            mask: bool ``[batch, tokens]``, the tokens that count.
+            context: anything the routers may read.
+
+        Raises:
+            StageError: there is no such stage, it is still open, or nothing was routed inside.
+            ConfigError: fewer than one row.
+        """
+        stage = self._ledger[name]
+        if stage.open:
+            raise StageError(f"stage {name!r} is still open; close it before it is remembered")
+        if rows < 1:
+            raise ConfigError(f"rows must be at least 1, got {rows}")
+        recall = Recall(stage=name, rows=rows, mask=mask, context=context)
+        with self._bound(recall):
+            yield recall
+        if missing := [group for group in self.pools if group not in recall.inputs]:
+            raise StageError(f"nothing was routed by {missing[0]!r} while it was to remember")
+        for group, pool in self.pools.items():
+            pool.router.remember(stage.index, spread(torch.cat(recall.inputs[group]), rows))
 
     def save(self, path: str | Path, *, extra: Mapping[str, str] | None = None) -> None:
         """Write the folder: configuration, ledger, routers, experts, hashes. All or nothing.

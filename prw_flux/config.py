@@ -102,6 +102,26 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RetentionConfig:
+    """Whether routers keep the routing of finished stages; see `prw.retention_loss`.
+
+    Attributes:
+        weight: of the loss; 0, the paper's way, remembers nothing.
+        rows: router inputs that every block keeps of every finished stage.
+    """
+
+    weight: float = 0.0
+    rows: int = 64
+
+    def __post_init__(self) -> None:
+        settle(self)
+        if not 0.0 <= self.weight < 1e6:
+            raise ConfigError(f"weight must be at least 0, got {self.weight}")
+        if self.rows < 1:
+            raise ConfigError(f"rows must be at least 1, got {self.rows}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """What is generated and measured after training.
 
@@ -158,6 +178,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:

@@ -41,16 +41,24 @@ class TrainingError(PRWError, RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class StepLoss:
-    """One forward: the flow matching loss, the veteran gate's, and the routings they came from."""
+    """One forward: the flow matching loss, those of the routers, and the routings seen.
+
+    Attributes:
+        flow: of the velocity.
+        gate: the veteran gate's.
+        retention: of what finished stages remember.
+        record: the routings of the forward.
+    """
 
     flow: Tensor
     gate: Tensor
+    retention: Tensor
     record: prw.Record
 
     @property
     def total(self) -> Tensor:
         """What is minimised."""
-        return self.flow + self.gate
+        return self.flow + self.gate + self.retention
 
 
 def open_training_data(config: RunConfig, session: Session) -> DataSource:
@@ -135,6 +143,8 @@ class Trainer:
             if (step + 1) % self.config.save_every == 0 and step + 1 < stage.steps:
                 save_state(self.run, self.adapter, optimizer, position)
         self.adapter.weave.close()
+        if self.config.retention.weight:
+            self._remember(samples, stage)
         self.adapter.save_pretrained(self.run.adapter)
         save_state(self.run, self.adapter, optimizer, Position(stage=number + 1))
         facts = {"seconds": round(position.seconds, 2), "rejected": dict(samples.rejected)}
@@ -196,8 +206,12 @@ class Trainer:
         with self._arithmetic(), self.adapter.weave.record(key=key) as record:
             noisy = interpolate(clean, noise, times)
             velocity = self._forward(batch, noisy, times, samples, record)
-        flow = flow_loss(velocity, clean, noise)
-        return StepLoss(flow, prw.veteran_gate_loss(record, stage.density, stage.weight), record)
+        return StepLoss(
+            flow_loss(velocity, clean, noise),
+            prw.veteran_gate_loss(record, stage.density, stage.weight),
+            prw.retention_loss(self.adapter.weave, config.retention.weight),
+            record,
+        )
 
     def _forward(
         self, batch: Batch, noisy: Tensor, times: Tensor, samples: Samples, call: prw.Call
@@ -279,6 +293,7 @@ class Trainer:
             "step": position.step,
             "loss": float(loss.flow.detach()),
             "gate_loss": float(loss.gate.detach()),
+            "retention_loss": float(loss.retention.detach()),
             "usage_noisy": loss.record.usage(),
             "usage_deterministic": self._quiet_usage(samples, stage, position.step - 1),
             "lr": learning_rate(self.config.optimizer, stage, position.step - 1),
@@ -288,22 +303,34 @@ class Trainer:
         self.run.log(line)
         self.progress.logged(line)
 
-    @torch.no_grad()
     def _quiet_usage(self, samples: Samples, stage: Stage, step: int) -> float:
         """Usage of the same batch without router noise, as generation routes."""
+        with prw.Record() as record:
+            self._route(samples, step, torch.full((stage.batch_size,), 0.5), record)
+        return record.usage()
+
+    def _remember(self, samples: Samples, stage: Stage) -> None:
+        """Let the routers keep inputs of the stage that has just been closed."""
+        rows = self.config.retention.rows
+        draw = torch.Generator().manual_seed(stable_hash(self.config.seed, stage.name, "memory"))
+        with self.adapter.weave.remember(stage.name, rows) as recall:
+            for step in range(-(-rows // stage.batch_size)):
+                self._route(samples, step, torch.rand(stage.batch_size, generator=draw), recall)
+
+    @torch.no_grad()
+    def _route(self, samples: Samples, step: int, times_B: Tensor, call: prw.Call) -> None:
+        """The source pass alone, on the sources of a step."""
         batch, device = samples.batch(step), self.session.device
         pooled = self._source_pooled(samples)
-        times = torch.full((stage.batch_size,), 0.5, device=device)
-        with self._arithmetic(), prw.Record() as record:
+        with self._arithmetic():
             source_pass(
                 self.session.passes.transformer,
                 batch.source_BSC.to(device),
                 batch.source_ids_S3.to(device),
                 batch.pooled_BP.to(device) if pooled is None else pooled,
-                self.adapter.source_time(times),
-                call=record,
+                self.adapter.source_time(times_B.to(device)),
+                call=call,
             )
-        return record.usage()
 
     def _leave(self, position: Position) -> None:
         """Save and raise; a stage that has not begun is left as the stage before it ended."""
