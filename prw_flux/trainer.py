@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import prw
 from prw import PRWError
+from prw_flux.arithmetic import arithmetic
 from prw_flux.config import RunConfig
 from prw_flux.curriculum import Stage
 from prw_flux.data.choose import open_data, require_feeds
@@ -266,20 +266,8 @@ class Trainer:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    @contextmanager
-    def _arithmetic(self) -> Iterator[None]:
-        """The precision of the run; on a CPU, attention as plain products.
-
-        At these sizes the backward of torch's fused CPU attention is the slowest part of a step:
-        written out, forward and backward together take a third less time.
-        """
-        with ExitStack() as stack:
-            device = self.session.device.type
-            if device == "cpu":
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if self.config.precision == "bf16":
-                stack.enter_context(torch.autocast(device, torch.bfloat16))
-            yield
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        return arithmetic(self.session.device.type, self.config.precision)
 
     # Between steps ----------------------------------------------------------------------------
 

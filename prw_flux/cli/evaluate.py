@@ -69,7 +69,7 @@ def evaluate_and_tell(
     told: bool = True,
 ) -> dict[str, Any]:
     """Evaluate a run with its own settings unless others are given."""
-    from prw_flux.evaluation import Sampling, Settings, evaluate_run
+    from prw_flux.evaluation import Sampling, Settings, evaluate_run, rich_table
     from prw_flux.progress import watching
     from prw_flux.rundir import RunError, RunFolder
 
@@ -89,16 +89,5 @@ def evaluate_and_tell(
     with watching(show.watcher(), quiet=quiet) as progress:
         measured: dict[str, Any] = evaluate_run(run.path, settings, progress=progress.measured)
     if told:
-        _tell(measured)
+        show.human().print(rich_table(measured))
     return measured
-
-
-def _tell(measured: dict[str, Any]) -> None:
-    """A table: the headline metric of every arm on every task."""
-    arms = list(dict.fromkeys(arm for task in measured["tasks"].values() for arm in task["arms"]))
-    columns = {"task": "left", "n": "right", "metric": "left", **dict.fromkeys(arms, "right")}
-    table = show.table("held-out samples", columns)
-    for name, task in measured["tasks"].items():
-        values = [f"{task['arms'][arm]['headline']['mean']:.2f}" for arm in arms]
-        table.add_row(name, str(task["n"]), task["headline"], *values)
-    show.human().print(table)

@@ -1,6 +1,6 @@
 """Exact evaluation on held-out ShapeWeave scenes: metrics, baselines, intervals, forgetting."""
 
-from prw_flux.evaluation.arms import ARMS
+from prw_flux.evaluation.arms import ARMS, Request
 from prw_flux.evaluation.generate import Sampling, generate
 from prw_flux.evaluation.routing import count_experts
 from prw_flux.evaluation.runner import Settings, evaluate_run, evaluate_stage
@@ -14,6 +14,7 @@ __all__ = [
     "METRICS",
     "EvaluationSample",
     "Interval",
+    "Request",
     "Sampling",
     "Settings",
     "beats",

@@ -18,7 +18,25 @@ from prw_flux.evaluation.samples import EvaluationSample
 from prw_flux.pipeline import CoLoGenPipeline
 from prw_flux.tasks.base import Image
 
-Make = Callable[[CoLoGenPipeline, Sequence[EvaluationSample], Sampling, Tick, str], list[Image]]
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """Samples of one task that an arm is to answer.
+
+    Args:
+        pipe: with the trained adapter.
+        samples: what is asked.
+        sampling: how pictures are generated.
+        stage: name of the stage that trained the task.
+        tick: progress.
+    """
+
+    pipe: CoLoGenPipeline
+    samples: Sequence[EvaluationSample]
+    sampling: Sampling
+    stage: str
+    tick: Tick = lambda done: None
 
 
 @final
@@ -27,57 +45,36 @@ class Arm:
     """A way to answer samples.
 
     Args:
-        label: for tables.
+        label: in words.
+        heading: of a column.
         baseline: whether the trained adapter is compared with it.
         trained: whether it is the trained adapter, under some route.
-        make: one picture per sample; told the route to the stage that trained the task, too.
+        make: one picture per sample.
     """
 
     label: str
+    heading: str
     baseline: bool = False
     trained: bool = False
-    make: Make
+    make: Callable[[Request], list[Image]]
 
 
-def _own_stage(
-    pipe: CoLoGenPipeline,
-    samples: Sequence[EvaluationSample],
-    sampling: Sampling,
-    tick: Tick,
-    stage: str,
-) -> list[Image]:
-    return generate(pipe, samples, sampling, route=stage, tick=tick)
+def _own_stage(asked: Request) -> list[Image]:
+    route = f"stage:{asked.stage}"
+    return generate(asked.pipe, asked.samples, asked.sampling, route=route, tick=asked.tick)
 
 
-def _free(
-    pipe: CoLoGenPipeline,
-    samples: Sequence[EvaluationSample],
-    sampling: Sampling,
-    tick: Tick,
-    stage: str,
-) -> list[Image]:
-    return generate(pipe, samples, sampling, tick=tick)
+def _free(asked: Request) -> list[Image]:
+    return generate(asked.pipe, asked.samples, asked.sampling, tick=asked.tick)
 
 
-def _text_only(
-    pipe: CoLoGenPipeline,
-    samples: Sequence[EvaluationSample],
-    sampling: Sampling,
-    tick: Tick,
-    stage: str,
-) -> list[Image]:
-    return generate(pipe, samples, sampling, with_source=False, tick=tick)
+def _text_only(asked: Request) -> list[Image]:
+    return generate(asked.pipe, asked.samples, asked.sampling, with_source=False, tick=asked.tick)
 
 
-def _zero_delta(
-    pipe: CoLoGenPipeline,
-    samples: Sequence[EvaluationSample],
-    sampling: Sampling,
-    tick: Tick,
-    stage: str,
-) -> list[Image]:
-    fresh = CoLoGenPipeline.from_pipe(pipe, prw=untrained(pipe))
-    return generate(fresh, samples, sampling, tick=tick)
+def _zero_delta(asked: Request) -> list[Image]:
+    fresh = CoLoGenPipeline.from_pipe(asked.pipe, prw=untrained(asked.pipe))
+    return generate(fresh, asked.samples, asked.sampling, tick=asked.tick)
 
 
 def untrained(pipe: CoLoGenPipeline) -> PRWAdapter:
@@ -98,14 +95,8 @@ def untrained(pipe: CoLoGenPipeline) -> PRWAdapter:
     return adapter
 
 
-def _copy(
-    pipe: CoLoGenPipeline,
-    samples: Sequence[EvaluationSample],
-    sampling: Sampling,
-    tick: Tick,
-    stage: str,
-) -> list[Image]:
-    return [resized(s.triple.source, s.triple.target.shape[0]) for s in samples]
+def _copy(asked: Request) -> list[Image]:
+    return [resized(s.triple.source, s.triple.target.shape[0]) for s in asked.samples]
 
 
 def resized(image: Image, side: int) -> Image:
@@ -116,17 +107,11 @@ def resized(image: Image, side: int) -> Image:
 
 
 @torch.inference_mode()
-def _ceiling(
-    pipe: CoLoGenPipeline,
-    samples: Sequence[EvaluationSample],
-    sampling: Sampling,
-    tick: Tick,
-    stage: str,
-) -> list[Image]:
+def _ceiling(asked: Request) -> list[Image]:
+    vae = asked.pipe.vae
     outputs: list[Image] = []
-    for sample in samples:
-        pixels = to_pixels(sample.triple.target)
-        decoded = decode_latents(pipe.vae, encode_image(pipe.vae, pixels))
+    for sample in asked.samples:
+        decoded = decode_latents(vae, encode_image(vae, to_pixels(sample.triple.target)))
         levels = (decoded[0].float().cpu() * 127.5 + 127.5).round().byte()
         outputs.append(np.ascontiguousarray(levels.permute(1, 2, 0).numpy()))
     return outputs
@@ -134,15 +119,21 @@ def _ceiling(
 
 ARMS: Final[Mapping[str, Arm]] = MappingProxyType(
     {
-        "stage": Arm(label="PRW at the task's own stage", trained=True, make=_own_stage),
-        "prw": Arm(label="PRW, final router", trained=True, make=_free),
-        "text": Arm(label="text only", baseline=True, make=_text_only),
-        "zero": Arm(label="zero-delta experts", baseline=True, make=_zero_delta),
-        "copy": Arm(label="copy of the source", baseline=True, make=_copy),
-        "ceiling": Arm(label="true target through the autoencoder", make=_ceiling),
+        "stage": Arm(
+            label="PRW at the task's own stage", heading="own stage", trained=True, make=_own_stage
+        ),
+        "prw": Arm(label="PRW, free router", heading="free router", trained=True, make=_free),
+        "text": Arm(label="text only", heading="text only", baseline=True, make=_text_only),
+        "zero": Arm(
+            label="zero-delta experts", heading="zero-delta", baseline=True, make=_zero_delta
+        ),
+        "copy": Arm(label="copy of the source", heading="copy", baseline=True, make=_copy),
+        "ceiling": Arm(
+            label="true target through the autoencoder", heading="ceiling", make=_ceiling
+        ),
     }
 )
 """`stage` is the trained adapter pinned to the stage that trained the task, `prw` the same adapter
-with the final router choosing freely, `text` the base without the source, `zero` the
-source attached with untrained experts, `copy` the source unchanged, `ceiling` what the autoencoder
-leaves of the true target: no arm that generates can be expected to score above it."""
+with its final router choosing freely, `text` the base without the source, `zero` the source
+attached with untrained experts, `copy` the source unchanged, `ceiling` what the autoencoder leaves
+of the true target: no arm that generates can be expected to score above it."""

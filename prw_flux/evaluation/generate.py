@@ -5,7 +5,6 @@ Shapes: B pictures of a batch, H, W pixels.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, TypeAlias, final
 import numpy as np
 import torch
 
+from prw_flux.arithmetic import arithmetic
 from prw_flux.evaluation.samples import EvaluationSample
 from prw_flux.pipeline import CoLoGenPipeline
 from prw_flux.tasks.base import Image
@@ -119,15 +119,11 @@ def _batches(samples: Sequence[EvaluationSample], size: int) -> Iterator[list[in
 
 @contextmanager
 def _quick(pipe: CoLoGenPipeline, sampling: Sampling) -> Iterator[None]:
-    """No gradients, no progress bars, autocast as asked."""
+    """No gradients, no progress bars, the precision that was asked for."""
     shown = dict(getattr(pipe, "_progress_bar_config", None) or {})
     pipe.set_progress_bar_config(disable=True)
-    device = pipe._execution_device.type
-    autocast = torch.autocast(device, torch.bfloat16, enabled=sampling.precision == "bf16")
     try:
-        with torch.inference_mode(), autocast, warnings.catch_warnings():
-            # q and k arrive in bf16 and the norm's weight is fp32: torch mentions its slower path
-            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+        with torch.inference_mode(), arithmetic(pipe._execution_device.type, sampling.precision):
             yield
     finally:
         pipe.set_progress_bar_config(**shown)

@@ -15,7 +15,7 @@ from typing import Any, Final, TypeAlias, final
 
 import torch
 
-from prw_flux.evaluation.arms import ARMS
+from prw_flux.evaluation.arms import ARMS, Request
 from prw_flux.evaluation.generate import Sampling, Tick, generate
 from prw_flux.evaluation.routing import count_experts
 from prw_flux.evaluation.samples import Draw, EvaluationSample, draw_samples
@@ -233,6 +233,8 @@ class _Bench:
             headline = [row["headline"] for row in rows]
             arms[name] = {
                 "label": ARMS[name].label,
+                "heading": ARMS[name].heading,
+                "trained": ARMS[name].trained,
                 "headline": bootstrap(headline).to_json(),
                 "parts": {k: v for k, v in means(rows).items() if k != "headline"},
             }
@@ -259,8 +261,14 @@ class _Bench:
         if (task, name) not in self._scores:
             samples = self.draws[task].samples
             tick = self._tick(f"{task}: {ARMS[name].label}", len(samples))
-            own = f"stage:{self.own[task]}"
-            pictures = ARMS[name].make(self.pipe, samples, self.settings.sampling, tick, own)
+            asked = Request(
+                pipe=self.pipe,
+                samples=samples,
+                sampling=self.settings.sampling,
+                stage=self.own[task],
+                tick=tick,
+            )
+            pictures = ARMS[name].make(asked)
             rows = [score(s, image) for s, image in zip(samples, pictures, strict=True)]
             self._scores[task, name] = rows
             if name == "stage":

@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from prw_flux.evaluation.arms import ARMS
-
-SHORT: Final = {
-    "stage": "own stage",
-    "prw": "final router",
-    "text": "text only",
-    "zero": "zero-delta",
-}
-"""Headings of the arms that need another than their name."""
-
 
 def rich_table(evaluation: Mapping[str, Any]) -> Table:
     """The headline of every arm per task, and the margin to the best baseline."""
-    names = arm_names(evaluation)
+    arms = arms_of(evaluation)
     table = Table(title=caption(evaluation), title_justify="left", title_style="dim")
     table.add_column("task")
     table.add_column("metric", style="dim")
-    for name in names:
-        table.add_column(column(name), justify="right", style="bold" if ARMS[name].trained else "")
-    ours = [name for name in names if ARMS[name].trained]
+    for arm in arms.values():
+        table.add_column(arm["heading"], justify="right", style="bold" if arm["trained"] else "")
+    ours = [name for name, arm in arms.items() if arm["trained"]]
     for name in ours:
-        table.add_column(f"margin of {column(name)}", justify="right")
+        table.add_column(f"margin of {arms[name]['heading']}", justify="right")
     table.add_column("n", justify="right")
     for task, row in evaluation["tasks"].items():
-        cells = [value(row, name) for name in names]
+        cells = [value(row, name) for name in arms]
         margins = [
             Text(margin_text(row, name), style="green" if beats(row, name) else "red")
             for name in ours
@@ -43,24 +33,24 @@ def rich_table(evaluation: Mapping[str, Any]) -> Table:
 
 def markdown(evaluation: Mapping[str, Any]) -> str:
     """The same table in Markdown, then the parts of every metric."""
-    names = arm_names(evaluation)
-    titles = [column(name) for name in names]
-    ours = [name for name in names if ARMS[name].trained]
-    margins = " | ".join(f"margin of {column(name)}" for name in ours)
+    arms = arms_of(evaluation)
+    titles = [arm["heading"] for arm in arms.values()]
+    ours = [name for name, arm in arms.items() if arm["trained"]]
+    margins = " | ".join(f"margin of {arms[name]['heading']}" for name in ours)
     lines = [
         f"{caption(evaluation)}.",
         "",
         f"| task | metric | {' | '.join(titles)} | {margins} | n |",
-        f"|---|---|{'---:|' * (len(names) + len(ours) + 1)}",
+        f"|---|---|{'---:|' * (len(arms) + len(ours) + 1)}",
     ]
     for task, row in evaluation["tasks"].items():
-        cells = " | ".join(value(row, name) for name in names)
+        cells = " | ".join(value(row, name) for name in arms)
         gains = " | ".join(margin_text(row, name) for name in ours)
         lines.append(f"| {task} | {row['headline']} | {cells} | {gains} | {row['n']} |")
-    lines += ["", f"| task | part | {' | '.join(titles)} |", f"|---|---|{'---:|' * len(names)}"]
+    lines += ["", f"| task | part | {' | '.join(titles)} |", f"|---|---|{'---:|' * len(arms)}"]
     for task, row in evaluation["tasks"].items():
         for part, meaning in row["parts"].items():
-            cells = " | ".join(part_text(row, name, part) for name in names)
+            cells = " | ".join(part_text(row, name, part) for name in arms)
             lines.append(f"| {task} | {part}: {meaning} | {cells} |")
     return "\n".join(lines) + "\n"
 
@@ -75,15 +65,9 @@ def caption(evaluation: Mapping[str, Any]) -> str:
     )
 
 
-def arm_names(evaluation: Mapping[str, Any]) -> list[str]:
-    """The arms that were measured, in the order of `ARMS`."""
-    found = {name for row in evaluation["tasks"].values() for name in row["arms"]}
-    return [name for name in ARMS if name in found]
-
-
-def column(name: str) -> str:
-    """A short heading for an arm."""
-    return SHORT.get(name, name)
+def arms_of(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Every arm that was measured on some task, in the order of measuring."""
+    return {name: arm for row in evaluation["tasks"].values() for name, arm in row["arms"].items()}
 
 
 def value(row: Mapping[str, Any], name: str) -> str:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
-from typing import Any, Final
+from typing import Any, TypeAlias
 
 from prw_flux.report.charts import Dot, dot_plot, marker
 from prw_flux.report.facts import Facts
 from prw_flux.report.layout import section, title_of
 
-ARMS: Final = ("stage", "prw", "text", "zero", "copy", "ceiling")
-OURS: Final = ("stage", "prw")
-SHORT: Final = {
-    "stage": "own stage",
-    "prw": "final router",
-    "text": "text only",
-    "zero": "zero-delta",
-}
+Arms: TypeAlias = dict[str, Mapping[str, Any]]
+"""By name: label, heading, whether it is the trained adapter."""
 
 
 def comparison(facts: Facts) -> str:
@@ -25,14 +19,15 @@ def comparison(facts: Facts) -> str:
     if not facts.evaluation:
         return ""
     tasks: Mapping[str, Any] = facts.evaluation["tasks"]
-    names = [a for a in ARMS if any(a in task["arms"] for task in tasks.values())]
-    first = next(iter(tasks.values()))["arms"]
-    keys = "".join(
-        f"<span>{marker(a)}{escape(first[a]['label'])}</span>" for a in names if a in first
+    arms = {name: arm for task in tasks.values() for name, arm in task["arms"].items()}
+    keys = "".join(f"<span>{marker(a)}{escape(arm['label'])}</span>" for a, arm in arms.items())
+    head = _headings(arms)
+    margins = "".join(
+        f'<th class="num">margin, {escape(arm["heading"])}</th>'
+        for arm in arms.values()
+        if arm["trained"]
     )
-    head = "".join(f'<th class="num">{SHORT.get(a, a)}</th>' for a in names)
-    margins = "".join(f'<th class="num">margin, {SHORT[a]}</th>' for a in OURS if a in names)
-    rows = "".join(_comparison_row(task, row, names) for task, row in tasks.items())
+    rows = "".join(_comparison_row(task, row, arms) for task, row in tasks.items())
     settings = facts.evaluation["settings"]
     steps = settings["sampling"]["steps"]
     return section(
@@ -46,24 +41,30 @@ def comparison(facts: Facts) -> str:
         f'<div class="legend">{keys}</div><div class="scroll"><table class="wide"><thead><tr>'
         f"<th>task and metric</th><th>0 to 1</th>{head}{margins}"
         f'<th class="num">n</th></tr></thead><tbody>{rows}</tbody></table></div>'
-        f"<details><summary>Parts of every metric</summary>{_parts(tasks, names)}</details>",
+        f"<details><summary>Parts of every metric</summary>{_parts(tasks, arms)}</details>",
     )
 
 
-def _comparison_row(task: str, row: Mapping[str, Any], names: Sequence[str]) -> str:
-    arms = row["arms"]
+def _headings(arms: Arms) -> str:
+    return "".join(f'<th class="num">{escape(arm["heading"])}</th>' for arm in arms.values())
+
+
+def _comparison_row(task: str, row: Mapping[str, Any], arms: Arms) -> str:
+    measured = row["arms"]
     dots = [
-        Dot(**_interval(arms[a]["headline"]), style=a, name=arms[a]["label"])
-        for a in reversed(names)
-        if a in arms
+        Dot(**_interval(measured[a]["headline"]), style=a, name=arms[a]["label"])
+        for a in reversed(arms)
+        if a in measured
     ]
     cells = "".join(
-        f'<td class="num{" strong" if a in OURS else ""}">{arms[a]["headline"]["mean"]:.2f}</td>'
-        if a in arms
-        else '<td class="num"></td>'
-        for a in names
+        f'<td class="num{" strong" if arm["trained"] else ""}">'
+        + (f"{measured[a]['headline']['mean']:.2f}" if a in measured else "")
+        + "</td>"
+        for a, arm in arms.items()
     )
-    gains = "".join(f'<td class="num">{_margin(row, a)}</td>' for a in OURS if a in names)
+    gains = "".join(
+        f'<td class="num">{_margin(row, a)}</td>' for a, arm in arms.items() if arm["trained"]
+    )
     return (
         f'<tr><td>{escape(title_of(task))}<span class="what">{escape(row["headline"])}</span></td>'
         f'<td class="plot">{dot_plot(dots, title=f"{title_of(task)}: all arms")}</td>{cells}'
@@ -90,12 +91,12 @@ def _interval(value: Mapping[str, Any]) -> dict[str, float]:
     return {key: float(value[key]) for key in ("mean", "low", "high")}
 
 
-def _parts(tasks: Mapping[str, Any], names: Sequence[str]) -> str:
-    head = "".join(f'<th class="num">{SHORT.get(a, a)}</th>' for a in names)
+def _parts(tasks: Mapping[str, Any], arms: Arms) -> str:
+    head = _headings(arms)
     rows = "".join(
         f"<tr><td>{escape(title_of(task)) if i == 0 else ''}</td><td>{escape(part)}"
         f'<span class="what">{escape(meaning)}</span></td>'
-        + "".join(_part(row["arms"].get(a), part) for a in names)
+        + "".join(_part(row["arms"].get(a), part) for a in arms)
         + "</tr>"
         for task, row in tasks.items()
         for i, (part, meaning) in enumerate(row["parts"].items())

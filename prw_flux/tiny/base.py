@@ -19,6 +19,7 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxTran
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from prw_flux.arithmetic import arithmetic
 from prw_flux.encode import pack, position_ids
 from prw_flux.flow import interpolate, resolution_shift, sample_times, velocity_target
 from prw_flux.tiny.autoencoder import to_tensor, warmup_cosine
@@ -226,7 +227,7 @@ def batch_loss(
     guidance = 1 + 4 * torch.rand(size, generator=generator)
     noise = torch.randn(clean.shape, generator=generator)
     noisy = interpolate(clean, noise, time)
-    with torch.autocast("cpu", torch.bfloat16):
+    with arithmetic("cpu", "bf16"):
         velocity = model(noisy, time, guidance, clip_ids, t5_ids)
     return nn.functional.mse_loss(velocity.float(), velocity_target(clean, noise))
 

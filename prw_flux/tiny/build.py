@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,6 @@ import torch
 from diffusers import AutoencoderTiny, FluxPipeline
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prw_flux.data.default_photos import folder
 from prw_flux.data.images import open_image
@@ -64,12 +60,11 @@ def build(
     tagged = train_tagging(model.text_encoder_2, t5, recipe.tagging)
     logger.info("T5 names %.1f %% of the tags", 100 * tagged)
     nothing = (token_ids(clip, CLIP_LENGTH), token_ids(t5, T5_LENGTH))
-    with small_attention():
-        if compile_base:
-            model.transformer.compile()
-        for phase in recipe.phases:
-            average = pretrain(recipe, phase, corpus, model, nothing)
-            model.load_state_dict(average.state_dict())
+    if compile_base:
+        model.transformer.compile()
+    for phase in recipe.phases:
+        average = pretrain(recipe, phase, corpus, model, nothing)
+        model.load_state_dict(average.state_dict())
     write_folder(out, vae, model.eval(), clip, t5)
     card = {"autoencoder": [asdict(phase) for phase in phases], "base": asdict(recipe)}
     (out / CARD).write_text(json.dumps(card, indent=2) + "\n", "utf-8")
@@ -107,20 +102,6 @@ def new_base(recipe: BaseRecipe) -> tuple[BaseModel, Any, Any]:
 def token_ids(tokenizer: Any, length: int, text: str = "") -> Tensor:
     """Padded token ids [length]."""
     return torch.tensor(tokenizer(text, padding="max_length", max_length=length).input_ids)
-
-
-@contextmanager
-def small_attention() -> Iterator[None]:
-    """Plain matrix products for attention on a CPU: at 68 tokens of width 32 the fused CPU kernel's
-    backward takes about twice as long."""
-    with warnings.catch_warnings():
-        # T5's norm keeps fp32 weights under autocast; torch warns that it cannot fuse them
-        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-        if torch.cuda.is_available():
-            yield
-            return
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
 
 
 def write_folder(out: Path, vae: AutoencoderTiny, model: BaseModel, clip: Any, t5: Any) -> None:

@@ -11,12 +11,13 @@ import torch
 from diffusers import FluxPipeline
 from numpy.typing import NDArray
 
+from prw_flux.arithmetic import arithmetic
 from prw_flux.data.images import fit
 from prw_flux.shapeweave import ShapeWeave
 from prw_flux.shapeweave.scene import HELD_OUT_TRIPLES
 from prw_flux.shapeweave.score import psnr, score_scene
 from prw_flux.tiny.autoencoder import to_tensor
-from prw_flux.tiny.build import photographs, small_attention
+from prw_flux.tiny.build import photographs
 
 SIZE = 96
 
@@ -80,7 +81,7 @@ def text_to_scene(pipeline: Any, captions: int, steps: int, sheet: Path | None,
     pictures: list[NDArray[np.uint8]] = []
     for start in range(0, captions, batch_size):
         batch = examples[start : start + batch_size]
-        with small_attention():
+        with arithmetic("cpu", "fp32"):
             images = pipeline(
                 prompt=[e.caption for e in batch], height=SIZE, width=SIZE, output_type="np",
                 num_inference_steps=steps, max_sequence_length=length,

@@ -16,6 +16,7 @@ from prw_flux.evaluation import (
     ARMS,
     METRICS,
     EvaluationSample,
+    Request,
     Sampling,
     Settings,
     beats,
@@ -234,7 +235,8 @@ def test_a_picture_depends_on_its_seed_and_not_on_its_batch(pipe: CoLoGenPipelin
 def test_zero_delta_arm_leaves_the_adapter_in_place(pipe: CoLoGenPipeline) -> None:
     samples = held_out("edit", 2, 64)
     before = generate(pipe, samples, FAST)
-    zero = ARMS["zero"].make(pipe, samples, FAST, lambda done: None, "free")
+    asked = Request(pipe=pipe, samples=samples, sampling=FAST, stage="edit")
+    zero = ARMS["zero"].make(asked)
     again = generate(pipe, samples, FAST)
     assert attached(pipe.transformer) is pipe.prw
     assert all(np.array_equal(a, b) for a, b in zip(before, again, strict=True))

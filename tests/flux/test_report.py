@@ -108,7 +108,13 @@ def _row() -> dict[str, Any]:
         "headline": "mean of C and L",
         "parts": {"C": "attributes", "L": "box IoU"},
         "arms": {
-            name: {"label": label, "headline": spread[name], "parts": {"C": 0.5, "L": 0.6}}
+            name: {
+                "label": label,
+                "heading": name,
+                "trained": name in ("stage", "prw"),
+                "headline": spread[name],
+                "parts": {"C": 0.5, "L": 0.6},
+            }
             for name, label in ARMS.items()
         },
         "differences": {
