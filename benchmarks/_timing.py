@@ -1,0 +1,58 @@
+"""Interleaved medians, and what a report must say about where they come from."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int, device: str
+) -> dict[str, list[float]]:
+    """Seconds of every variant in every round; a round runs each variant once, in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(warmup + rounds):
+        for name, run in variants.items():
+            synchronise(device)
+            started = time.perf_counter()
+            run()
+            synchronise(device)
+            if number >= warmup:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def synchronise(device: str) -> None:
+    """Wait for the device; a CPU never runs ahead."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile in milliseconds."""
+    values = torch.tensor(seconds, dtype=torch.float64) * 1e3
+    return {
+        name: round(float(torch.quantile(values, share)), 3)
+        for name, share in (("median_ms", 0.5), ("p20_ms", 0.2), ("p80_ms", 0.8))
+    }
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Device, threads, versions and commit."""
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+    told = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return {
+        "device": name or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": told.stdout.strip() or "unknown",
+    }
