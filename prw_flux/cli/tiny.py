@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
     """Add the verb."""
     parser = verbs.add_parser("tiny", help="the embedded base, tiny-flux")
     jobs = parser.add_subparsers(dest="job", metavar="JOB", required=True)
-    build = jobs.add_parser("build", parents=[common], help="pretrain it from nothing")
+    build = jobs.add_parser(
+        "build", parents=[common], help="pretrain it from nothing, or from where it was stopped"
+    )
     build.add_argument("--out", required=True, metavar="DIR", help="folder of the new pipeline")
     build.set_defaults(run=run_build)
     measure = jobs.add_parser("measure", parents=[common], help="quality on held-out captions")
@@ -32,6 +35,9 @@ def run_build(args: argparse.Namespace) -> int:
     from prw_flux.tiny.build import build
 
     show.quiet_loading()
+    told = logging.getLogger("prw_flux.tiny")
+    told.setLevel(logging.INFO)
+    told.addHandler(logging.StreamHandler())
     build(Path(args.out))
     show.human().print(args.out)
     return 0

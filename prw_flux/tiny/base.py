@@ -6,11 +6,6 @@ at a small size. FLUX receives pretrained encoders, here they learn with the tra
 
 from __future__ import annotations
 
-import copy
-import logging
-import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,49 +14,37 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, FluxTran
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from prw_flux.arithmetic import arithmetic
 from prw_flux.encode import pack, position_ids
-from prw_flux.flow import interpolate, resolution_shift, sample_times, velocity_target
-from prw_flux.tiny.autoencoder import to_tensor, warmup_cosine
+from prw_flux.tiny.autoencoder import to_tensor
 from prw_flux.tiny.corpus import draw_content, paint, vocabulary
 from prw_flux.tiny.text_pretraining import TaggingRecipe
 from prw_flux.tiny.text_tokenizers import CLIP_LENGTH, T5_LENGTH, clip_tokenizer, t5_tokenizer
-
-logger = logging.getLogger(__name__)
 
 GRID = 6
 """Packed tokens per side at 96 pixels: 8 x 8 pixels a latent, 2 x 2 latents a token."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Phase:
-    """A stretch of pretraining from the averaged weights of the one before.
-
-    Rates fall along a cosine that would end at step ``horizon``; training stops after ``steps``.
-    """
-
-    steps: int
-    horizon: int
-    lr: float
-    muon_lr: float
-    seed: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class BaseRecipe:
-    """How the base is pretrained. ``pictures`` is the size of the pre-encoded training set."""
+    """How the base is pretrained.
+
+    Attributes:
+        pictures: size of the pre-encoded training set.
+        lr, muon_lr: of AdamW and Muon, at their highest.
+        caption_dropout: share of the samples that train with the empty text.
+        ema: decay of the averaged weights, which are the result.
+    """
 
     width: int = 128
     heads: int = 4
     double_blocks: int = 2
     single_blocks: int = 6
     pictures: int = 50_000
-    phases: tuple[Phase, ...] = (
-        Phase(steps=4000, horizon=11_500, lr=2e-3, muon_lr=4e-3, seed=0),
-        Phase(steps=4500, horizon=4500, lr=1.5e-3, muon_lr=3e-3, seed=1),
-    )
     tagging: TaggingRecipe = TaggingRecipe()
+    steps: int = 12_000
     batch_size: int = 64
+    lr: float = 2e-3
+    muon_lr: float = 4e-3
     caption_dropout: float = 0.05
     ema: float = 0.999
     seed: int = 0
@@ -145,98 +128,6 @@ def vary(text: str, rng: np.random.Generator) -> str:
     if rng.random() < 0.2:
         text = text[0].upper() + text[1:]
     return text + "." if rng.random() < 0.1 else text
-
-
-def optimizers(model: BaseModel, phase: Phase) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for all else."""
-    matrices: list[Tensor] = []
-    others: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        inside = "blocks." in name and "norm" not in name and parameter.ndim == 2
-        (matrices if inside else others).append(parameter)
-    return [
-        torch.optim.Muon(matrices, lr=phase.muon_lr, weight_decay=0.0,
-                         adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.0),
-    ]  # fmt: skip
-
-
-def pretrain(
-    recipe: BaseRecipe,
-    phase: Phase,
-    corpus: Corpus,
-    model: BaseModel,
-    unconditional: tuple[Tensor, Tensor],
-    on_save: Callable[[BaseModel, int], None] = lambda model, step: None,
-    save_every: int = 1000,
-) -> BaseModel:
-    """One phase of flow matching with the velocity as target; returns the averaged weights.
-
-    Args:
-        recipe: batch size, caption dropout, averaging.
-        phase: steps and rates.
-        corpus: what is learnt.
-        model: the weights at the start; trained in place.
-        unconditional: CLIP and T5 token ids of the empty text, for dropped captions.
-        on_save: called with the averaged weights and the number of steps taken.
-        save_every: how often it is called.
-    """
-    generator = torch.Generator().manual_seed(phase.seed)
-    average = copy.deepcopy(model).requires_grad_(False)
-    steppers = optimizers(model, phase)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: warmup_cosine(s, phase.horizon))
-                 for o in steppers]  # fmt: skip
-    running, started = math.nan, time.time()
-    for step in range(phase.steps):
-        loss = batch_loss(model, corpus, recipe, generator, unconditional)
-        for optimizer in steppers:
-            optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(steppers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-        update_average(average, model, min(recipe.ema, (step + 1) / (step + 10)))
-        value = float(loss.detach())
-        running = value if math.isnan(running) else 0.99 * running + 0.01 * value
-        if step % 100 == 0:
-            seconds = (time.time() - started) / (step + 1)
-            logger.info("base step %d/%d: loss %.4f, %.3f s a step", step, phase.steps, running,
-                        seconds)  # fmt: skip
-        if (step + 1) % save_every == 0:
-            on_save(average, step + 1)
-    return average.eval()
-
-
-def batch_loss(
-    model: BaseModel,
-    corpus: Corpus,
-    recipe: BaseRecipe,
-    generator: torch.Generator,
-    unconditional: tuple[Tensor, Tensor],
-) -> Tensor:
-    """Mean squared error of the velocity on one random batch."""
-    size = recipe.batch_size
-    index = torch.randint(len(corpus.tokens), (size,), generator=generator)
-    clean = corpus.tokens[index].float()
-    clip_ids, t5_ids = corpus.clip_ids[index], corpus.t5_ids[index]
-    dropped = torch.rand(size, generator=generator) < recipe.caption_dropout
-    clip_ids = torch.where(dropped[:, None], unconditional[0], clip_ids)
-    t5_ids = torch.where(dropped[:, None], unconditional[1], t5_ids)
-    time = sample_times(size, generator, shift=resolution_shift(GRID * GRID))
-    guidance = 1 + 4 * torch.rand(size, generator=generator)
-    noise = torch.randn(clean.shape, generator=generator)
-    noisy = interpolate(clean, noise, time)
-    with arithmetic("cpu", "bf16"):
-        velocity = model(noisy, time, guidance, clip_ids, t5_ids)
-    return nn.functional.mse_loss(velocity.float(), velocity_target(clean, noise))
-
-
-def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Exponential moving average of the parameters, in place."""
-    with torch.no_grad():
-        ours: list[Tensor] = list(average.parameters())
-        torch._foreach_lerp_(ours, list(model.parameters()), 1 - decay)
 
 
 def scheduler() -> FlowMatchEulerDiscreteScheduler:

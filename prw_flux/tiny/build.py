@@ -17,14 +17,16 @@ from torch import Tensor
 from prw_flux.data.default_photos import folder
 from prw_flux.data.images import open_image
 from prw_flux.tiny.autoencoder import PHASES, AutoencoderRecipe, train_autoencoder
-from prw_flux.tiny.base import BaseModel, BaseRecipe, build_corpus, pretrain, scheduler
+from prw_flux.tiny.base import BaseModel, BaseRecipe, build_corpus, scheduler
 from prw_flux.tiny.corpus import vocabulary
+from prw_flux.tiny.pretraining import pretrain
 from prw_flux.tiny.text_pretraining import train_tagging
 from prw_flux.tiny.text_tokenizers import CLIP_LENGTH, T5_LENGTH, clip_tokenizer, t5_tokenizer
 
 logger = logging.getLogger(__name__)
 
 CARD = "recipe.json"
+STATE = "pretraining.safetensors"
 PHOTOGRAPHS = (
     "astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png",
     "color.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png",
@@ -42,8 +44,8 @@ def build(
 ) -> Path:
     """Train every part and write the pipeline folder ``out`` with its recipe beside it.
 
-    The autoencoder is kept in ``out`` as soon as it is trained and is not trained again when the
-    folder already holds one.
+    A second call goes on where an interrupted one was: an autoencoder in ``out`` is not trained
+    again, and the base's pretraining saves its state there every 500 steps.
 
     Args:
         out: the folder; created.
@@ -57,17 +59,17 @@ def build(
     corpus = build_corpus(recipe, vae)
     torch.manual_seed(recipe.seed)
     model, clip, t5 = new_base(recipe)
-    tagged = train_tagging(model.text_encoder_2, t5, recipe.tagging)
-    logger.info("T5 names %.1f %% of the tags", 100 * tagged)
+    state = out / STATE
+    if not state.is_file():
+        tagged = train_tagging(model.text_encoder_2, t5, recipe.tagging)
+        logger.info("T5 names %.1f %% of the tags", 100 * tagged)
     nothing = (token_ids(clip, CLIP_LENGTH), token_ids(t5, T5_LENGTH))
     if compile_base:
         model.transformer.compile()
-    for phase in recipe.phases:
-        average = pretrain(recipe, phase, corpus, model, nothing)
-        model.load_state_dict(average.state_dict())
-    write_folder(out, vae, model.eval(), clip, t5)
+    write_folder(out, vae, pretrain(recipe, corpus, model, nothing, state), clip, t5)
     card = {"autoencoder": [asdict(phase) for phase in phases], "base": asdict(recipe)}
     (out / CARD).write_text(json.dumps(card, indent=2) + "\n", "utf-8")
+    state.unlink(missing_ok=True)
     return out
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
+from torch import Tensor
 from torch.testing import assert_close
 from transformers import T5Config, T5EncoderModel
 
+from prw import CheckpointError
 from prw_flux import tiny
 from prw_flux.shapeweave.scene import COLOURS, HELD_OUT_TRIPLES
 from prw_flux.tasks import TASKS
+from prw_flux.tiny import pretraining
 from prw_flux.tiny.autoencoder import (
     AutoencoderRecipe,
     fold_normalisation,
@@ -21,16 +26,16 @@ from prw_flux.tiny.autoencoder import (
     pixel_weight,
     to_tensor,
 )
-from prw_flux.tiny.base import BaseRecipe, Phase
-from prw_flux.tiny.build import build
+from prw_flux.tiny.base import BaseModel, BaseRecipe, Corpus
+from prw_flux.tiny.build import build, new_base, token_ids
 from prw_flux.tiny.corpus import FORMS, draw_content, paint, vocabulary
 from prw_flux.tiny.measure import measure
+from prw_flux.tiny.pretraining import pretrain
 from prw_flux.tiny.text_pretraining import TaggingRecipe, tagging_batch, train_tagging
-from prw_flux.tiny.text_tokenizers import T5_LENGTH, clip_tokenizer, t5_tokenizer
+from prw_flux.tiny.text_tokenizers import CLIP_LENGTH, T5_LENGTH, clip_tokenizer, t5_tokenizer
 
 WORDS = vocabulary()
 TAGGING = TaggingRecipe(steps=1, batch_size=2)
-PHASE = Phase(steps=2, horizon=2, lr=1e-3, muon_lr=1e-3, seed=0)
 
 
 def test_known_words_are_single_tokens() -> None:
@@ -110,7 +115,8 @@ def test_build_writes_a_flux_pipeline_that_runs_and_is_measured(tmp_path: Path) 
         double_blocks=1,
         single_blocks=1,
         pictures=8,
-        phases=(PHASE,),
+        steps=2,
+        tagging=TAGGING,
         batch_size=4,
     )
     folder = build(tmp_path / "tiny", phases=(phase,), recipe=recipe, compile_base=False)
@@ -131,7 +137,8 @@ def test_building_again_keeps_the_trained_autoencoder(tmp_path: Path) -> None:
         double_blocks=1,
         single_blocks=1,
         pictures=4,
-        phases=(PHASE,),
+        steps=2,
+        tagging=TAGGING,
         batch_size=2,
     )
     folder = build(tmp_path / "tiny", phases=(phase,), recipe=recipe, compile_base=False)
@@ -139,6 +146,58 @@ def test_building_again_keeps_the_trained_autoencoder(tmp_path: Path) -> None:
     before = weights.stat().st_size
     build(folder, phases=(phase,), recipe=recipe, compile_base=False)
     assert weights.stat().st_size == before
+
+
+def small_base(steps: int = 6) -> tuple[BaseRecipe, BaseModel, Corpus, tuple[Tensor, Tensor]]:
+    """A base of one block of each kind and sixteen random pictures."""
+    recipe = BaseRecipe(
+        width=32, heads=1, double_blocks=1, single_blocks=1, steps=steps, batch_size=4
+    )
+    torch.manual_seed(0)
+    model, clip, t5 = new_base(recipe)
+    corpus = Corpus(
+        tokens=torch.randn(16, 36, 64).bfloat16(),
+        clip_ids=torch.randint(5, len(clip), (16, CLIP_LENGTH)),
+        t5_ids=torch.randint(5, len(t5), (16, T5_LENGTH)),
+    )
+    return recipe, model, corpus, (token_ids(clip, CLIP_LENGTH), token_ids(t5, T5_LENGTH))
+
+
+def weights_of(model: BaseModel) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def test_pretraining_continues_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = tmp_path / "state.safetensors"
+    recipe, model, corpus, nothing = small_base()
+    whole = weights_of(pretrain(recipe, corpus, model, nothing))
+
+    monkeypatch.setattr(pretraining, "SAVE_EVERY", 3)
+    original = pretraining.descend
+
+    def interrupted(now: Any, *rest: Any) -> float:
+        if now.step == 5:
+            raise KeyboardInterrupt
+        return original(now, *rest)
+
+    monkeypatch.setattr(pretraining, "descend", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(recipe, corpus, small_base()[1], nothing, state)
+    monkeypatch.setattr(pretraining, "descend", original)
+    again = weights_of(pretrain(recipe, corpus, small_base()[1], nothing, state))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_state_of_another_recipe_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+    recipe, model, corpus, nothing = small_base()
+    now = pretraining.Pretraining.begin(model, recipe)
+    pretraining.save_state(now, state, recipe)
+    with pytest.raises(CheckpointError, match="under another recipe"):
+        pretrain(replace(recipe, lr=1.0), corpus, model, nothing, state)
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="is damaged, remove it to begin anew"):
+        pretrain(recipe, corpus, model, nothing, state)
 
 
 def test_shipped_folder_is_small_and_complete() -> None:

@@ -1,0 +1,204 @@
+"""Pretraining the base: flow matching on pre-encoded pictures, with a state to continue from."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from prw import CheckpointError
+from prw_flux.arithmetic import arithmetic
+from prw_flux.flow import interpolate, resolution_shift, sample_times, velocity_target
+from prw_flux.tiny.autoencoder import warmup_cosine
+from prw_flux.tiny.base import GRID, BaseModel, BaseRecipe, Corpus
+
+logger = logging.getLogger(__name__)
+
+SAVE_EVERY: Final = 500
+
+
+@dataclass(eq=False)
+class Pretraining:
+    """Everything that changes from step to step."""
+
+    model: BaseModel
+    average: BaseModel
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    generator: torch.Generator
+    step: int = 0
+
+    @classmethod
+    def begin(cls, model: BaseModel, recipe: BaseRecipe) -> Pretraining:
+        """At step 0 of a model, which is trained in place."""
+        average = copy.deepcopy(model).requires_grad_(False)
+        generator = torch.Generator().manual_seed(recipe.seed)
+        return cls(model, average, new_optimizers(model, recipe), generator)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name."""
+        found = {"generator": self.generator.get_state()}
+        for name, module in (("model", self.model), ("average", self.average)):
+            found |= {f"{name}/{key}": value for key, value in _weights(module).items()}
+        for number, optimizer in enumerate(self.optimizers):
+            for index, moments in optimizer.state_dict()["state"].items():
+                found |= {f"moments/{number}/{index}/{k}": v for k, v in moments.items()}
+        return found
+
+    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Become what `tensors` returned at a step."""
+        self.generator.set_state(tensors["generator"])
+        moments: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.optimizers]
+        for name, module in (("model", self.model), ("average", self.average)):
+            own = {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(name)}
+            module.load_state_dict(own, strict=False)
+            if missing := set(_weights(module)) - set(own):
+                raise KeyError(f"{name}/{min(missing)}")
+        for key, value in tensors.items():
+            if key.startswith("moments/"):
+                _, number, index, kind = key.split("/")
+                moments[int(number)].setdefault(int(index), {})[kind] = value
+        for optimizer, state in zip(self.optimizers, moments, strict=True):
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.step = step
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters by name: what is tied is named once."""
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+
+def new_optimizers(model: BaseModel, recipe: BaseRecipe) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for the matrices inside the blocks, AdamW for all else."""
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        inside = "blocks." in name and "norm" not in name and parameter.ndim == 2
+        (matrices if inside else others).append(parameter)
+    return (
+        torch.optim.Muon(
+            matrices, lr=recipe.muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(others, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.0),
+    )
+
+
+def pretrain(
+    recipe: BaseRecipe,
+    corpus: Corpus,
+    model: BaseModel,
+    unconditional: tuple[Tensor, Tensor],
+    state: Path | None = None,
+) -> BaseModel:
+    """Flow matching with the velocity as target; returns the averaged weights.
+
+    Args:
+        recipe: steps, rates, batch size, caption dropout, averaging.
+        corpus: what is learnt.
+        model: the weights at the start; trained in place.
+        unconditional: CLIP and T5 token ids of the empty text, for dropped captions.
+        state: a file that is written every 500 steps and continued from where it exists.
+
+    Raises:
+        CheckpointError: the state is damaged, or of another recipe.
+    """
+    now = Pretraining.begin(model, recipe)
+    if state is not None and state.is_file():
+        load_state(now, state, recipe)
+        logger.info("continuing from step %d of %s", now.step, state)
+    running, started, first = math.nan, time.time(), now.step
+    while now.step < recipe.steps:
+        value = descend(now, corpus, recipe, unconditional)
+        running = value if math.isnan(running) else 0.99 * running + 0.01 * value
+        if now.step % 100 == 0:
+            pace = (time.time() - started) / (now.step - first)
+            logger.info("base step %d/%d: loss %.4f, %.3f s a step", now.step, recipe.steps,
+                        running, pace)  # fmt: skip
+        if state is not None and now.step % SAVE_EVERY == 0:
+            save_state(now, state, recipe)
+    return now.average.eval()
+
+
+def descend(
+    now: Pretraining, corpus: Corpus, recipe: BaseRecipe, unconditional: tuple[Tensor, Tensor]
+) -> float:
+    """One step; its loss."""
+    loss = batch_loss(now.model, corpus, recipe, now.generator, unconditional)
+    for optimizer, highest in zip(now.optimizers, (recipe.muon_lr, recipe.lr), strict=True):
+        optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = highest * warmup_cosine(now.step, recipe.steps)
+    loss.backward()
+    nn.utils.clip_grad_norm_(now.model.parameters(), 1.0)
+    for optimizer in now.optimizers:
+        optimizer.step()
+    now.step += 1
+    update_average(now.average, now.model, min(recipe.ema, now.step / (now.step + 9)))
+    return float(loss.detach())
+
+
+def batch_loss(
+    model: BaseModel,
+    corpus: Corpus,
+    recipe: BaseRecipe,
+    generator: torch.Generator,
+    unconditional: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Mean squared error of the velocity on one random batch."""
+    size = recipe.batch_size
+    index = torch.randint(len(corpus.tokens), (size,), generator=generator)
+    clean = corpus.tokens[index].float()
+    clip_ids, t5_ids = corpus.clip_ids[index], corpus.t5_ids[index]
+    dropped = torch.rand(size, generator=generator) < recipe.caption_dropout
+    clip_ids = torch.where(dropped[:, None], unconditional[0], clip_ids)
+    t5_ids = torch.where(dropped[:, None], unconditional[1], t5_ids)
+    times = sample_times(size, generator, shift=resolution_shift(GRID * GRID))
+    guidance = 1 + 4 * torch.rand(size, generator=generator)
+    noise = torch.randn(clean.shape, generator=generator)
+    noisy = interpolate(clean, noise, times)
+    with arithmetic("cpu", "bf16"):
+        velocity = model(noisy, times, guidance, clip_ids, t5_ids)
+    return nn.functional.mse_loss(velocity.float(), velocity_target(clean, noise))
+
+
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Exponential moving average of the parameters, in place."""
+    with torch.no_grad():
+        ours: list[Tensor] = list(average.parameters())
+        torch._foreach_lerp_(ours, list(model.parameters()), 1 - decay)
+
+
+def save_state(now: Pretraining, path: Path, recipe: BaseRecipe) -> None:
+    """Replace the state file in one step."""
+    new = path.with_name(f".{path.name}.new")
+    tensors = {name: tensor.detach().clone() for name, tensor in now.tensors().items()}
+    save_file(tensors, new, metadata={"step": str(now.step), "recipe": json.dumps(asdict(recipe))})
+    new.replace(path)
+
+
+def load_state(now: Pretraining, path: Path, recipe: BaseRecipe) -> None:
+    """Continue from a state file.
+
+    Raises:
+        CheckpointError: it is damaged, or was saved under another recipe.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            told = file.metadata() or {}
+        if json.loads(told["recipe"]) != json.loads(json.dumps(asdict(recipe))):
+            raise CheckpointError(f"{path} was saved under another recipe: remove it to begin anew")
+        now.restore(load_file(path), int(told["step"]))
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as problem:
+        if isinstance(problem, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is damaged, remove it to begin anew: {problem}") from None
