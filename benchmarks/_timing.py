@@ -6,6 +6,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +44,33 @@ def spread(seconds: list[float]) -> dict[str, float]:
     }
 
 
+def triton_version() -> str:
+    """Installed with torch's CUDA builds."""
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "none"
+
+
+def processor() -> str:
+    """The CPU's own name, where the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def machine(device: str) -> dict[str, Any]:
     """Device, threads, versions and commit."""
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+    name = torch.cuda.get_device_name() if device == "cuda" else processor()
     told = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
     return {
-        "device": name or platform.machine(),
+        "device": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "triton": triton_version(),
         "commit": told.stdout.strip() or "unknown",
     }

@@ -64,9 +64,10 @@ class Recall(Call):
 
 def spread(rows_TD: Tensor, count: int) -> Tensor:
     """At most `count` of the rows, evenly spread from the first to the last."""
-    if len(rows_TD) <= count:
+    last = len(rows_TD) - 1
+    if last < count:
         return rows_TD
-    return rows_TD[torch.linspace(0, len(rows_TD) - 1, count, device=rows_TD.device).long()]
+    return rows_TD[torch.arange(count, device=rows_TD.device) * last // max(count - 1, 1)]
 
 
 @dataclass

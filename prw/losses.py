@@ -71,7 +71,8 @@ def retention_loss(weave: Weave, weight: float) -> Tensor:
 
     Returns:
         A scalar; zero when nothing is remembered. Under data parallelism it is the same on every
-        rank, as their mean is.
+        rank that remembers the same, and so is the mean over ranks. It reads the columns outside a
+        forward, so FSDP2 must not have sharded the routers.
 
     Raises:
         ConfigError: a weight that is negative or not finite.
@@ -81,10 +82,11 @@ def retention_loss(weave: Weave, weight: float) -> Tensor:
         raise ConfigError(f"weight must be at least 0, got {weight}")
     if weave.newest is None:
         raise StageError("no router may learn now; unlock a stage first")
-    parts = [part.mean() for pool in weave.pools.values() if (part := pool.retention()) is not None]
+    found = (pool.retention() for pool in weave.pools.values()) if weight else ()
+    parts = [part.mean() for part in found if part is not None]
     if not parts:
         return next(iter(weave.pools.values())).router.anchor.new_zeros(())
-    return weight * torch.stack(parts).mean()
+    return weight * torch.stack([part.to(parts[0].device) for part in parts]).mean()
 
 
 def _check(records: Sequence[Record], density: float, weight: float) -> None:

@@ -185,7 +185,11 @@ class Pool(nn.Module):
         """
         count = len(self.ledger)
         memories = {s.index: self.router.memory(s.index) for s in self.ledger.stages if not s.open}
-        rows = {index: h_MD for index, h_MD in memories.items() if len(h_MD)}
+        rows = {
+            index: h_MD.to(torch.promote_types(h_MD.dtype, torch.float32))
+            for index, h_MD in memories.items()
+            if len(h_MD)
+        }
         if not rows:
             return None
         signal, _ = self.router.columns(count, False, self.learning.columns)
@@ -291,12 +295,14 @@ class Pool(nn.Module):
 
     def _observe(self, call: Call, routing: Routing, inputs: RouterPass | None, view: View) -> None:
         """Tell a record or a recall of this forward; a plain call hears nothing."""
+        if not isinstance(call, Recall) and not (isinstance(call, Record) and call.listening):
+            return
         keep = call.mask
-        if keep is not None and self.config.granularity == "sample":
+        if keep is not None and self.config.granularity == "sample" and keep.dim() > 1:
             keep = keep.flatten(1).any(1)
         if isinstance(call, Recall) and inputs is not None:
             call.keep(self.name, inputs.h_TD, keep)
-        if isinstance(call, Record) and call.listening:
+        if isinstance(call, Record):
             pairs = () if view.pinned else self.router.pairs(self.learning.columns)
             call.tally.add(self.name, observe(routing, inputs, view.newest, keep, pairs))
 

@@ -196,8 +196,10 @@ class Weave:
         """Inside, as `at_stage`; afterwards every router holds some inputs that it routed there.
 
         `prw.retention_loss` keeps the routing of these inputs in later stages as it was at the end
-        of stage `name`. Run the model once or a few times on data of that stage. The rows are saved
-        with the routers; they replace those that the stage had, unless the block raises.
+        of stage `name`. Run the model once or a few times on data of that stage. The rows are what
+        the routed layers read, so for a first layer they are data; they are saved with the routers,
+        and replace those that the stage had unless something is refused. Under data parallelism
+        every rank must remember the same inputs.
 
         Args:
             name: a closed stage.
@@ -206,8 +208,9 @@ class Weave:
             context: anything the routers may read.
 
         Raises:
-            StageError: there is no such stage, it is still open, or nothing was routed inside.
-            ConfigError: fewer than one row.
+            StageError: there is no such stage, it is still open, or nothing that counts was routed
+                inside.
+            ConfigError: fewer than one row, or an input that is not finite.
         """
         stage = self._ledger[name]
         if stage.open:
@@ -217,10 +220,14 @@ class Weave:
         recall = Recall(stage=name, rows=rows, mask=mask, context=context)
         with self._bound(recall):
             yield recall
-        if missing := [group for group in self.pools if group not in recall.inputs]:
-            raise StageError(f"nothing was routed by {missing[0]!r} while it was to remember")
+        kept = {g: torch.cat(recall.inputs.get(g, [torch.empty(0, 0)])) for g in self.pools}
+        for group, rows_MD in kept.items():
+            if not len(rows_MD):
+                raise StageError(f"nothing was routed by {group!r} while it was to remember")
+            if not rows_MD.isfinite().all():
+                raise ConfigError(f"an input of {group!r} is not finite and cannot be remembered")
         for group, pool in self.pools.items():
-            pool.router.remember(stage.index, spread(torch.cat(recall.inputs[group]), rows))
+            pool.router.remember(stage.index, spread(kept[group], rows))
 
     def save(self, path: str | Path, *, extra: Mapping[str, str] | None = None) -> None:
         """Write the folder: configuration, ledger, routers, experts, hashes. All or nothing.

@@ -23,6 +23,8 @@ from prw import PRWError
 from prw_flux.config import RunConfig
 
 FORMAT_VERSION: Final = 1
+EVALUATION_VERSION: Final = 2
+"""Of evaluation.json, which evaluation writes and reports read."""
 INDEX: Final = "run.json"
 
 

@@ -5,6 +5,7 @@ Shapes: B samples, T target tokens, C packed latent channels.
 
 from __future__ import annotations
 
+import logging
 import resource
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import prw
 from prw import PRWError
+from prw_flux.adapter import PRWAdapter
 from prw_flux.arithmetic import arithmetic
 from prw_flux.config import RunConfig
 from prw_flux.curriculum import Stage
@@ -31,6 +33,8 @@ from prw_flux.rundir import RunFolder
 from prw_flux.samples import Batch, Samples, stable_hash
 from prw_flux.session import Session
 from prw_flux.tasks import TASKS, DataSource
+
+logger = logging.getLogger(__name__)
 
 StageEnd = Callable[[RunFolder, int], None]
 
@@ -102,12 +106,25 @@ def train(
     with run.exclusively():
         position = read_position(run)
         run.forget_log_after(position.stage, position.step)
+        if run.config.retention.weight:
+            _warn_of_stages_without_memory(session.adapter)
         trainer = Trainer(run, session, data, progress or Quiet(), stop or Stop())
         for number in range(position.stage, len(run.config.stages)):
             trainer.run_stage(number, position)
             position = Position(stage=number + 1)
             if on_stage_end is not None:
                 on_stage_end(run, number)
+
+
+def _warn_of_stages_without_memory(adapter: PRWAdapter) -> None:
+    pools = adapter.weave.pools.values()
+    finished = [stage for stage in adapter.weave.stages if not stage.open]
+    blank = [s.name for s in finished if not all(len(p.router.memory(s.index)) for p in pools)]
+    if blank:
+        logger.warning(
+            "nothing is remembered of %s, trained with retention.weight 0: routers may forget it",
+            ", ".join(blank),
+        )
 
 
 class Trainer:
@@ -142,12 +159,12 @@ class Trainer:
                 self._leave(position)
             if (step + 1) % self.config.save_every == 0 and step + 1 < stage.steps:
                 save_state(self.run, self.adapter, optimizer, position)
+        facts = {"seconds": round(position.seconds, 2), "rejected": dict(samples.rejected)}
         self.adapter.weave.close()
         if self.config.retention.weight:
             self._remember(samples, stage)
         self.adapter.save_pretrained(self.run.adapter)
         save_state(self.run, self.adapter, optimizer, Position(stage=number + 1))
-        facts = {"seconds": round(position.seconds, 2), "rejected": dict(samples.rejected)}
         self.run.finish_stage(number, facts)
 
     # Preparation ------------------------------------------------------------------------------
@@ -294,7 +311,7 @@ class Trainer:
     def _quiet_usage(self, samples: Samples, stage: Stage, step: int) -> float:
         """Usage of the same batch without router noise, as generation routes."""
         with prw.Record() as record:
-            self._route(samples, step, torch.full((stage.batch_size,), 0.5), record)
+            self._route(samples, samples.batch(step), torch.full((stage.batch_size,), 0.5), record)
         return record.usage()
 
     def _remember(self, samples: Samples, stage: Stage) -> None:
@@ -303,12 +320,16 @@ class Trainer:
         draw = torch.Generator().manual_seed(stable_hash(self.config.seed, stage.name, "memory"))
         with self.adapter.weave.remember(stage.name, rows) as recall:
             for step in range(-(-rows // stage.batch_size)):
-                self._route(samples, step, torch.rand(stage.batch_size, generator=draw), recall)
+                batch = samples.batch(step)
+                shift = self.config.time_shift or resolution_shift(batch.target_BTC.shape[1])
+                self._route(
+                    samples, batch, sample_times(stage.batch_size, draw, shift=shift), recall
+                )
 
     @torch.no_grad()
-    def _route(self, samples: Samples, step: int, times_B: Tensor, call: prw.Call) -> None:
-        """The source pass alone, on the sources of a step."""
-        batch, device = samples.batch(step), self.session.device
+    def _route(self, samples: Samples, batch: Batch, times_B: Tensor, call: prw.Call) -> None:
+        """The source pass alone."""
+        device = self.session.device
         pooled = self._source_pooled(samples)
         with self._arithmetic():
             source_pass(
@@ -317,7 +338,10 @@ class Trainer:
                 batch.source_ids_S3.to(device),
                 batch.pooled_BP.to(device) if pooled is None else pooled,
                 self.adapter.source_time(times_B.to(device)),
-                call=call,
+                self.adapter.source_guidance(
+                    torch.full((len(times_B),), self.config.guidance, device=device)
+                ),
+                call,
             )
 
     def _leave(self, position: Position) -> None:

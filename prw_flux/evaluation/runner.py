@@ -24,11 +24,10 @@ from prw_flux.evaluation.sheets import photo_samples, write_sheets
 from prw_flux.evaluation.statistics import bootstrap, paired_bootstrap
 from prw_flux.evaluation.tables import markdown
 from prw_flux.pipeline import CoLoGenPipeline
-from prw_flux.rundir import RunFolder, write_atomically
+from prw_flux.rundir import EVALUATION_VERSION, RunFolder, write_atomically
 from prw_flux.shapeweave.source import ShapeWeave
 from prw_flux.tasks import DataSource, Image, load_task
 
-VERSION: Final = 1
 FILE: Final = "evaluation.json"
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Told (what, pictures done, pictures in all) after every batch; may raise to stop."""
@@ -117,7 +116,7 @@ def evaluate_run(
         raise ValueError(f"no task of {folder.path} has an exact metric: {list(stages.values())}")
     bench = _Bench(pipe, settings, _draw(source, tasks, settings), progress, stages)
     result = {
-        "version": VERSION,
+        "version": EVALUATION_VERSION,
         "source": source.name,
         "size": folder.config.size,
         "stages": list(stages),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, final
 
 from prw_flux.config import RunConfig
-from prw_flux.rundir import RunFolder
+from prw_flux.rundir import EVALUATION_VERSION, RunFolder
 
 
 @final
@@ -89,10 +89,10 @@ def read_facts(run: str | Path) -> Facts:
         config=folder.config,
         changed=datetime.fromtimestamp((folder.path / "run.json").stat().st_mtime, UTC),
         stages=stages,
-        router_parameters=count_parameters(folder.adapter / "router.safetensors"),
+        router_parameters=count_parameters(folder.adapter / "router.safetensors", "live/"),
         base_parameters=base_parameters(str(folder.index["base"]["path"])),
         memory_mib=max(memory, default=None),
-        evaluation=_read_json(folder.path / "evaluation.json"),
+        evaluation=_of_version(_read_json(folder.path / "evaluation.json"), EVALUATION_VERSION),
         routing=_read_json(folder.path / "routing.json"),
         samples=_read_json(folder.path / "samples" / "samples.json"),
     )
@@ -119,8 +119,10 @@ def base_parameters(base: str) -> int | None:
     return sum(counts) if counts else None
 
 
-def count_parameters(file: Path) -> int | None:
-    """How many numbers a safetensors file holds, from its header; None where it is unreadable.
+def count_parameters(file: Path, prefix: str = "") -> int | None:
+    """How many numbers the tensors of a safetensors file hold; None where it is unreadable.
+
+    Only names that begin with `prefix` count, and only the header is read.
 
     The header is a JSON object after its own length in eight bytes, little-endian.
     """
@@ -132,8 +134,11 @@ def count_parameters(file: Path) -> int | None:
             header = json.loads(stream.read(length))
     except (OSError, ValueError, struct.error):
         return None
-    shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
-    return sum(int(prod(shape)) for shape in shapes)
+    return sum(
+        int(prod(entry["shape"]))
+        for name, entry in header.items()
+        if name != "__metadata__" and name.startswith(prefix)
+    )
 
 
 def _read_json(path: Path) -> Mapping[str, Any] | None:
@@ -143,6 +148,11 @@ def _read_json(path: Path) -> Mapping[str, Any] | None:
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _of_version(value: Mapping[str, Any] | None, version: int) -> Mapping[str, Any] | None:
+    """Nothing instead of what another version of this project wrote."""
+    return value if value is not None and value.get("version") == version else None
 
 
 def _number(value: Any) -> float | None:

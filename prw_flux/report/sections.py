@@ -155,7 +155,7 @@ def cost(facts: Facts) -> str:
     )
     told = []
     if facts.router_parameters is not None:
-        told.append(f"routers with their snapshots {count(facts.router_parameters)} parameters")
+        told.append(f"routers {count(facts.router_parameters)} parameters")
     if facts.base_parameters is not None:
         told.append(
             f"frozen transformer {count(facts.base_parameters)} parameters, so the experts add "

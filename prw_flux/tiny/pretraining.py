@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import math
+import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -110,11 +113,12 @@ def pretrain(
         state: a file that is written every 500 steps and continued from where it exists.
 
     Raises:
-        CheckpointError: the state is damaged, or of another recipe.
+        CheckpointError: the state is damaged, or of another recipe or corpus.
     """
     now = Pretraining.begin(model, recipe)
+    made_from = origin(recipe, corpus)
     if state is not None and state.is_file():
-        load_state(now, state, recipe)
+        load_state(now, state, made_from)
         logger.info("continuing from step %d of %s", now.step, state)
     running, started, first = math.nan, time.time(), now.step
     while now.step < recipe.steps:
@@ -125,7 +129,7 @@ def pretrain(
             logger.info("base step %d/%d: loss %.4f, %.3f s a step", now.step, recipe.steps,
                         running, pace)  # fmt: skip
         if state is not None and now.step % SAVE_EVERY == 0:
-            save_state(now, state, recipe)
+            save_state(now, state, made_from)
     return now.average.eval()
 
 
@@ -178,27 +182,42 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
         torch._foreach_lerp_(ours, list(model.parameters()), 1 - decay)
 
 
-def save_state(now: Pretraining, path: Path, recipe: BaseRecipe) -> None:
+def save_state(now: Pretraining, path: Path, made_from: Mapping[str, str]) -> None:
     """Replace the state file in one step."""
-    new = path.with_name(f".{path.name}.new")
     tensors = {name: tensor.detach().clone() for name, tensor in now.tensors().items()}
-    save_file(tensors, new, metadata={"step": str(now.step), "recipe": json.dumps(asdict(recipe))})
-    new.replace(path)
+    new = path.with_name(f".{path.name}.new")
+    try:
+        save_file(tensors, new, metadata={"step": str(now.step), **made_from})
+        with new.open("rb") as file:
+            os.fsync(file.fileno())
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
-def load_state(now: Pretraining, path: Path, recipe: BaseRecipe) -> None:
+def load_state(now: Pretraining, path: Path, made_from: Mapping[str, str]) -> None:
     """Continue from a state file.
 
     Raises:
-        CheckpointError: it is damaged, or was saved under another recipe.
+        CheckpointError: it is damaged, or was saved under another recipe or corpus.
     """
     try:
         with safe_open(path, "pt") as file:
             told = file.metadata() or {}
-        if json.loads(told["recipe"]) != json.loads(json.dumps(asdict(recipe))):
-            raise CheckpointError(f"{path} was saved under another recipe: remove it to begin anew")
+        for name, value in made_from.items():
+            if told[name] != value:
+                raise CheckpointError(
+                    f"{path} was saved under another {name}: remove it to begin anew"
+                )
         now.restore(load_file(path), int(told["step"]))
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as problem:
         if isinstance(problem, CheckpointError):
             raise
         raise CheckpointError(f"{path} is damaged, remove it to begin anew: {problem}") from None
+
+
+def origin(recipe: BaseRecipe, corpus: Corpus) -> dict[str, str]:
+    """What a state belongs to."""
+    levels = corpus.tokens.view(torch.int16).numpy()
+    digest = hashlib.sha256(levels.tobytes()).hexdigest()
+    return {"recipe": json.dumps(asdict(recipe)), "corpus": digest}

@@ -19,7 +19,7 @@ from prw_flux.report import write_report
 from prw_flux.report.charts import Dot, Series, axis_ticks, dot_plot, line_chart, smooth
 from prw_flux.report.facts import count_parameters, read_facts
 from prw_flux.report.text import count, duration
-from prw_flux.rundir import RunError, RunFolder
+from prw_flux.rundir import EVALUATION_VERSION, RunError, RunFolder
 from prw_flux.shapeweave.source import ShapeWeave
 from prw_flux.tasks import TASKS
 
@@ -79,7 +79,7 @@ def _measure(run: RunFolder, tasks: list[str], pictures: int, rng: random.Random
     matrix = [[0.8 - 0.05 * (i - j) if j <= i else None for j in range(len(tasks))]
               for i in range(len(tasks))]  # fmt: skip
     evaluation = {
-        "version": 1,
+        "version": EVALUATION_VERSION,
         "source": "shapeweave",
         "size": 96,
         "stages": names,

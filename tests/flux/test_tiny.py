@@ -183,8 +183,16 @@ def test_pretraining_continues_bit_for_bit(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(pretraining, "descend", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pretrain(recipe, corpus, small_base()[1], nothing, state)
-    monkeypatch.setattr(pretraining, "descend", original)
+    assert state.is_file()
+    steps = []
+
+    def counted(now: Any, *rest: Any) -> float:
+        steps.append(now.step)
+        return original(now, *rest)
+
+    monkeypatch.setattr(pretraining, "descend", counted)
     again = weights_of(pretrain(recipe, corpus, small_base()[1], nothing, state))
+    assert steps == [3, 4, 5]
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
@@ -192,9 +200,11 @@ def test_a_state_of_another_recipe_or_a_damaged_one_is_refused(tmp_path: Path) -
     state = tmp_path / "state.safetensors"
     recipe, model, corpus, nothing = small_base()
     now = pretraining.Pretraining.begin(model, recipe)
-    pretraining.save_state(now, state, recipe)
+    pretraining.save_state(now, state, pretraining.origin(recipe, corpus))
     with pytest.raises(CheckpointError, match="under another recipe"):
         pretrain(replace(recipe, lr=1.0), corpus, model, nothing, state)
+    with pytest.raises(CheckpointError, match="under another corpus"):
+        pretrain(recipe, replace(corpus, tokens=corpus.tokens * 2), model, nothing, state)
     state.write_bytes(state.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="is damaged, remove it to begin anew"):
         pretrain(recipe, corpus, model, nothing, state)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import prw
+from prw.call import spread
 
 WIDTH = 6
 
@@ -85,6 +86,35 @@ def test_only_router_columns_get_a_gradient() -> None:
     prw.retention_loss(weave, 1.0).backward()
     got = {name for name, p in weave.named_parameters() if p.grad is not None}
     assert got == {f"{pool}.router.signal.2" for pool in weave.pools}
+
+
+def test_arithmetic_is_at_least_fp32() -> None:
+    net, weave = build()
+    with weave.remember("s1"):
+        net(inputs(2, 3))
+    net.to(torch.bfloat16)
+    weave.unlock("new")
+    assert prw.retention_loss(weave, 1.0).dtype == torch.float32
+
+
+def test_many_rows_are_thinned_in_any_default_dtype() -> None:
+    rows = torch.arange(1000.0)[:, None]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        kept = spread(rows, 64)
+    finally:
+        torch.set_default_dtype(before)
+    assert len(kept) == 64 and float(kept[0]) == 0 and float(kept[-1]) == 999
+    assert spread(rows, 1).tolist() == [[0.0]]
+
+
+def test_a_record_takes_a_mask_of_samples() -> None:
+    net, weave = build(granularity="sample")
+    weave.unlock("new")
+    with weave.record(mask=torch.tensor([True, False, True])) as record:
+        net(inputs(3))
+    assert int(record.tally.groups["0"].count) == 2
 
 
 def test_nothing_remembered_costs_nothing() -> None:
@@ -206,6 +236,13 @@ def test_bad_input_is_refused_in_one_sentence() -> None:
             net(inputs(2, 3))
     with pytest.raises(prw.StageError, match="nothing was routed by '0'"), weave.remember("s0"):
         pass
+    nothing = torch.zeros(2, 3, dtype=torch.bool)
+    with pytest.raises(prw.StageError, match="nothing was routed by '0'"):
+        with weave.remember("s0", mask=nothing):
+            net(inputs(2, 3))
+    with pytest.raises(prw.ConfigError, match="an input of '0' is not finite"):
+        with weave.remember("s0"):
+            net(inputs(2, 3) / 0)
     with pytest.raises(prw.StageError, match="there is no stage 'sX'"), weave.remember("sX"):
         pass
 
