@@ -1,5 +1,5 @@
 # The same verbs on a laptop and in CI. `make VENV=/elsewhere ...` uses another environment,
-# `make PYTHON=/path/to/python3.12 ...` another interpreter, `make demo ARGS="--seed 1"` passes arguments on.
+# `make PYTHON=/path/to/python3.12 ...` another interpreter, `make demo ARGS="--set seed=1"` passes arguments on.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv

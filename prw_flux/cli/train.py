@@ -173,11 +173,16 @@ def _finished(run: Any) -> Any:
 
 def _evaluate_and_report(args: argparse.Namespace, path: Path) -> int:
     from prw_flux.cli.evaluate import evaluate_and_tell
+    from prw_flux.evaluation import NothingToMeasure
     from prw_flux.interrupt import Interrupted
     from prw_flux.report import write_report
 
+    measured: dict[str, Any] | None = None
     try:
-        measured = evaluate_and_tell(path, quiet=args.quiet, told=not args.json)
+        try:
+            measured = evaluate_and_tell(path, quiet=args.quiet, told=not args.json)
+        except NothingToMeasure as told:
+            show.watcher().print(str(told), soft_wrap=True)
         page = write_report(path)
     except KeyboardInterrupt:
         raise Interrupted(

@@ -3,7 +3,7 @@
 from prw_flux.evaluation.arms import ARMS, Request
 from prw_flux.evaluation.generate import Sampling, generate
 from prw_flux.evaluation.routing import count_experts
-from prw_flux.evaluation.runner import Settings, evaluate_run, evaluate_stage
+from prw_flux.evaluation.runner import NothingToMeasure, Settings, evaluate_run, evaluate_stage
 from prw_flux.evaluation.samples import EvaluationSample, draw_samples
 from prw_flux.evaluation.shapes import METRICS, score, unusable
 from prw_flux.evaluation.statistics import Interval, bootstrap, paired_bootstrap
@@ -14,6 +14,7 @@ __all__ = [
     "METRICS",
     "EvaluationSample",
     "Interval",
+    "NothingToMeasure",
     "Request",
     "Sampling",
     "Settings",

@@ -33,6 +33,10 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 """Told (what, pictures done, pictures in all) after every batch; may raise to stop."""
 
 
+class NothingToMeasure(ValueError):
+    """No finished stage of a run has a task with an exact metric."""
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -101,7 +105,8 @@ def evaluate_run(
 
     Raises:
         RunError: the folder is not a run.
-        ValueError: no stage is finished, or no finished stage has a task with an exact metric.
+        ValueError: no stage is finished.
+        NothingToMeasure: no finished stage has a task with an exact metric.
     """
     started = time.perf_counter()
     folder = RunFolder.open(run)
@@ -113,7 +118,9 @@ def evaluate_run(
         source = ShapeWeave(size=folder.config.size, seed=settings.seed, split="heldout")
     tasks = [t for t in dict.fromkeys(stages.values()) if t in METRICS and t in source.tasks()]
     if not tasks:
-        raise ValueError(f"no task of {folder.path} has an exact metric: {list(stages.values())}")
+        raise NothingToMeasure(
+            f"no task of {folder.path} has an exact metric: {', '.join(stages.values())}"
+        )
     bench = _Bench(pipe, settings, _draw(source, tasks, settings), progress, stages)
     result = {
         "version": EVALUATION_VERSION,

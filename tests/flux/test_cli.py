@@ -140,6 +140,33 @@ def test_train_inspect_and_extend(
     assert not more.exists()
 
 
+def test_a_run_without_any_metric_still_has_its_report(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    small: list[str],
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "only_mine.py").write_text(
+        "from dataclasses import replace\n"
+        "from prw_flux.curriculum import Stage\n"
+        "from prw_flux.recipes import demo\n"
+        "from prw_flux.tasks import Task\n"
+        "class Grey(Task):\n"
+        "    name, sentence = 'grey', 'Give the grey picture its colours.'\n"
+        "    def missing(self, example):\n        return None\n"
+        "    def make(self, example, rng):\n"
+        "        return self.triple(example, 'grey', example.image, 'grey', example.image)\n"
+        "def recipe():\n"
+        "    stage = Stage(task='only_mine:Grey', steps=2, batch_size=2)\n"
+        "    return replace(demo(), stages=(stage,))\n"
+    )
+    run = tmp_path / "run"
+    status, out, err = told(capsys, "train", "only_mine:recipe", "--out", run, "--quiet", *small)
+    assert status == 0 and "has an exact metric: grey" in err
+    assert (run / "report.html").is_file() and str(run / "report.html") in out
+
+
 def test_the_newest_expert_can_be_trained_on_a_task_of_ones_own(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
