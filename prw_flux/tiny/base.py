@@ -25,12 +25,30 @@ GRID = 6
 
 
 @dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of pretraining that begins with a T5 which has just learnt to tag.
+
+    Attributes:
+        steps: of this phase; its rates fall along a cosine that ends there.
+        lr, muon_lr: of AdamW and Muon, at their highest.
+        text_learns: whether T5 learns along; it then slowly forgets which words belong together.
+        seed: of the T5, the batches and the noise.
+    """
+
+    steps: int
+    lr: float
+    muon_lr: float
+    text_learns: bool
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class BaseRecipe:
     """How the base is pretrained.
 
     Attributes:
         pictures: size of the pre-encoded training set.
-        lr, muon_lr: of AdamW and Muon, at their highest.
+        phases: each goes on from the averaged weights of the one before.
         caption_dropout: share of the samples that train with the empty text.
         ema: decay of the averaged weights, which are the result.
     """
@@ -41,10 +59,11 @@ class BaseRecipe:
     single_blocks: int = 6
     pictures: int = 50_000
     tagging: TaggingRecipe = TaggingRecipe()
-    steps: int = 12_000
+    phases: tuple[Phase, ...] = (
+        Phase(steps=12_000, lr=2e-3, muon_lr=4e-3, text_learns=True, seed=0),
+        Phase(steps=3600, lr=1e-3, muon_lr=3e-3, text_learns=False, seed=1),
+    )
     batch_size: int = 64
-    lr: float = 2e-3
-    muon_lr: float = 4e-3
     caption_dropout: float = 0.05
     ema: float = 0.999
     seed: int = 0

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from diffusers import AutoencoderTiny, FluxPipeline
 from numpy.typing import NDArray
-from torch import Tensor
 
 from prw_flux.data.default_photos import folder
 from prw_flux.data.images import open_image
@@ -20,8 +19,7 @@ from prw_flux.tiny.autoencoder import PHASES, AutoencoderRecipe, train_autoencod
 from prw_flux.tiny.base import BaseModel, BaseRecipe, build_corpus, scheduler
 from prw_flux.tiny.corpus import vocabulary
 from prw_flux.tiny.pretraining import pretrain
-from prw_flux.tiny.text_pretraining import train_tagging
-from prw_flux.tiny.text_tokenizers import CLIP_LENGTH, T5_LENGTH, clip_tokenizer, t5_tokenizer
+from prw_flux.tiny.text_tokenizers import clip_tokenizer, t5_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -59,17 +57,13 @@ def build(
     corpus = build_corpus(recipe, vae)
     torch.manual_seed(recipe.seed)
     model, clip, t5 = new_base(recipe)
-    state = out / STATE
-    if not state.is_file():
-        tagged = train_tagging(model.text_encoder_2, t5, recipe.tagging)
-        logger.info("T5 names %.1f %% of the tags", 100 * tagged)
-    nothing = (token_ids(clip, CLIP_LENGTH), token_ids(t5, T5_LENGTH))
     if compile_base:
         model.transformer.compile()
-    write_folder(out, vae, pretrain(recipe, corpus, model, nothing, state), clip, t5)
+    pretrain(recipe, corpus, model, (clip, t5), out / STATE)
+    write_folder(out, vae, model, clip, t5)
     card = {"autoencoder": [asdict(phase) for phase in phases], "base": asdict(recipe)}
     (out / CARD).write_text(json.dumps(card, indent=2) + "\n", "utf-8")
-    state.unlink(missing_ok=True)
+    (out / STATE).unlink(missing_ok=True)
     return out
 
 
@@ -99,11 +93,6 @@ def new_base(recipe: BaseRecipe) -> tuple[BaseModel, Any, Any]:
     words = vocabulary()
     clip, t5 = clip_tokenizer(words), t5_tokenizer(words)
     return BaseModel(recipe, len(clip), len(t5), clip.eos_token_id), clip, t5
-
-
-def token_ids(tokenizer: Any, length: int, text: str = "") -> Tensor:
-    """Padded token ids [length]."""
-    return torch.tensor(tokenizer(text, padding="max_length", max_length=length).input_ids)
 
 
 def write_folder(out: Path, vae: AutoencoderTiny, model: BaseModel, clip: Any, t5: Any) -> None:

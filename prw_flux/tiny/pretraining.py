@@ -12,18 +12,21 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import T5EncoderModel
 
 from prw import CheckpointError
 from prw_flux.arithmetic import arithmetic
 from prw_flux.flow import interpolate, resolution_shift, sample_times, velocity_target
 from prw_flux.tiny.autoencoder import warmup_cosine
-from prw_flux.tiny.base import GRID, BaseModel, BaseRecipe, Corpus
+from prw_flux.tiny.base import GRID, BaseModel, BaseRecipe, Corpus, Phase
+from prw_flux.tiny.text_pretraining import train_tagging
+from prw_flux.tiny.text_tokenizers import CLIP_LENGTH, T5_LENGTH
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +44,13 @@ class Pretraining:
     step: int = 0
 
     @classmethod
-    def begin(cls, model: BaseModel, recipe: BaseRecipe) -> Pretraining:
-        """At step 0 of a model, which is trained in place."""
+    def begin(cls, model: BaseModel, phase: Phase) -> Pretraining:
+        """At step 0 of a phase of a model, which is trained in place."""
         average = copy.deepcopy(model).requires_grad_(False)
-        generator = torch.Generator().manual_seed(recipe.seed)
-        return cls(model, average, new_optimizers(model, recipe), generator)
+        model.requires_grad_(True)
+        model.text_encoder_2.requires_grad_(phase.text_learns)
+        generator = torch.Generator().manual_seed(phase.seed)
+        return cls(model, average, new_optimizers(model, phase), generator)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name."""
@@ -81,7 +86,7 @@ def _weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in module.named_parameters()}
 
 
-def new_optimizers(model: BaseModel, recipe: BaseRecipe) -> tuple[torch.optim.Optimizer, ...]:
+def new_optimizers(model: BaseModel, phase: Phase) -> tuple[torch.optim.Optimizer, ...]:
     """Muon for the matrices inside the blocks, AdamW for all else."""
     matrices: list[Tensor] = []
     others: list[Tensor] = []
@@ -90,9 +95,9 @@ def new_optimizers(model: BaseModel, recipe: BaseRecipe) -> tuple[torch.optim.Op
         (matrices if inside else others).append(parameter)
     return (
         torch.optim.Muon(
-            matrices, lr=recipe.muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+            matrices, lr=phase.muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
         ),
-        torch.optim.AdamW(others, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(others, lr=phase.lr, betas=(0.9, 0.98), weight_decay=0.0),
     )
 
 
@@ -100,48 +105,89 @@ def pretrain(
     recipe: BaseRecipe,
     corpus: Corpus,
     model: BaseModel,
-    unconditional: tuple[Tensor, Tensor],
+    tokenizers: tuple[Any, Any],
     state: Path | None = None,
 ) -> BaseModel:
-    """Flow matching with the velocity as target; returns the averaged weights.
+    """Flow matching with the velocity as target; the model ends with the averaged weights.
 
     Args:
-        recipe: steps, rates, batch size, caption dropout, averaging.
+        recipe: phases, batch size, caption dropout, averaging.
         corpus: what is learnt.
         model: the weights at the start; trained in place.
-        unconditional: CLIP and T5 token ids of the empty text, for dropped captions.
+        tokenizers: CLIP's and T5's.
         state: a file that is written every 500 steps and continued from where it exists.
 
     Raises:
         CheckpointError: the state is damaged, or of another recipe or corpus.
     """
-    now = Pretraining.begin(model, recipe)
+    nothing = (token_ids(tokenizers[0], CLIP_LENGTH), token_ids(tokenizers[1], T5_LENGTH))
     made_from = origin(recipe, corpus)
-    if state is not None and state.is_file():
-        load_state(now, state, made_from)
-        logger.info("continuing from step %d of %s", now.step, state)
+    found = None if state is None or not state.is_file() else read_state(state, made_from)
+    first = 0 if found is None else found.phase
+    for number in range(first, len(recipe.phases)):
+        phase = recipe.phases[number]
+        if found is None or number > first:
+            teach_text(model, tokenizers[1], recipe, phase)
+        now = Pretraining.begin(model, phase)
+        if found is not None and number == first:
+            assert state is not None
+            found.fill(now, state)
+        run_phase(now, number, recipe, corpus, nothing, state, made_from)
+        model.load_state_dict(now.average.state_dict())
+    return model.eval()
+
+
+def teach_text(model: BaseModel, tokenizer: Any, recipe: BaseRecipe, phase: Phase) -> None:
+    """Give the model a new T5 that can tag."""
+    torch.manual_seed(phase.seed)
+    model.text_encoder_2 = T5EncoderModel(model.text_encoder_2.config)
+    tagged = train_tagging(model.text_encoder_2, tokenizer, recipe.tagging)
+    logger.info("T5 names %.1f %% of the tags", 100 * tagged)
+
+
+def token_ids(tokenizer: Any, length: int, text: str = "") -> Tensor:
+    """Padded token ids [length]."""
+    return torch.tensor(tokenizer(text, padding="max_length", max_length=length).input_ids)
+
+
+def run_phase(
+    now: Pretraining,
+    number: int,
+    recipe: BaseRecipe,
+    corpus: Corpus,
+    nothing: tuple[Tensor, Tensor],
+    state: Path | None,
+    made_from: Mapping[str, str],
+) -> None:
+    """Take the steps that are left of a phase."""
+    phase = recipe.phases[number]
     running, started, first = math.nan, time.time(), now.step
-    while now.step < recipe.steps:
-        value = descend(now, corpus, recipe, unconditional)
+    while now.step < phase.steps:
+        if state is not None and now.step % SAVE_EVERY == 0 and now.step > first:
+            save_state(now, state, {"phase": str(number), **made_from})
+        value = descend(now, phase, recipe, corpus, nothing)
         running = value if math.isnan(running) else 0.99 * running + 0.01 * value
         if now.step % 100 == 0:
             pace = (time.time() - started) / (now.step - first)
-            logger.info("base step %d/%d: loss %.4f, %.3f s a step", now.step, recipe.steps,
-                        running, pace)  # fmt: skip
-        if state is not None and now.step % SAVE_EVERY == 0:
-            save_state(now, state, made_from)
-    return now.average.eval()
+            logger.info("phase %d, step %d/%d: loss %.4f, %.3f s a step", number + 1, now.step,
+                        phase.steps, running, pace)  # fmt: skip
+    if state is not None:
+        save_state(now, state, {"phase": str(number), **made_from})
 
 
 def descend(
-    now: Pretraining, corpus: Corpus, recipe: BaseRecipe, unconditional: tuple[Tensor, Tensor]
+    now: Pretraining,
+    phase: Phase,
+    recipe: BaseRecipe,
+    corpus: Corpus,
+    nothing: tuple[Tensor, Tensor],
 ) -> float:
     """One step; its loss."""
-    loss = batch_loss(now.model, corpus, recipe, now.generator, unconditional)
-    for optimizer, highest in zip(now.optimizers, (recipe.muon_lr, recipe.lr), strict=True):
+    loss = batch_loss(now.model, corpus, recipe, now.generator, nothing)
+    for optimizer, highest in zip(now.optimizers, (phase.muon_lr, phase.lr), strict=True):
         optimizer.zero_grad()
         for group in optimizer.param_groups:
-            group["lr"] = highest * warmup_cosine(now.step, recipe.steps)
+            group["lr"] = highest * warmup_cosine(now.step, phase.steps)
     loss.backward()
     nn.utils.clip_grad_norm_(now.model.parameters(), 1.0)
     for optimizer in now.optimizers:
@@ -156,16 +202,16 @@ def batch_loss(
     corpus: Corpus,
     recipe: BaseRecipe,
     generator: torch.Generator,
-    unconditional: tuple[Tensor, Tensor],
+    nothing: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """Mean squared error of the velocity on one random batch."""
+    """Mean squared error of the velocity on one random batch; `nothing` is the empty text."""
     size = recipe.batch_size
     index = torch.randint(len(corpus.tokens), (size,), generator=generator)
     clean = corpus.tokens[index].float()
     clip_ids, t5_ids = corpus.clip_ids[index], corpus.t5_ids[index]
     dropped = torch.rand(size, generator=generator) < recipe.caption_dropout
-    clip_ids = torch.where(dropped[:, None], unconditional[0], clip_ids)
-    t5_ids = torch.where(dropped[:, None], unconditional[1], t5_ids)
+    clip_ids = torch.where(dropped[:, None], nothing[0], clip_ids)
+    t5_ids = torch.where(dropped[:, None], nothing[1], t5_ids)
     times = sample_times(size, generator, shift=resolution_shift(GRID * GRID))
     guidance = 1 + 4 * torch.rand(size, generator=generator)
     noise = torch.randn(clean.shape, generator=generator)
@@ -195,8 +241,25 @@ def save_state(now: Pretraining, path: Path, made_from: Mapping[str, str]) -> No
         new.unlink(missing_ok=True)
 
 
-def load_state(now: Pretraining, path: Path, made_from: Mapping[str, str]) -> None:
-    """Continue from a state file.
+@dataclass(frozen=True)
+class SavedState:
+    """A state file that fits: where it was saved, and its tensors."""
+
+    phase: int
+    step: int
+    tensors: dict[str, Tensor]
+
+    def fill(self, now: Pretraining, path: Path) -> None:
+        """Put the state into a phase that has just begun."""
+        try:
+            now.restore(self.tensors, self.step)
+        except (KeyError, ValueError, RuntimeError) as problem:
+            raise damaged(path, problem) from None
+        logger.info("continuing from step %d of phase %d", self.step, self.phase + 1)
+
+
+def read_state(path: Path, made_from: Mapping[str, str]) -> SavedState:
+    """Read a state file.
 
     Raises:
         CheckpointError: it is damaged, or was saved under another recipe or corpus.
@@ -204,16 +267,18 @@ def load_state(now: Pretraining, path: Path, made_from: Mapping[str, str]) -> No
     try:
         with safe_open(path, "pt") as file:
             told = file.metadata() or {}
-        for name, value in made_from.items():
-            if told[name] != value:
-                raise CheckpointError(
-                    f"{path} was saved under another {name}: remove it to begin anew"
-                )
-        now.restore(load_file(path), int(told["step"]))
-    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as problem:
-        if isinstance(problem, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is damaged, remove it to begin anew: {problem}") from None
+        saved = SavedState(int(told["phase"]), int(told["step"]), load_file(path))
+        other = [name for name, value in made_from.items() if told[name] != value]
+    except (SafetensorError, OSError, KeyError, ValueError) as problem:
+        raise damaged(path, problem) from None
+    if other:
+        raise CheckpointError(f"{path} was saved under another {other[0]}: remove it to begin anew")
+    return saved
+
+
+def damaged(path: Path, problem: Exception) -> CheckpointError:
+    """The error for a state file that cannot be used."""
+    return CheckpointError(f"{path} is damaged, remove it to begin anew: {problem}")
 
 
 def origin(recipe: BaseRecipe, corpus: Corpus) -> dict[str, str]:

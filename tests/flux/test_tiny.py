@@ -26,8 +26,8 @@ from prw_flux.tiny.autoencoder import (
     pixel_weight,
     to_tensor,
 )
-from prw_flux.tiny.base import BaseModel, BaseRecipe, Corpus
-from prw_flux.tiny.build import build, new_base, token_ids
+from prw_flux.tiny.base import BaseModel, BaseRecipe, Corpus, Phase
+from prw_flux.tiny.build import build, new_base
 from prw_flux.tiny.corpus import FORMS, draw_content, paint, vocabulary
 from prw_flux.tiny.measure import measure
 from prw_flux.tiny.pretraining import pretrain
@@ -35,6 +35,7 @@ from prw_flux.tiny.text_pretraining import TaggingRecipe, tagging_batch, train_t
 from prw_flux.tiny.text_tokenizers import CLIP_LENGTH, T5_LENGTH, clip_tokenizer, t5_tokenizer
 
 WORDS = vocabulary()
+PHASE = Phase(steps=2, lr=1e-3, muon_lr=1e-3, text_learns=True, seed=0)
 TAGGING = TaggingRecipe(steps=1, batch_size=2)
 
 
@@ -115,7 +116,7 @@ def test_build_writes_a_flux_pipeline_that_runs_and_is_measured(tmp_path: Path) 
         double_blocks=1,
         single_blocks=1,
         pictures=8,
-        steps=2,
+        phases=(PHASE,),
         tagging=TAGGING,
         batch_size=4,
     )
@@ -137,7 +138,7 @@ def test_building_again_keeps_the_trained_autoencoder(tmp_path: Path) -> None:
         double_blocks=1,
         single_blocks=1,
         pictures=4,
-        steps=2,
+        phases=(PHASE,),
         tagging=TAGGING,
         batch_size=2,
     )
@@ -148,11 +149,15 @@ def test_building_again_keeps_the_trained_autoencoder(tmp_path: Path) -> None:
     assert weights.stat().st_size == before
 
 
-def small_base(steps: int = 6) -> tuple[BaseRecipe, BaseModel, Corpus, tuple[Tensor, Tensor]]:
+Small = tuple[BaseRecipe, Corpus, BaseModel, tuple[Any, Any]]
+
+
+def small_base() -> Small:
     """A base of one block of each kind and sixteen random pictures."""
     recipe = BaseRecipe(
-        width=32, heads=1, double_blocks=1, single_blocks=1, steps=steps, batch_size=4
-    )
+        width=32, heads=1, double_blocks=1, single_blocks=1, batch_size=4, tagging=TAGGING,
+        phases=(replace(PHASE, steps=4), replace(PHASE, steps=4, text_learns=False, seed=1)),
+    )  # fmt: skip
     torch.manual_seed(0)
     model, clip, t5 = new_base(recipe)
     corpus = Corpus(
@@ -160,54 +165,62 @@ def small_base(steps: int = 6) -> tuple[BaseRecipe, BaseModel, Corpus, tuple[Ten
         clip_ids=torch.randint(5, len(clip), (16, CLIP_LENGTH)),
         t5_ids=torch.randint(5, len(t5), (16, T5_LENGTH)),
     )
-    return recipe, model, corpus, (token_ids(clip, CLIP_LENGTH), token_ids(t5, T5_LENGTH))
+    return recipe, corpus, model, (clip, t5)
 
 
 def weights_of(model: BaseModel) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def test_pretraining_continues_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("stopped", "left"), [(3, 6), (4, 4), (7, 2)])
+def test_pretraining_continues_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int, left: int
+) -> None:
     state = tmp_path / "state.safetensors"
-    recipe, model, corpus, nothing = small_base()
-    whole = weights_of(pretrain(recipe, corpus, model, nothing))
-
-    monkeypatch.setattr(pretraining, "SAVE_EVERY", 3)
+    whole = weights_of(pretrain(*small_base()))
+    taken = 0
     original = pretraining.descend
 
-    def interrupted(now: Any, *rest: Any) -> float:
-        if now.step == 5:
+    def counted(*given: Any) -> float:
+        nonlocal taken
+        if taken == stopped:
             raise KeyboardInterrupt
-        return original(now, *rest)
+        taken += 1
+        return original(*given)
 
-    monkeypatch.setattr(pretraining, "descend", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain(recipe, corpus, small_base()[1], nothing, state)
-    assert state.is_file()
-    steps = []
-
-    def counted(now: Any, *rest: Any) -> float:
-        steps.append(now.step)
-        return original(now, *rest)
-
+    monkeypatch.setattr(pretraining, "SAVE_EVERY", 2)
     monkeypatch.setattr(pretraining, "descend", counted)
-    again = weights_of(pretrain(recipe, corpus, small_base()[1], nothing, state))
-    assert steps == [3, 4, 5]
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(*small_base(), state)
+    assert state.is_file()
+    taken, stopped = 0, 99
+    again = weights_of(pretrain(*small_base(), state))
+    assert taken == left
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_t5_stays_what_tagging_made_it_where_it_does_not_learn() -> None:
+    recipe, corpus, model, tokenizers = small_base()
+    frozen = replace(recipe, phases=recipe.phases[1:])
+    pretraining.teach_text(model, tokenizers[1], frozen, frozen.phases[0])
+    taught = weights_of(model)
+    after = weights_of(pretrain(frozen, corpus, model, tokenizers))
+    moved = {name for name in taught if not torch.equal(taught[name], after[name])}
+    assert moved and not any(name.startswith("text_encoder_2.") for name in moved)
 
 
 def test_a_state_of_another_recipe_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
     state = tmp_path / "state.safetensors"
-    recipe, model, corpus, nothing = small_base()
-    now = pretraining.Pretraining.begin(model, recipe)
-    pretraining.save_state(now, state, pretraining.origin(recipe, corpus))
+    recipe, corpus, model, tokenizers = small_base()
+    pretrain(recipe, corpus, model, tokenizers, state)
     with pytest.raises(CheckpointError, match="under another recipe"):
-        pretrain(replace(recipe, lr=1.0), corpus, model, nothing, state)
+        pretrain(replace(recipe, ema=0.9), corpus, model, tokenizers, state)
     with pytest.raises(CheckpointError, match="under another corpus"):
-        pretrain(recipe, replace(corpus, tokens=corpus.tokens * 2), model, nothing, state)
+        other = replace(corpus, tokens=corpus.tokens * 2)
+        pretrain(recipe, other, model, tokenizers, state)
     state.write_bytes(state.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="is damaged, remove it to begin anew"):
-        pretrain(recipe, corpus, model, nothing, state)
+        pretrain(recipe, corpus, model, tokenizers, state)
 
 
 def test_shipped_folder_is_small_and_complete() -> None:
