@@ -4,7 +4,7 @@ from prw.call import Call, Record
 from prw.config import Config
 from prw.errors import CheckpointError, ConfigError, PRWError, StageError
 from prw.injection import load, weave
-from prw.losses import retention_loss, veteran_gate_loss
+from prw.losses import veteran_gate_loss
 from prw.pool import Pool
 from prw.router import Routing
 from prw.weaving import Weave
@@ -21,7 +21,6 @@ __all__ = [
     "StageError",
     "Weave",
     "load",
-    "retention_loss",
     "veteran_gate_loss",
     "weave",
 ]

@@ -1,10 +1,10 @@
-"""Losses of the routers: how much the newest expert takes, and what earlier stages keep."""
+"""The veteran gate: how much of the traffic the newest expert should take, as a loss."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,9 +12,6 @@ from torch import Tensor
 
 from prw.call import Record, totals
 from prw.errors import ConfigError, StageError
-
-if TYPE_CHECKING:
-    from prw.weaving import Weave
 
 
 def veteran_gate_loss(records: Record | Sequence[Record], density: float, weight: float) -> Tensor:
@@ -55,38 +52,6 @@ def veteran_gate_loss(records: Record | Sequence[Record], density: float, weight
     columns, jacobian = _gathered(records)
     loss: Tensor = _ClosedForm.apply(value.to(jacobian[0].dtype), slope, jacobian, *columns)  # type: ignore[no-untyped-call]
     return loss
-
-
-def retention_loss(weave: Weave, weight: float) -> Tensor:
-    """Hold the routing of the inputs that finished stages remember (`Weave.remember`).
-
-    ``loss = weight * mean_{groups} mean_{inputs h} KL(p_s(h) || p(h))``, with ``p_s`` the routing
-    at the end of the stage s that h comes from, over its experts, and ``p`` the routing now, over
-    all experts, both without noise. It reaches router columns only. The paper has no such term:
-    without it nothing tells the routers to leave the inputs of earlier stages to the veterans.
-
-    Args:
-        weave: between `unlock` and `close`.
-        weight: factor of the loss, at least 0.
-
-    Returns:
-        A scalar; zero when nothing is remembered. Under data parallelism it is the same on every
-        rank that remembers the same, and so is the mean over ranks. It reads the columns outside a
-        forward, so FSDP2 must not have sharded the routers.
-
-    Raises:
-        ConfigError: a weight that is negative or not finite.
-        StageError: no stage is open.
-    """
-    if not (math.isfinite(weight) and weight >= 0):
-        raise ConfigError(f"weight must be at least 0, got {weight}")
-    if weave.newest is None:
-        raise StageError("no router may learn now; unlock a stage first")
-    found = (pool.retention() for pool in weave.pools.values()) if weight else ()
-    parts = [part.mean() for part in found if part is not None]
-    if not parts:
-        return next(iter(weave.pools.values())).router.anchor.new_zeros(())
-    return weight * torch.stack([part.to(parts[0].device) for part in parts]).mean()
 
 
 def _check(records: Sequence[Record], density: float, weight: float) -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prw.call import Call, CallSlot, Recall, Record
@@ -20,7 +19,7 @@ from prw.errors import ConfigError, StageError
 from prw.experts import Expert, factors
 from prw.ledger import Ledger
 from prw.noise import gaussian_noise, group_id
-from prw.router import Router, Routing, column_product, noisy_top1, router_input
+from prw.router import Router, Routing, noisy_top1, router_input
 from prw.schedule import Learning, schedule
 from prw.usage import RouterPass, observe
 from prw_kernels import routed_lora
@@ -172,38 +171,6 @@ class Pool(nn.Module):
         """
         call = self.slot.call if call is None else call
         return self._route(x, call, self._view(call))[0]
-
-    def retention(self) -> Tensor | None:
-        """How far the live routing of the remembered inputs is from what it was; see `prw.losses`.
-
-        ``sum_e p_e (log p_e - log q_e)`` for every remembered input of every closed stage, with p
-        the probabilities under the stage's snapshot (0 for later experts) and q those under the
-        live columns, both without noise.
-
-        Returns:
-            ``[M]``, differentiable in the columns that may learn; None with nothing remembered.
-        """
-        count = len(self.ledger)
-        memories = {s.index: self.router.memory(s.index) for s in self.ledger.stages if not s.open}
-        rows = {
-            index: h_MD.to(torch.promote_types(h_MD.dtype, torch.float32))
-            for index, h_MD in memories.items()
-            if len(h_MD)
-        }
-        if not rows:
-            return None
-        signal, _ = self.router.columns(count, False, self.learning.columns)
-        h_MD = torch.cat(list(rows.values()))
-        with torch.autocast(h_MD.device.type, enabled=False):
-            logits_ME = column_product(h_MD, signal)[:, :count]
-            with torch.no_grad():
-                before_ME = torch.cat([self._probs_at(i, h, count) for i, h in rows.items()])
-            return F.kl_div(logits_ME.log_softmax(-1), before_ME, reduction="none").sum(-1)
-
-    def _probs_at(self, stage: int, h_MD: Tensor, count: int) -> Tensor:
-        """Probabilities under the snapshot of a stage, 0 for experts that came later."""
-        columns, noise = self.router.columns(stage + 1, True, frozenset())
-        return F.pad(noisy_top1(h_MD, columns, noise, None).probs, (0, count - stage - 1))
 
     def add(
         self, outputs: Mapping[str, Tensor], x: Tensor, call: Call | None = None

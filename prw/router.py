@@ -100,6 +100,12 @@ class Router(nn.Module):
         )
         return signal, noise
 
+    @torch.no_grad()
+    def set_signal(self, signal_ED: Tensor) -> None:
+        """Write values into the live signal columns, which stay the same parameters."""
+        for column, value in zip(self.signal, signal_ED, strict=True):
+            column.copy_(value)
+
     def put_state(self, signal_ED: Tensor, noise_ED: Tensor) -> None:
         """Replace the live columns by new parameters with the given values."""
         device = self.anchor.device

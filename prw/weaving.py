@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prw import checkpoint
 from prw.call import Call, CallSlot, Recall, Record, spread
 from prw.config import Config
+from prw.consolidation import agreement, centred, fit, remembered
 from prw.errors import ConfigError, StageError
 from prw.ledger import Ledger, Stage
 from prw.optim import Kinds, sync
@@ -195,9 +196,9 @@ class Weave:
     ) -> Iterator[Call]:
         """Inside, as `at_stage`; afterwards every router holds some inputs that it routed there.
 
-        `prw.retention_loss` keeps the routing of these inputs in later stages as it was at the end
-        of stage `name`. Run the model once or a few times on data of that stage. The rows are what
-        the routed layers read, so for a first layer they are data; they are saved with the routers,
+        `consolidate` gives these inputs back to the experts they had at the end of stage `name`.
+        Run the model once or a few times on data of that stage. The rows are what the routed layers
+        read, so for a first layer they are data; they are saved with the routers,
         and replace those that the stage had unless something is refused. Under data parallelism
         every rank must remember the same inputs.
 
@@ -228,6 +229,37 @@ class Weave:
                 raise ConfigError(f"an input of {group!r} is not finite and cannot be remembered")
         for group, pool in self.pools.items():
             pool.router.remember(stage.index, spread(kept[group], rows))
+
+    def consolidate(self, iterations: int = 100) -> float:
+        """Fit the live routers to how every stage routed what it remembers. Not in the paper.
+
+        ``min_W mean_M KL(p_stage(h) || softmax(h W))`` per routed group, over the remembered inputs
+        h of all stages, without noise. The snapshots stay, so `at_stage` is what it was; only the
+        free route changes, and the next stage begins from it. Call it between stages, after
+        `remember`. Under data parallelism every rank must remember the same inputs, and FSDP2 must
+        not have sharded the routers.
+
+        Args:
+            iterations: of L-BFGS, at most.
+
+        Returns:
+            The share of the remembered inputs, over all groups, that the free route now sends where
+            their stage did.
+
+        Raises:
+            StageError: a stage is open, or a group remembers nothing.
+        """
+        if self.newest is not None:
+            raise StageError(f"stage {self.newest!r} is open; close it before it is consolidated")
+        shares = []
+        for group, pool in self.pools.items():
+            known = remembered(pool.router, len(self._ledger))
+            if known is None:
+                raise StageError(f"{group!r} remembers nothing yet; run the model in remember()")
+            columns_ED = fit(known, pool.router.state()[0], iterations)
+            pool.router.set_signal(centred(known, columns_ED))
+            shares.append(agreement(known, pool.router.state()[0]))
+        return sum(shares) / len(shares)
 
     def save(self, path: str | Path, *, extra: Mapping[str, str] | None = None) -> None:
         """Write the folder: configuration, ledger, routers, experts, hashes. All or nothing.

@@ -102,26 +102,6 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetentionConfig:
-    """Whether routers keep the routing of finished stages; see `prw.retention_loss`.
-
-    Attributes:
-        weight: of the loss; 0, the paper's way, remembers nothing.
-        rows: router inputs that every block keeps of every finished stage.
-    """
-
-    weight: float = 0.0
-    rows: int = 64
-
-    def __post_init__(self) -> None:
-        settle(self)
-        if not 0.0 <= self.weight < 1e6:
-            raise ConfigError(f"weight must be at least 0, got {self.weight}")
-        if self.rows < 1:
-            raise ConfigError(f"rows must be at least 1, got {self.rows}")
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """What is generated and measured after training.
 
@@ -158,6 +138,8 @@ class RunConfig:
         caption_dropout: share of samples that train with the empty text.
         guidance: guidance embedding in training (FLUX.1-dev is trained at 1).
         time_shift: of the training times; None takes FLUX's shift for the number of tokens.
+        remember: router inputs that every block keeps of every finished stage, so that the routers
+            can be consolidated at its end (`prw.Weave.consolidate`); 0, the paper's way, is off.
         log_every, save_every: steps between lines in metrics.jsonl, and between saved states.
 
     Raises:
@@ -172,13 +154,13 @@ class RunConfig:
     caption_dropout: float = 0.1
     guidance: float = 1.0
     time_shift: float | None = None
+    remember: int = 0
     log_every: int = 10
     save_every: int = 200
     base: BaseConfig = field(default_factory=BaseConfig)
     data: DataConfig = field(default_factory=DataConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    retention: RetentionConfig = field(default_factory=RetentionConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
@@ -192,6 +174,8 @@ class RunConfig:
             raise ConfigError(f"caption_dropout must lie in [0, 1], got {self.caption_dropout}")
         if self.time_shift is not None and not self.time_shift > 0.0:
             raise ConfigError(f"time_shift must be positive or none, got {self.time_shift}")
+        if self.remember < 0:
+            raise ConfigError(f"remember must be at least 0, got {self.remember}")
         for name in ("log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

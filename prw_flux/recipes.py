@@ -45,6 +45,7 @@ def demo() -> RunConfig:
         size=96,
         data=DataConfig(samples=1200),
         adapter=AdapterConfig(rank=32, alpha=64),
+        remember=128,
         optimizer=_TINY_OPTIMIZER,
         evaluation=EvaluationConfig(per_task=32, history=12, steps=12),
         log_every=10,

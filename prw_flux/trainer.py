@@ -45,24 +45,16 @@ class TrainingError(PRWError, RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class StepLoss:
-    """One forward: the flow matching loss, those of the routers, and the routings seen.
-
-    Attributes:
-        flow: of the velocity.
-        gate: the veteran gate's.
-        retention: of what finished stages remember.
-        record: the routings of the forward.
-    """
+    """One forward: the flow matching loss, the veteran gate's, and the routings they came from."""
 
     flow: Tensor
     gate: Tensor
-    retention: Tensor
     record: prw.Record
 
     @property
     def total(self) -> Tensor:
         """What is minimised."""
-        return self.flow + self.gate + self.retention
+        return self.flow + self.gate
 
 
 def open_training_data(config: RunConfig, session: Session) -> DataSource:
@@ -106,7 +98,7 @@ def train(
     with run.exclusively():
         position = read_position(run)
         run.forget_log_after(position.stage, position.step)
-        if run.config.retention.weight:
+        if run.config.remember:
             _warn_of_stages_without_memory(session.adapter)
         trainer = Trainer(run, session, data, progress or Quiet(), stop or Stop())
         for number in range(position.stage, len(run.config.stages)):
@@ -122,7 +114,7 @@ def _warn_of_stages_without_memory(adapter: PRWAdapter) -> None:
     blank = [s.name for s in finished if not all(len(p.router.memory(s.index)) for p in pools)]
     if blank:
         logger.warning(
-            "nothing is remembered of %s, trained with retention.weight 0: routers may forget it",
+            "nothing is remembered of %s, trained with remember=0: free routers may forget it",
             ", ".join(blank),
         )
 
@@ -161,7 +153,7 @@ class Trainer:
                 save_state(self.run, self.adapter, optimizer, position)
         facts = {"seconds": round(position.seconds, 2), "rejected": dict(samples.rejected)}
         self.adapter.weave.close()
-        if self.config.retention.weight:
+        if self.config.remember:
             self._remember(samples, stage)
         self.adapter.save_pretrained(self.run.adapter)
         save_state(self.run, self.adapter, optimizer, Position(stage=number + 1))
@@ -226,7 +218,6 @@ class Trainer:
         return StepLoss(
             flow_loss(velocity, clean, noise),
             prw.veteran_gate_loss(record, stage.density, stage.weight),
-            prw.retention_loss(self.adapter.weave, config.retention.weight),
             record,
         )
 
@@ -298,7 +289,6 @@ class Trainer:
             "step": position.step,
             "loss": float(loss.flow.detach()),
             "gate_loss": float(loss.gate.detach()),
-            "retention_loss": float(loss.retention.detach()),
             "usage_noisy": loss.record.usage(),
             "usage_deterministic": self._quiet_usage(samples, stage, position.step - 1),
             "lr": learning_rate(self.config.optimizer, stage, position.step - 1),
@@ -315,8 +305,8 @@ class Trainer:
         return record.usage()
 
     def _remember(self, samples: Samples, stage: Stage) -> None:
-        """Let the routers keep inputs of the stage that has just been closed."""
-        rows = self.config.retention.rows
+        """Let the routers keep inputs of the stage that has just been closed, and consolidate."""
+        rows = self.config.remember
         draw = torch.Generator().manual_seed(stable_hash(self.config.seed, stage.name, "memory"))
         with self.adapter.weave.remember(stage.name, rows) as recall:
             for step in range(-(-rows // stage.batch_size)):
@@ -325,6 +315,7 @@ class Trainer:
                 self._route(
                     samples, batch, sample_times(stage.batch_size, draw, shift=shift), recall
                 )
+        self.adapter.weave.consolidate()
 
     @torch.no_grad()
     def _route(self, samples: Samples, batch: Batch, times_B: Tensor, call: prw.Call) -> None:

@@ -102,3 +102,8 @@ def write_folder(out: Path, vae: AutoencoderTiny, model: BaseModel, clip: Any, t
         text_encoder_2=model.text_encoder_2, tokenizer_2=t5, transformer=model.transformer,
     )  # fmt: skip
     pipeline.to(torch.bfloat16).save_pretrained(out)
+    # AutoencoderTiny adds this entry itself and then warns that it does not know it
+    config = out / "vae" / "config.json"
+    settings = json.loads(config.read_text("utf-8"))
+    settings.pop("block_out_channels", None)
+    config.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")

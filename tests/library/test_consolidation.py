@@ -1,4 +1,4 @@
-"""Retention: remembered router inputs, and the loss that keeps their routing."""
+"""Remembered router inputs, and consolidation: their routing is given back to their stages."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import prw
 from prw.call import spread
+from prw.consolidation import Remembered, fit
 
 WIDTH = 6
 
@@ -37,66 +36,6 @@ def inputs(*leading: int) -> Tensor:
     return torch.randn(*leading, WIDTH, dtype=torch.float64)
 
 
-def columns(weave: prw.Weave) -> list[Tensor]:
-    return [p for name, p in weave.named_parameters() if ".router." in name]
-
-
-def written_down(weave: prw.Weave) -> Tensor:
-    """The definition, input by input."""
-    groups = []
-    for pool in weave.pools.values():
-        rows = []
-        for stage in weave.stages:
-            for h_D in pool.router.memory(stage.index):
-                kept = pool.router.snapshot(stage.index)
-                assert kept is not None
-                p = torch.stack([h_D @ column for column in kept[0]]).softmax(0)
-                q = torch.stack([h_D @ column for column in pool.router.signal]).softmax(0)
-                rows.append((p * (p.log() - q[: len(p)].log())).sum())
-        groups.append(torch.stack(rows).mean())
-    return torch.stack(groups).mean()
-
-
-@given(st.integers(0, 10_000), st.integers(1, 3), st.sampled_from(["token", "sample"]))
-def test_value_and_gradient_are_those_of_the_definition(
-    seed: int, stages: int, granularity: str
-) -> None:
-    torch.manual_seed(seed)
-    net, weave = build(stages, granularity=granularity)
-    for stage in range(stages):
-        with weave.remember(f"s{stage}", rows=4):
-            net(inputs(3, 5))
-    weave.unlock("new")
-    for parameter in weave.parameters():
-        nn.init.normal_(parameter)
-    loss, expected = prw.retention_loss(weave, 0.7), 0.7 * written_down(weave)
-    torch.testing.assert_close(loss, expected)
-    ours, theirs = (
-        torch.autograd.grad(value, columns(weave), materialize_grads=True)
-        for value in (loss, expected)
-    )
-    torch.testing.assert_close(ours, theirs)
-
-
-def test_only_router_columns_get_a_gradient() -> None:
-    net, weave = build(router_train="new")
-    with weave.remember("s1"):
-        net(inputs(2, 3))
-    weave.unlock("new")
-    prw.retention_loss(weave, 1.0).backward()
-    got = {name for name, p in weave.named_parameters() if p.grad is not None}
-    assert got == {f"{pool}.router.signal.2" for pool in weave.pools}
-
-
-def test_arithmetic_is_at_least_fp32() -> None:
-    net, weave = build()
-    with weave.remember("s1"):
-        net(inputs(2, 3))
-    net.to(torch.bfloat16)
-    weave.unlock("new")
-    assert prw.retention_loss(weave, 1.0).dtype == torch.float32
-
-
 def test_many_rows_are_thinned_in_any_default_dtype() -> None:
     rows = torch.arange(1000.0)[:, None]
     before = torch.get_default_dtype()
@@ -115,12 +54,6 @@ def test_a_record_takes_a_mask_of_samples() -> None:
     with weave.record(mask=torch.tensor([True, False, True])) as record:
         net(inputs(3))
     assert int(record.tally.groups["0"].count) == 2
-
-
-def test_nothing_remembered_costs_nothing() -> None:
-    _, weave = build()
-    weave.unlock("new")
-    assert float(prw.retention_loss(weave, 1.0)) == 0.0
 
 
 @pytest.mark.parametrize("granularity", ["token", "sample"])
@@ -183,52 +116,84 @@ def test_a_block_that_raises_keeps_what_was_there() -> None:
     assert weave.pools["0"].router.memory(0) is before
 
 
-def learn(retain: float) -> tuple[float, float, float]:
-    """Two stages on unlike inputs; the veteran's gate on the first ones, before and after."""
+def remember_all(net: nn.Module, weave: prw.Weave, rows: int = 40) -> dict[str, Tensor]:
+    """Let every stage remember a cluster of its own, most of which its router sends to its expert.
+
+    Returns the inputs of the first layer.
+    """
+    seen = {}
+    for number, stage in enumerate(weave.stages):
+        x = seen[stage.name] = inputs(1, rows) + 4 * torch.eye(WIDTH, dtype=torch.float64)[number]
+        for pool, h in zip(weave.pools.values(), (x, torch.tanh(net[0](x))), strict=True):
+            columns = torch.zeros(number + 1, WIDTH, dtype=torch.float64)
+            columns[number] = 3 * h.detach().mean((0, 1)) / h.detach().mean((0, 1)).square().sum()
+            pool.router.put_snapshot(number, columns, columns)
+        with weave.remember(stage.name, rows):
+            net(x)
+    return seen
+
+
+@torch.no_grad()
+def routed(weave: prw.Weave, x: Tensor, stage: str | None) -> Tensor:
+    """Probabilities of the first layer, over all experts."""
+    call = prw.Call(stage=stage)
+    probs = weave.pools["0"].route(x, call).probs[0]
+    return nn.functional.pad(probs, (0, len(weave.stages) - probs.shape[1]))
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 5])
+def test_consolidation_gives_inputs_back_to_their_stage(stages: int) -> None:
+    torch.manual_seed(stages)
+    net, weave = build(stages)
+    seen = remember_all(net, weave)
+    pinned = {name: routed(weave, x, name) for name, x in seen.items()}
+    before = [float((routed(weave, x, None) - pinned[n]).abs().mean()) for n, x in seen.items()]
+    snapshots = [pool.router.snapshot(s) for pool in weave.pools.values() for s in range(stages)]
+    parameters = [list(pool.router.signal) for pool in weave.pools.values()]
+
+    share = weave.consolidate()
+
+    assert share > 0.8
+    after = [float((routed(weave, x, None) - pinned[n]).abs().mean()) for n, x in seen.items()]
+    assert stages == 1 or sum(after) < 0.4 * sum(before)
+    # what at_stage reads is untouched, and an optimizer still holds the live columns
+    again = [pool.router.snapshot(s) for pool in weave.pools.values() for s in range(stages)]
+    assert all(a is not None and b is not None and torch.equal(a[0], b[0])
+               for a, b in zip(snapshots, again, strict=True))  # fmt: skip
+    for pool, held in zip(weave.pools.values(), parameters, strict=True):
+        assert all(a is b for a, b in zip(pool.router.signal, held, strict=True))
+
+
+def test_the_fit_is_the_minimum() -> None:
+    """Convex: at the result, the gradient of the divergence is nearly zero."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(WIDTH, WIDTH)).double()
-    weave = prw.weave(net, prw.Config(target_modules=["0"], rank=2))
-    old, new = inputs(200) + torch.eye(WIDTH)[0] * 3, inputs(200) - torch.eye(WIDTH)[0] * 3
-    for name, x in (("first", old), ("second", new)):
-        weave.unlock(name)
-        optimizer = torch.optim.AdamW(weave.parameters(), lr=0.05)
-        for step in range(150):
-            with weave.record(key=step) as record:
-                loss = (net(x[None]) - x.flip(-1)).square().mean()
-            loss = loss + prw.veteran_gate_loss(record, 0.8, 0.5 * (name == "second"))
-            loss = loss + prw.retention_loss(weave, retain)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        weave.close()
-        with weave.remember(name):
-            net(x[None])
-    pool = weave.pools["0"]
-    net.eval()
-    weave.call(noisy=False)
-    first, second = pool.route(old[None]), pool.route(new[None])
-    return (
-        float((first.expert == 0).double().mean()),
-        float(first.probs[..., 0].mean()),
-        float((second.expert == 1).double().mean()),
-    )
+    known = Remembered(inputs(50), torch.rand(50, 3, dtype=torch.float64).softmax(-1))
+    columns = fit(known, torch.zeros(3, WIDTH, dtype=torch.float64), 100).requires_grad_()
+    log_q = (known.h_MD @ columns.T).log_softmax(-1)
+    loss = nn.functional.kl_div(log_q, known.p_ME, reduction="batchmean")
+    loss.backward()
+    assert columns.grad is not None
+    assert float(columns.grad.abs().max()) < 1e-4
 
 
-def test_a_free_router_returns_old_inputs_to_the_veteran() -> None:
-    veteran, gate, newest = learn(retain=1.0)
-    assert veteran > 0.95 and gate > 0.9
-    assert newest > 0.7  # the new stage still has what the veteran gate grants it
-    without, _, _ = learn(retain=0.0)
-    assert without < veteran
+def test_a_new_expert_is_not_locked_out_by_grown_logits() -> None:
+    net, weave = build(3)
+    seen = remember_all(net, weave)
+    weave.consolidate()
+    columns = torch.stack([c.detach() for c in weave.pools["0"].router.signal])
+    assert float(columns.norm(dim=1).max()) > 1  # they have grown
+    weave.unlock("new")
+    probs = torch.cat([routed(weave, x, None) for x in seen.values()])
+    assert 0.1 < float(probs[:, -1].mean()) < 0.9
 
 
 def test_bad_input_is_refused_in_one_sentence() -> None:
     net, weave = build()
-    with pytest.raises(prw.StageError, match="no router may learn now"):
-        prw.retention_loss(weave, 1.0)
+    with pytest.raises(prw.StageError, match="'0' remembers nothing yet"):
+        weave.consolidate()
     weave.unlock("new")
-    with pytest.raises(prw.ConfigError, match="weight must be at least 0, got nan"):
-        prw.retention_loss(weave, float("nan"))
+    with pytest.raises(prw.StageError, match="'new' is open; close it before"):
+        weave.consolidate()
     with pytest.raises(prw.StageError, match="'new' is still open"), weave.remember("new"):
         net(inputs(2, 3))
     with pytest.raises(prw.ConfigError, match="rows must be at least 1, got 0"):

@@ -1,0 +1,88 @@
+"""Consolidation: a router learns to route what it remembers as every finished stage routed it.
+
+Shape suffixes: M remembered inputs, D input width, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prw.router import Router, noisy_top1
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """Inputs of finished stages and how each was routed at the end of its own.
+
+    Attributes:
+        h_MD: inputs, fp64.
+        p_ME: probabilities under the snapshot of the input's stage, 0 for later experts, fp64.
+    """
+
+    h_MD: Tensor
+    p_ME: Tensor
+
+
+def remembered(router: Router, stages: int) -> Remembered | None:
+    """What a router remembers of its first `stages` stages; None where that is nothing."""
+    inputs: list[Tensor] = []
+    routings: list[Tensor] = []
+    for stage in range(stages):
+        h_MD, kept = router.memory(stage).double(), router.snapshot(stage)
+        if kept is None or not len(h_MD):
+            continue
+        probs = noisy_top1(h_MD.float(), kept[0].unbind(), (), None).probs
+        inputs.append(h_MD)
+        routings.append(F.pad(probs.double(), (0, stages - 1 - stage)))
+    return Remembered(torch.cat(inputs), torch.cat(routings)) if inputs else None
+
+
+def fit(known: Remembered, start_ED: Tensor, iterations: int) -> Tensor:
+    """The columns that route the remembered inputs as their stages did.
+
+    Minimises ``mean_M KL(p || softmax(h W))`` over W by L-BFGS from `start_ED`. This is logistic
+    regression with soft targets, so convex, and needs no learning rate.
+
+    Returns:
+        ``[E, D]`` in fp64.
+    """
+    with torch.enable_grad(), torch.autocast(start_ED.device.type, enabled=False):
+        columns_ED = start_ED.detach().double().clone().requires_grad_()
+        solver = torch.optim.LBFGS([columns_ED], max_iter=iterations, line_search_fn="strong_wolfe")
+
+        def divergence() -> Tensor:
+            solver.zero_grad()
+            log_q_ME = (known.h_MD @ columns_ED.T).log_softmax(-1)
+            loss = F.kl_div(log_q_ME, known.p_ME, reduction="batchmean")
+            loss.backward()
+            return loss
+
+        solver.step(divergence)
+    return columns_ED.detach()
+
+
+def centred(known: Remembered, columns_ED: Tensor) -> Tensor:
+    """The columns plus one common vector, so that the largest logits lie around 0.
+
+    A common vector changes no probability. But the column of the next expert begins at 0, and
+    beside logits that have grown it would be as good as locked: its probability, and with it every
+    gradient that could raise it, would vanish. Ridge regression, so that any M and D will do.
+    """
+    h_MD = known.h_MD
+    top_M = (h_MD @ columns_ED.T).amax(-1)
+    gram_DD = h_MD.T @ h_MD
+    ridge = 1e-3 * gram_DD.diagonal().mean().clamp(min=1e-30)
+    gram_DD.diagonal().add_(ridge)
+    shift_D: Tensor = torch.linalg.solve(gram_DD, h_MD.T @ top_M)
+    moved_ED: Tensor = columns_ED - shift_D
+    return moved_ED
+
+
+def agreement(known: Remembered, columns_ED: Tensor) -> float:
+    """Share of the remembered inputs that go where they went at the end of their stage."""
+    chosen_M = (known.h_MD @ columns_ED.double().T).argmax(-1)
+    return float((chosen_M == known.p_ME.argmax(-1)).double().mean())
