@@ -27,7 +27,7 @@ from prw_flux.curriculum import PAPER, Stage, scaled
 
 Recipe: TypeAlias = Callable[[], RunConfig]
 
-_TINY_OPTIMIZER = OptimizerConfig(betas=(0.9, 0.98), weight_decay=0.0, warmup=20, decay="cosine")
+_TINY_OPTIMIZER = OptimizerConfig(betas=(0.9, 0.98), weight_decay=0.0, warmup=30, decay="cosine")
 
 
 def _steps(counts: Mapping[str, int], batch_size: int, lr: float) -> tuple[Stage, ...]:
@@ -41,8 +41,9 @@ def demo() -> RunConfig:
     counts = {"inpaint": 260, "ground": 260, "control": 300, "customise": 260, "edit": 320}
     return RunConfig(
         recipe="demo",
-        stages=_steps(counts, batch_size=32, lr=4e-3),
+        stages=_steps(counts, batch_size=32, lr=1e-2),
         size=96,
+        time_shift=3.0,
         data=DataConfig(samples=1200),
         adapter=AdapterConfig(rank=32, alpha=64),
         remember=128,
@@ -55,12 +56,13 @@ def demo() -> RunConfig:
 
 def shapes() -> RunConfig:
     """The demo's curriculum, long enough for real quality on ShapeWeave."""
-    counts = {"inpaint": 2500, "ground": 2500, "control": 3000, "customise": 3000, "edit": 4000}
+    counts = {"inpaint": 1200, "ground": 1500, "control": 1500, "customise": 1800, "edit": 4500}
     return replace(
         demo(),
         recipe="shapes",
-        stages=_steps(counts, batch_size=48, lr=4e-3),
-        data=DataConfig(samples=12_000),
+        stages=_steps(counts, batch_size=32, lr=1e-2),
+        data=DataConfig(samples=10_000),
+        adapter=AdapterConfig(rank=64, alpha=128),
         evaluation=EvaluationConfig(per_task=128, history=64, steps=28),
         log_every=20,
         save_every=200,
@@ -73,7 +75,7 @@ def photos() -> RunConfig:
     return replace(
         demo(),
         recipe="photos",
-        stages=_steps(counts, batch_size=32, lr=4e-3),
+        stages=_steps(counts, batch_size=32, lr=1e-2),
         data=DataConfig(source="photos", samples=1500),
     )
 
