@@ -13,7 +13,7 @@ import torch
 
 from prw_flux.adapter import PRWAdapter
 from prw_flux.encode import decode_latents, encode_image, to_pixels
-from prw_flux.evaluation.generate import Sampling, Tick, generate
+from prw_flux.evaluation.generate import Sampling, Tick, generate, silent
 from prw_flux.evaluation.samples import EvaluationSample
 from prw_flux.pipeline import CoLoGenPipeline
 from prw_flux.tasks.base import Image
@@ -36,7 +36,7 @@ class Request:
     samples: Sequence[EvaluationSample]
     sampling: Sampling
     stage: str
-    tick: Tick = lambda done: None
+    tick: Tick = silent
 
 
 @final

@@ -22,6 +22,10 @@ Tick: TypeAlias = Callable[[int], None]
 """Told after each batch how many pictures of the call are done; may raise to stop."""
 
 
+def silent(done: int) -> None:
+    """A tick that tells nobody."""
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -58,7 +62,7 @@ def generate(
     *,
     route: str = "free",
     with_source: bool = True,
-    tick: Tick = lambda done: None,
+    tick: Tick = silent,
 ) -> list[Image]:
     """One picture per sample, of the size of its target, in the order of the samples.
 

@@ -34,7 +34,7 @@ def test_short_recipes_keep_the_paper_order_and_losses(config: RunConfig) -> Non
         (s.name, s.density, s.weight) for s in PAPER
     ]
     assert config.base.path == "tiny-flux"
-    assert (config.adapter.rank, config.adapter.alpha) == (32, 64.0)
+    assert config.adapter.alpha == 2 * config.adapter.rank
 
 
 def test_a_recipe_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

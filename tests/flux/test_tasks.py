@@ -214,7 +214,7 @@ def test_only_colours_that_a_thing_can_take_are_offered() -> None:
 
 
 def test_load_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_tasks.py").write_text(
+    (tmp_path / "blur_tasks.py").write_text(
         "from prw_flux.tasks import Task\n"
         "class Blur(Task):\n"
         "    name, sentence = 'blur', 'Sharpen the picture.'\n"
@@ -230,18 +230,18 @@ def test_load_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert load_task("inpaint") is TASKS["inpaint"]
-    for spec in ("my_tasks:Blur", "my_tasks:blur"):
+    for spec in ("blur_tasks:Blur", "my_tasks:blur"):
         assert load_task(spec)(picture(), 0).text == "sharpen"
     wrong: dict[str, Any] = {
         "inpant": "did you mean 'inpaint'",
         "zzz": "known: inpaint, ground, control, customise, edit",
         "no_such_module:x": "cannot import 'no_such_module'",
         ":x": "not a module's name",
-        "my_tasks:Blurr": "did you mean 'Blur'",
-        "my_tasks:": "has no ''",
-        "my_tasks:number": "is a int, not a prw_flux.tasks.Task",
-        "my_tasks:Nameless": "has no name",
-        "my_tasks:Sized": "cannot be made without arguments",
+        "blur_tasks:Blurr": "did you mean 'Blur'",
+        "blur_tasks:": "has no ''",
+        "blur_tasks:number": "is a int, not a prw_flux.tasks.Task",
+        "blur_tasks:Nameless": "has no name",
+        "blur_tasks:Sized": "cannot be made without arguments",
     }
     for spec, message in wrong.items():
         with pytest.raises(ValueError, match="task") as caught:
