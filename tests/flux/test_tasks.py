@@ -230,7 +230,7 @@ def test_load_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert load_task("inpaint") is TASKS["inpaint"]
-    for spec in ("blur_tasks:Blur", "my_tasks:blur"):
+    for spec in ("blur_tasks:Blur", "blur_tasks:blur"):
         assert load_task(spec)(picture(), 0).text == "sharpen"
     wrong: dict[str, Any] = {
         "inpant": "did you mean 'inpaint'",
