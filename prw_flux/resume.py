@@ -46,16 +46,26 @@ def save_state(
     optimizer: torch.optim.Optimizer | None,
     position: Position,
 ) -> None:
-    """Replace the state of a run."""
+    """Replace the state of a run.
+
+    Raises:
+        CheckpointError: it cannot be written; the state before stays.
+    """
     tensors: dict[str, Tensor] = {}
     for name, parameter in named_pool_parameters(adapter):
         moments = optimizer.state.get(parameter, {}) if optimizer is not None else {}
         for kind, value in moments.items():
             tensors[f"{name}/{kind}"] = value.detach().cpu().contiguous()
-    with replace_folder(run.state) as folder:
-        adapter.save_pretrained(folder / "adapter")
-        save_file(tensors, folder / "optimizer.safetensors")
-        (folder / "state.json").write_text(json.dumps(asdict(position)))
+    try:
+        with replace_folder(run.state) as folder:
+            adapter.save_pretrained(folder / "adapter")
+            save_file(tensors, folder / "optimizer.safetensors")
+            (folder / "state.json").write_text(json.dumps(asdict(position)))
+    except (OSError, SafetensorError, CheckpointError) as problem:
+        raise CheckpointError(
+            f"{run.state} could not be written, what was saved before stays: {problem}; continue "
+            f"with prw-flux train --resume {run.path}"
+        ) from problem
 
 
 def adapter_to_continue(run: RunFolder) -> Path | None:
