@@ -42,6 +42,13 @@ def settle(path: str | Path) -> None:
         _previous(path).rename(path)
 
 
+def sweep(path: str | Path) -> None:
+    """Remove what writers of `path` left beside it when they were killed; nobody may be writing."""
+    path = Path(os.path.abspath(path))
+    for left in path.parent.glob(f".{path.name}.*.new"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def _install(new: Path, path: Path) -> None:
     settle(path)
     if not path.exists():

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import prw
 from prw import PRWError
+from prw.atomic import sweep
 from prw_flux.adapter import PRWAdapter
 from prw_flux.arithmetic import arithmetic
 from prw_flux.config import RunConfig
@@ -96,6 +97,8 @@ def train(
         TrainingError: a loss or gradient is not finite; the state before it is saved.
     """
     with run.exclusively():
+        sweep(run.state)
+        sweep(run.adapter)
         position = read_position(run)
         run.forget_log_after(position.stage, position.step)
         if run.config.remember:

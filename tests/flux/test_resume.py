@@ -90,6 +90,18 @@ def lines(run: RunFolder) -> list[Mapping[str, Any]]:
     ]
 
 
+def test_what_a_killed_process_left_is_removed(
+    short_config: RunConfig, tmp_path: Path, whole: RunFolder
+) -> None:
+    run = RunFolder.create(tmp_path / "run", short_config)
+    for name in (".state.0123.new", ".adapter.4567.new"):
+        (run.path / name).mkdir()
+        (run.path / name / "half").write_text("...")
+    go(run)
+    assert not list(run.path.glob(".*.new"))
+    assert contents(run) == contents(whole)
+
+
 def test_sigterm_has_its_own_status(short_config: RunConfig, tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", short_config)
     with pytest.raises(Interrupted) as stopped:
