@@ -136,6 +136,12 @@ class Router(nn.Module):
         signal_ED, noise_ED = self.state()
         self.put_snapshot(stage, signal_ED[: stage + 1], noise_ED[: stage + 1])
 
+    def renew_snapshot(self, stage: int) -> None:
+        """Replace the columns of a snapshot by the live ones; its memory stays."""
+        memory_MD = self.memory(stage)
+        self.take_snapshot(stage)
+        self.remember(stage, memory_MD)
+
     def put_snapshot(self, stage: int, signal_ED: Tensor, noise_ED: Tensor) -> None:
         """Keep the given columns as those of the end of `stage`."""
         device = self.anchor.device

@@ -234,9 +234,9 @@ class Weave:
         """Fit the live routers to how every stage routed what it remembers. Not in the paper.
 
         ``min_W mean_M KL(p_stage(h) || softmax(h W))`` per routed group, over the remembered inputs
-        h of all stages, without noise. The snapshots stay, so `at_stage` is what it was; only the
-        free route changes, and the next stage begins from it. Call it between stages, after
-        `remember`. Under data parallelism every rank must remember the same inputs, and FSDP2 must
+        h of all stages, without noise. The result is the router that the last stage ends with: the
+        free route, `at_stage` of the last stage, and where the next one begins. The snapshots of
+        earlier stages stay. Call it between stages, after `remember`. Under data parallelism every rank must remember the same inputs, and FSDP2 must
         not have sharded the routers.
 
         Args:
@@ -258,6 +258,7 @@ class Weave:
                 raise StageError(f"{group!r} remembers nothing yet; run the model in remember()")
             columns_ED = fit(known, pool.router.state()[0], iterations)
             pool.router.set_signal(centred(known, columns_ED))
+            pool.router.renew_snapshot(len(self._ledger) - 1)
             shares.append(agreement(known, pool.router.state()[0]))
         return sum(shares) / len(shares)
 
