@@ -236,8 +236,8 @@ class Weave:
         ``min_W mean_M KL(p_stage(h) || softmax(h W))`` per routed group, over the remembered inputs
         h of all stages, without noise. The result is the router that the last stage ends with: the
         free route, `at_stage` of the last stage, and where the next one begins. The snapshots of
-        earlier stages stay. Call it between stages, after `remember`. Under data parallelism every rank must remember the same inputs, and FSDP2 must
-        not have sharded the routers.
+        earlier stages stay. Call it between stages, after `remember`. Under data parallelism every
+        rank must remember the same inputs, and FSDP2 must not have sharded the routers.
 
         Args:
             iterations: of L-BFGS, at most.
