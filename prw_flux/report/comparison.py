@@ -23,7 +23,7 @@ def comparison(facts: Facts) -> str:
     keys = "".join(f"<span>{marker(a)}{escape(arm['label'])}</span>" for a, arm in arms.items())
     head = _headings(arms)
     margins = "".join(
-        f'<th class="num">margin, {escape(arm["heading"])}</th>'
+        f'<th class="num">margin,<br>{escape(arm["heading"])}</th>'
         for arm in arms.values()
         if arm["trained"]
     )
