@@ -15,17 +15,15 @@ Shapes: B samples, T tokens, D input and output width, E experts, R rank.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks._timing import interleaved, machine, spread
+from benchmarks._common import interleaved, machine, parser, spread
 from prw_kernels.routed_lora.per_sample import per_sample
 from prw_kernels.routed_lora.reference import reference
 
@@ -105,15 +103,8 @@ def wrong(shape: tuple[int, int, int, int, int], device: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Check, time, print; 1 where a result is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="few rounds")
-    parser.add_argument("--json", type=Path, help="write the result here, too")
-    args = parser.parse_args(arguments)
+    found = parser("kernels", __doc__ or "")
+    args = found.parse_args(arguments)
     shape = (48, 36, 128, 5, 32) if args.device == "cpu" else (8, 1024, 3072, 5, 128)
     problem = wrong((4, 9, 24, 3, 4), args.device)
     if problem:

@@ -17,19 +17,17 @@ Shapes: B samples, N noisy, S source and L text tokens, C packed latent channels
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from benchmarks._timing import interleaved, machine, spread
+from benchmarks._common import interleaved, machine, parser, spread
 from prw_flux import PRWAdapter
 from prw_flux.attach import attach
 from prw_flux.encode import position_ids
@@ -59,17 +57,10 @@ class Inputs:
 
 def main(arguments: list[str] | None = None) -> int:
     """Check, time, print; 1 where a result is wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pipeline",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--size", choices=tuple(SIZES), default="mid")
-    parser.add_argument("--quick", action="store_true", help="256 pixels and few rounds")
-    parser.add_argument("--steps", type=int, default=28, help="of the generation that is summed up")
-    parser.add_argument("--json", type=Path, help="write the result here, too")
-    args = parser.parse_args(arguments)
+    found = parser("pipeline", __doc__ or "")
+    found.add_argument("--size", choices=tuple(SIZES), default="mid")
+    found.add_argument("--steps", type=int, default=28, help="of the generation that is summed up")
+    args = found.parse_args(arguments)
     grid, rounds, warmup = (16, 5, 1) if args.quick else (32, 15, 3)
     with torch.inference_mode():
         model, adapter = build(args.size, args.device)

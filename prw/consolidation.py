@@ -35,9 +35,9 @@ def remembered(router: Router, stages: int) -> Remembered | None:
         h_MD, kept = router.memory(stage).double(), router.snapshot(stage)
         if kept is None or not len(h_MD):
             continue
-        probs = noisy_top1(h_MD.float(), kept[0].unbind(), (), None).probs
+        probs = noisy_top1(h_MD, kept[0].unbind(), (), None).probs
         inputs.append(h_MD)
-        routings.append(F.pad(probs.double(), (0, stages - 1 - stage)))
+        routings.append(F.pad(probs, (0, stages - 1 - stage)))
     return Remembered(torch.cat(inputs), torch.cat(routings)) if inputs else None
 
 

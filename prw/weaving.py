@@ -247,20 +247,24 @@ class Weave:
             their stage did.
 
         Raises:
-            StageError: a stage is open, or a group remembers nothing.
+            StageError: a stage is open, a group remembers nothing, or a fit is not finite; nothing
+                is changed then.
         """
         if self.newest is not None:
             raise StageError(f"stage {self.newest!r} is open; close it before it is consolidated")
-        shares = []
+        found = {}
         for group, pool in self.pools.items():
             known = remembered(pool.router, len(self._ledger))
             if known is None:
                 raise StageError(f"{group!r} remembers nothing yet; run the model in remember()")
             columns_ED = fit(known, pool.router.state()[0], iterations)
-            pool.router.set_signal(centred(known, columns_ED))
-            pool.router.renew_snapshot(len(self._ledger) - 1)
-            shares.append(agreement(known, pool.router.state()[0]))
-        return sum(shares) / len(shares)
+            found[group] = known, centred(known, columns_ED)
+            if not found[group][1].isfinite().all():
+                raise StageError(f"the fit for {group!r} is not finite; nothing was changed")
+        for group, (_, columns_ED) in found.items():
+            self.pools[group].router.set_signal(columns_ED)
+            self.pools[group].router.renew_snapshot(len(self._ledger) - 1)
+        return sum(agreement(*fitted) for fitted in found.values()) / len(found)
 
     def save(self, path: str | Path, *, extra: Mapping[str, str] | None = None) -> None:
         """Write the folder: configuration, ledger, routers, experts, hashes. All or nothing.

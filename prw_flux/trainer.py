@@ -157,7 +157,7 @@ class Trainer:
         facts = {"seconds": round(position.seconds, 2), "rejected": dict(samples.rejected)}
         self.adapter.weave.close()
         if self.config.remember:
-            self._remember(samples, stage)
+            self._consolidate(samples, stage)
         self.adapter.save_pretrained(self.run.adapter)
         save_state(self.run, self.adapter, optimizer, Position(stage=number + 1))
         self.run.finish_stage(number, facts)
@@ -307,8 +307,8 @@ class Trainer:
             self._route(samples, samples.batch(step), torch.full((stage.batch_size,), 0.5), record)
         return record.usage()
 
-    def _remember(self, samples: Samples, stage: Stage) -> None:
-        """Let the routers keep inputs of the stage that has just been closed, and consolidate."""
+    def _consolidate(self, samples: Samples, stage: Stage) -> None:
+        """Let the routers keep inputs of the stage just closed, and fit them to all they keep."""
         rows = self.config.remember
         draw = torch.Generator().manual_seed(stable_hash(self.config.seed, stage.name, "memory"))
         with self.adapter.weave.remember(stage.name, rows) as recall:

@@ -171,6 +171,16 @@ def test_consolidation_gives_inputs_back_to_their_stage(stages: int) -> None:
         assert all(a is b for a, b in zip(pool.router.signal, held, strict=True))
 
 
+def test_a_fit_that_fails_changes_no_router() -> None:
+    net, weave = build(2)
+    remember_all(net, weave)
+    weave.pools["2"].router.memory(1)[0, 0] = torch.nan  # the second group, after a good first
+    before = weave.pools["0"].router.state()[0]
+    with pytest.raises(prw.StageError, match="the fit for '2' is not finite; nothing was changed"):
+        weave.consolidate()
+    assert torch.equal(weave.pools["0"].router.state()[0], before)
+
+
 def test_the_fit_is_the_minimum() -> None:
     """Convex: at the result, the gradient of the divergence is nearly zero."""
     torch.manual_seed(0)

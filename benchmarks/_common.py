@@ -1,7 +1,8 @@
-"""Interleaved medians, and what a report must say about where they come from."""
+"""What benchmarks share: arguments, interleaved medians, where a result comes from."""
 
 from __future__ import annotations
 
+import argparse
 import platform
 import subprocess
 import time
@@ -11,6 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def parser(name: str, about: str) -> argparse.ArgumentParser:
+    """The arguments that every benchmark takes."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    made.add_argument("--quick", action="store_true", help="smaller, and few rounds")
+    made.add_argument("--json", type=Path, help="write the result here, too")
+    return made
 
 
 def interleaved(
