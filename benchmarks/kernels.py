@@ -73,7 +73,7 @@ def autograd(given: Problem) -> list[Tensor]:
 
 def masked(given: Problem) -> list[Tensor]:
     """The reference."""
-    ones = [1.0] * len(given.A[0])
+    ones = [[1.0] * len(given.A[0])] * 2
     return reference(given.x_BTD, given.A, given.B, ones, given.expert_B, given.weight_B)
 
 

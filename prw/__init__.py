@@ -4,9 +4,9 @@ from prw.call import Call, Record
 from prw.config import Config
 from prw.errors import CheckpointError, ConfigError, PRWError, StageError
 from prw.injection import load, weave
-from prw.losses import veteran_gate_loss
+from prw.losses import entropy_loss, load_balance_loss, veteran_gate_loss, z_loss
 from prw.pool import Pool
-from prw.router import Routing
+from prw.router import NoisyTop1, Router, RouterPass, Routing, Top1
 from prw.weaving import Weave
 
 __all__ = [
@@ -14,15 +14,22 @@ __all__ = [
     "CheckpointError",
     "Config",
     "ConfigError",
+    "NoisyTop1",
     "PRWError",
     "Pool",
     "Record",
+    "Router",
+    "RouterPass",
     "Routing",
     "StageError",
+    "Top1",
     "Weave",
+    "entropy_loss",
     "load",
+    "load_balance_loss",
     "veteran_gate_loss",
     "weave",
+    "z_loss",
 ]
 
 __version__ = "0.1.0"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prw.errors import StageError
-from prw.router import Routing
+from prw.router import RouterPass, Routing
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,7 +24,7 @@ class Call:
         key: 64-bit noise key; the same key gives the same noise.
         mask: bool, ``[batch, tokens]``, True where a token counts: others enter neither usage nor
             a sample's mean.
-        context: anything a router of the user's may read; never a tensor with a graph.
+        context: ``[batch, K]``, appended to what every router reads; never with a graph.
         stage: pin routing to the end of this stage.
         force: send everything to the expert of this stage with gate 1.
         noisy: whether routers add noise, in modules that are in training mode.
@@ -32,7 +32,7 @@ class Call:
 
     key: int = 0
     mask: Tensor | None = None
-    context: Any = None
+    context: Tensor | None = None
     stage: str | None = None
     force: str | None = None
     noisy: bool = False
@@ -80,6 +80,10 @@ class GroupRecord:
         columns: router columns (the parameters themselves) that may learn.
         jacobian: for each of them ``[D]``, the derivative of the straight-through ``used``.
         routings: the detached routing of each counted forward.
+        newest: index of the expert whose usage was counted.
+        masks: of each forward, which of its rows count; None counts all.
+        passes: where the record keeps inputs, the evaluation behind each forward; its columns are
+            the parameters themselves.
     """
 
     used: Tensor
@@ -87,6 +91,28 @@ class GroupRecord:
     columns: tuple[Tensor, ...]
     jacobian: tuple[Tensor, ...]
     routings: list[Routing]
+    newest: int
+    masks: list[Tensor | None] = field(default_factory=list)
+    passes: list[RouterPass] = field(default_factory=list)
+
+    def joined(self, other: GroupRecord) -> GroupRecord:
+        """This and later forwards of the same group.
+
+        Raises:
+            StageError: other columns learn there.
+        """
+        if len(self.columns) != len(other.columns) or self.newest != other.newest:
+            raise StageError("a stage began inside a record; begin a new record after unlock()")
+        return GroupRecord(
+            used=self.used + other.used,
+            count=self.count + other.count,
+            columns=self.columns,
+            jacobian=tuple(a + b for a, b in zip(self.jacobian, other.jacobian, strict=True)),
+            routings=self.routings + other.routings,
+            newest=self.newest,
+            masks=self.masks + other.masks,
+            passes=self.passes + other.passes,
+        )
 
 
 @dataclass
@@ -99,15 +125,7 @@ class Tally:
     def add(self, name: str, seen: GroupRecord) -> None:
         """Add one forward of the group `name` to its sums."""
         known = self.groups.get(name)
-        if known is None:
-            self.groups[name] = seen
-            return
-        if len(known.columns) != len(seen.columns):
-            raise StageError("a stage began inside a record; begin a new record after unlock()")
-        known.used = known.used + seen.used
-        known.count = known.count + seen.count
-        known.jacobian = tuple(a + b for a, b in zip(known.jacobian, seen.jacobian, strict=True))
-        known.routings += seen.routings
+        self.groups[name] = seen if known is None else known.joined(seen)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -115,8 +133,13 @@ class Record(Call):
     """A call that also observes routing, until its ``with`` block ends.
 
     A forward that activation checkpointing repeats inside backward is not counted again.
+
+    Attributes:
+        keep_inputs: whether it holds what the routers read, without graph, for losses that need
+            more of a routing than the usage of the newest expert.
     """
 
+    keep_inputs: bool = False
     tally: Tally = field(default_factory=Tally, repr=False)
 
     def __enter__(self) -> Record:

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -29,6 +29,9 @@ from prw.errors import CheckpointError, ConfigError, StageError
 from prw.fingerprint import TOLERANCE, difference, drift
 from prw.ledger import Ledger, Stage
 from prw.pool import Pool
+
+Alphas: TypeAlias = Mapping[tuple[str, str], float]
+Pairs: TypeAlias = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
 
 SCHEMA_VERSION = 1
 INDEX = "prw.json"
@@ -120,7 +123,7 @@ class Stored:
 
     def check_config(self, config: Config) -> None:
         """Raise CheckpointError when the folder was made with another kind of routing."""
-        for name in ("granularity", "gate", "noise"):
+        for name in ("granularity", "gate", "noise", "router", "context_features"):
             theirs, ours = getattr(self.config, name), getattr(config, name)
             if theirs != ours:
                 raise CheckpointError(f"{self.folder} has {name}={theirs!r}, this weave {ours!r}")
@@ -152,7 +155,7 @@ class Stored:
             found = _load(place / lora_format.WEIGHTS)
             text = (place / lora_format.SETTINGS).read_text(encoding="utf-8")
             experts[stage.index] = (
-                lora_format.alpha_of(text, str(place / lora_format.SETTINGS)),
+                lora_format.alphas_of(text, pools, str(place / lora_format.SETTINGS)),
                 lora_format.pairs(found, pools, str(place / lora_format.WEIGHTS)),
             )
         return State(self.ledger, columns, memories, experts)
@@ -166,27 +169,28 @@ class State:
         ledger: the stages.
         columns: signal and noise ``[E, D]`` by label (``live`` or a stage's) and pool.
         memories: remembered router inputs ``[M, D]`` by stage index and pool, where there are any.
-        experts: by stage index, alpha and the factors by pool and projection.
+        experts: by stage index, the alphas and the factors by pool and projection.
     """
 
     ledger: Ledger
     columns: Mapping[tuple[str, str], tuple[Tensor, Tensor]]
     memories: Mapping[tuple[int, str], Tensor]
-    experts: Mapping[int, tuple[float, Mapping[tuple[str, str], tuple[Tensor, Tensor]]]]
+    experts: Mapping[int, tuple[Alphas, Pairs]]
 
     def fill(self, pools: Mapping[str, Pool]) -> None:
         """Put the tensors, bit for bit, into pools that follow the same ledger."""
         for name, pool in pools.items():
-            pool.router.put_state(*self.columns["live", name])
+            pool.columns.put_state(*self.columns["live", name])
         for stage in self.ledger.stages:
-            alpha, factors = self.experts[stage.index]
+            alphas, factors = self.experts[stage.index]
             for (name, projection), (A_RD, B_OR) in factors.items():
+                alpha = alphas[name, projection]
                 pools[name].expert(stage.index).put(projection, A_RD, B_OR, alpha)
             if not stage.open:
                 for name, pool in pools.items():
-                    pool.router.put_snapshot(stage.index, *self.columns[_label(stage), name])
+                    pool.columns.put_snapshot(stage.index, *self.columns[_label(stage), name])
         for (index, name), memory_MD in self.memories.items():
-            pools[name].router.remember(index, memory_MD)
+            pools[name].columns.remember(index, memory_MD)
 
 
 def read(path: str | Path) -> Stored:
@@ -279,12 +283,12 @@ def _label(stage: Stage) -> str:
 def _router_tensors(pools: Mapping[str, Pool], ledger: Ledger) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, pool in pools.items():
-        states = {"live": pool.router.state()}
+        states = {"live": pool.columns.state()}
         for stage in ledger.stages:
-            kept = pool.router.snapshot(stage.index)
+            kept = pool.columns.snapshot(stage.index)
             if kept is not None:
                 states[_label(stage)] = kept
-            if len(memory_MD := pool.router.memory(stage.index)):
+            if len(memory_MD := pool.columns.memory(stage.index)):
                 tensors[f"{_label(stage)}/{name}/memory"] = memory_MD
         for label, (signal_ED, noise_ED) in states.items():
             tensors[f"{label}/{name}/signal"] = signal_ED
@@ -298,10 +302,10 @@ def _memory(router: Mapping[str, Tensor], stage: Stage, pool: Pool, source: str)
     if stage.open or key not in router:
         return None
     found = router[key]
-    if found.dim() != 2 or found.shape[1] != pool.in_features or not found.is_floating_point():
+    if found.dim() != 2 or found.shape[1] != pool.columns.width or not found.is_floating_point():
         raise CheckpointError(
             f"{source}: tensor {key!r} is {found.dtype} {list(found.shape)}, but the router needs "
-            f"floats [M, {pool.in_features}]"
+            f"floats [M, {pool.columns.width}]"
         )
     return found
 
@@ -314,10 +318,10 @@ def _columns(
         key = f"{label}/{pool.name}/{kind}"
         if key not in router:
             raise CheckpointError(f"{source} holds no tensor {key!r}")
-        if router[key].shape != (rows, pool.in_features) or not router[key].is_floating_point():
+        if router[key].shape != (rows, pool.columns.width) or not router[key].is_floating_point():
             raise CheckpointError(
                 f"{source}: tensor {key!r} is {router[key].dtype} {list(router[key].shape)}, but "
-                f"the router needs floats {[rows, pool.in_features]}"
+                f"the router needs floats {[rows, pool.columns.width]}"
             )
         found.append(router[key])
     return found[0], found[1]

@@ -26,6 +26,9 @@ class Config:
         router_train: in a stage ``"all"`` router columns learn, or only the ``"new"`` one.
         gate: residuals are weighted by the choice's ``"softmax"`` probability, or by ``"one"``.
         noise: whether routers have noise columns, used in training calls.
+        router: ``"top1"``, noisy (CoLoGen, Eq. 2 to 4) or plain as ``noise`` says, or a
+            `prw.Router` of one's own, ``package.module:object``.
+        context_features: width K of the context of a call, appended to what routers read.
         backend: ``"reference"`` runs the plain operator, ``"auto"`` the fastest one that fits.
 
     Raises:
@@ -40,6 +43,8 @@ class Config:
     router_train: Literal["all", "new"] = "all"
     gate: Literal["softmax", "one"] = "softmax"
     noise: bool = True
+    router: str = "top1"
+    context_features: int = 0
     backend: Literal["auto", "reference"] = "auto"
 
     def __post_init__(self) -> None:
@@ -55,6 +60,11 @@ class Config:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise ConfigError(f"rank must be a whole number of at least 1, got {self.rank!r}")
         self._check_alpha()
+        if not isinstance(self.router, str) or (self.router != "top1" and ":" not in self.router):
+            raise ConfigError(f'router is "top1" or package.module:object, got {self.router!r}')
+        width = self.context_features
+        if isinstance(width, bool) or not isinstance(width, int) or width < 0:
+            raise ConfigError(f"context_features must be a whole number from 0 on, got {width!r}")
         if not isinstance(self.noise, bool):
             raise ConfigError(f"noise must be True or False, got {self.noise!r}")
         self._check_choices()

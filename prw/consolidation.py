@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prw.router import Router, noisy_top1
+from prw.columns import Columns
+from prw.router import Router
 
 
 @dataclass(frozen=True)
@@ -27,25 +28,25 @@ class Remembered:
     p_ME: Tensor
 
 
-def remembered(router: Router, stages: int) -> Remembered | None:
-    """What a router remembers of its first `stages` stages; None where that is nothing."""
+def remembered(router: Router, columns: Columns, stages: int) -> Remembered | None:
+    """What the columns remember of its first `stages` stages; None where that is nothing."""
     inputs: list[Tensor] = []
     routings: list[Tensor] = []
     for stage in range(stages):
-        h_MD, kept = router.memory(stage).double(), router.snapshot(stage)
+        h_MD, kept = columns.memory(stage).double(), columns.snapshot(stage)
         if kept is None or not len(h_MD):
             continue
-        probs = noisy_top1(h_MD, kept[0].unbind(), (), None).probs
+        probs = log_probabilities(router, h_MD, kept[0].double()).exp()
         inputs.append(h_MD)
         routings.append(F.pad(probs, (0, stages - 1 - stage)))
     return Remembered(torch.cat(inputs), torch.cat(routings)) if inputs else None
 
 
-def fit(known: Remembered, start_ED: Tensor, iterations: int) -> Tensor:
+def fit(router: Router, known: Remembered, start_ED: Tensor, iterations: int) -> Tensor:
     """The columns that route the remembered inputs as their stages did.
 
-    Minimises ``mean_M KL(p || softmax(h W))`` over W by L-BFGS from `start_ED`. This is logistic
-    regression with soft targets, so convex, and needs no learning rate.
+    Minimises ``mean_M KL(p || softmax(h W))`` over W by L-BFGS from `start_ED`. For the routers of
+    `prw.router` this is logistic regression with soft targets, so convex.
 
     Returns:
         ``[E, D]`` in fp64.
@@ -56,7 +57,7 @@ def fit(known: Remembered, start_ED: Tensor, iterations: int) -> Tensor:
 
         def divergence() -> Tensor:
             solver.zero_grad()
-            log_q_ME = (known.h_MD @ columns_ED.T).log_softmax(-1)
+            log_q_ME = log_probabilities(router, known.h_MD, columns_ED)
             loss = F.kl_div(log_q_ME, known.p_ME, reduction="batchmean")
             loss.backward()
             return loss
@@ -65,13 +66,23 @@ def fit(known: Remembered, start_ED: Tensor, iterations: int) -> Tensor:
     return columns_ED.detach()
 
 
-def centred(known: Remembered, columns_ED: Tensor) -> Tensor:
+def log_probabilities(router: Router, h_MD: Tensor, columns_ED: Tensor) -> Tensor:
+    """``log softmax`` of the logits without noise, ``[M, E]``."""
+    signal = columns_ED.unbind()
+    logits_MC = router.locked(h_MD, signal, [torch.zeros_like(c) for c in signal])
+    return logits_MC.log_softmax(-1)[:, : len(signal)]
+
+
+def centred(router: Router, known: Remembered, columns_ED: Tensor) -> Tensor:
     """The columns plus one common vector, so that the largest logits lie around 0.
 
     A common vector changes no probability. But the column of the next expert begins at 0, and
     beside logits that have grown it would be as good as locked: its probability, and with it every
-    gradient that could raise it, would vanish. Ridge regression, so that any M and D will do.
+    gradient that could raise it, would vanish. Ridge regression, so that any M and D will do. For a
+    router of another form a common vector may mean something, and nothing is added.
     """
+    if not router.linear:
+        return columns_ED
     h_MD = known.h_MD
     top_M = (h_MD @ columns_ED.T).amax(-1)
     gram_DD = h_MD.T @ h_MD
@@ -82,7 +93,7 @@ def centred(known: Remembered, columns_ED: Tensor) -> Tensor:
     return moved_ED
 
 
-def agreement(known: Remembered, columns_ED: Tensor) -> float:
+def agreement(router: Router, known: Remembered, columns_ED: Tensor) -> float:
     """Share of the remembered inputs that go where they went at the end of their stage."""
-    chosen_M = (known.h_MD @ columns_ED.double().T).argmax(-1)
+    chosen_M = log_probabilities(router, known.h_MD, columns_ED.double()).argmax(-1)
     return float((chosen_M == known.p_ME.argmax(-1)).double().mean())

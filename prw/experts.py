@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prw.config import Config
-
 
 class Expert(nn.Module):
     """Low-rank residuals ``B_p A_p x * alpha / rank`` of the projections ``p`` of one pool.
@@ -22,25 +20,37 @@ class Expert(nn.Module):
     Args:
         in_features: D.
         projections: O of each projection, by name.
-        config: gives rank and alpha.
+        ranks: R of each projection.
+        scaling: ``alpha / R``, the same for all of them.
         like: a tensor with the device and dtype of the new parameters, which are zero.
     """
 
     def __init__(
-        self, in_features: int, projections: Mapping[str, int], config: Config, like: Tensor
+        self,
+        in_features: int,
+        projections: Mapping[str, int],
+        ranks: Mapping[str, int],
+        scaling: float,
+        like: Tensor,
     ) -> None:
         super().__init__()
-        self.rank = config.rank
-        self.alpha = config.scaling * config.rank
         # Lists in the order of the projections: a dict refuses layers called "keys" or "values".
         self.order = {name: index for index, name in enumerate(projections)}
-        self.A = nn.ParameterList(like.new_zeros(self.rank, in_features) for _ in projections)
-        self.B = nn.ParameterList(like.new_zeros(size, self.rank) for size in projections.values())
+        self.A = nn.ParameterList(like.new_zeros(ranks[p], in_features) for p in projections)
+        self.B = nn.ParameterList(like.new_zeros(o, ranks[p]) for p, o in projections.items())
+        self._alphas = [scaling * ranks[p] for p in projections]
 
-    @property
-    def scaling(self) -> float:
-        """``alpha / rank``."""
-        return self.alpha / self.rank
+    def rank(self, projection: str) -> int:
+        """R of one projection."""
+        return int(self.A[self.order[projection]].shape[0])
+
+    def alpha(self, projection: str) -> float:
+        """The numerator of the scaling of one projection."""
+        return self._alphas[self.order[projection]]
+
+    def scaling(self, projection: str) -> float:
+        """``alpha / rank`` of one projection."""
+        return self.alpha(projection) / self.rank(projection)
 
     @torch.no_grad()
     def draw(self) -> None:
@@ -49,7 +59,7 @@ class Expert(nn.Module):
         Drawn on the CPU from torch's default generator, so one seed gives one expert anywhere.
         """
         for A_RD in self.A:
-            A_RD.copy_(torch.randn(A_RD.shape) / self.rank)
+            A_RD.copy_(torch.randn(A_RD.shape) / A_RD.shape[0])
 
     def pair(self, projection: str) -> tuple[Tensor, Tensor]:
         """``A [R, D]`` and ``B [O, R]`` of one projection."""
@@ -67,16 +77,16 @@ class Expert(nn.Module):
         device = self.A[index].device
         self.A[index] = nn.Parameter(A_RD.detach().to(device))
         self.B[index] = nn.Parameter(B_OR.detach().to(device))
-        self.rank, self.alpha = A_RD.shape[0], alpha
+        self._alphas[index] = alpha
 
 
 @dataclass(frozen=True)
 class Factors:
-    """The factors of some experts, per projection and expert, and the scaling of each expert."""
+    """The factors of some experts and their scalings, per projection and expert."""
 
     A: list[list[Tensor]]
     B: list[list[Tensor]]
-    scaling: list[float]
+    scaling: list[list[float]]
 
 
 def factors(
@@ -86,7 +96,7 @@ def factors(
 
     So no gradient can reach a veteran, whatever its ``requires_grad`` was set to since.
     """
-    given = Factors([], [], [expert.scaling for expert in experts])
+    given = Factors([], [], [])
     for projection in projections:
         pairs = [
             expert.pair(projection) if live else expert.frozen_pair(projection)
@@ -94,4 +104,5 @@ def factors(
         ]
         given.A.append([A_RD for A_RD, _ in pairs])
         given.B.append([B_OR for _, B_OR in pairs])
+        given.scaling.append([expert.scaling(projection) for expert in experts])
     return given

@@ -6,6 +6,7 @@ Shape suffixes: D input width, O output width, R rank.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,37 +35,56 @@ def tensors(pools: Mapping[str, Pool], index: int) -> dict[str, Tensor]:
 
 
 def settings(pools: Mapping[str, Pool], index: int) -> str:
-    """The text of ``adapter_config.json``: one rank and one alpha, the same in every pool."""
-    expert = next(iter(pools.values())).expert(index)
+    """The text of ``adapter_config.json``; the first layer gives ``r`` and ``lora_alpha``.
+
+    Layers that differ from it stand in ``rank_pattern`` and ``alpha_pattern``, by full name.
+    """
+    ranks, alphas = {}, {}
+    for pool in pools.values():
+        for projection, target in pool.targets.items():
+            ranks[target] = pool.expert(index).rank(projection)
+            alphas[target] = pool.expert(index).alpha(projection)
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     return json.dumps(
         {
             "peft_type": "LORA",
             "task_type": None,
             "base_model_name_or_path": None,
             "inference_mode": True,
-            "r": expert.rank,
-            "lora_alpha": expert.alpha,
+            "r": rank,
+            "lora_alpha": alpha,
+            "rank_pattern": {_exactly(t): r for t, r in ranks.items() if r != rank},
+            "alpha_pattern": {_exactly(t): a for t, a in alphas.items() if a != alpha},
             "lora_dropout": 0.0,
             "bias": "none",
             "fan_in_fan_out": False,
-            "target_modules": sorted(t for pool in pools.values() for t in pool.targets.values()),
+            "target_modules": sorted(ranks),
         },
         indent=2,
     )
 
 
-def alpha_of(text: str, source: str) -> float:
-    """The alpha in the text of an ``adapter_config.json``.
+def alphas_of(text: str, pools: Mapping[str, Pool], source: str) -> dict[tuple[str, str], float]:
+    """The alpha of each pool and projection, from the text of an ``adapter_config.json``.
 
     Raises:
         CheckpointError: the text is no such configuration.
     """
     try:
         data: Any = json.loads(text)
-        alpha = float(data["lora_alpha"])
-    except (ValueError, TypeError, KeyError) as error:
+        alpha, pattern = float(data["lora_alpha"]), dict(data.get("alpha_pattern") or {})
+        return {
+            (name, projection): float(pattern.get(_exactly(target), alpha))
+            for name, pool in pools.items()
+            for projection, target in pool.targets.items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{source} is damaged: {error}") from None
-    return alpha
+
+
+def _exactly(target: str) -> str:
+    """PEFT's patterns are expressions that match at the end of a name; this one matches one."""
+    return f"^{re.escape(target)}"
 
 
 def pairs(

@@ -16,12 +16,12 @@ class Kinds:
         self._kinds = WeakIdKeyDictionary()
 
     def learn(self, named: Mapping[str, nn.Parameter]) -> None:
-        """Take note of parameters, named as in a pool: ``experts...`` or ``router...``."""
+        """Take note of parameters, named as in a pool: ``experts...`` or ``columns...``."""
         for name, parameter in named.items():
             self._kinds[parameter] = name.split(".")[0]
 
     def __getitem__(self, parameter: torch.Tensor) -> str | None:
-        """``"experts"``, ``"router"``, or None for a parameter that was never a pool's."""
+        """``"experts"``, ``"columns"``, or None for a parameter that was never a pool's."""
         kind: str | None = self._kinds.get(parameter)
         return kind
 

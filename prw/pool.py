@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from prw.call import Call, CallSlot, Recall, Record
+from prw.columns import Columns
 from prw.config import Config
 from prw.errors import ConfigError, StageError
 from prw.experts import Expert, factors
 from prw.ledger import Ledger
 from prw.noise import gaussian_noise, group_id
-from prw.router import Router, Routing, noisy_top1, router_input
+from prw.router import RouterPass, Routing, find_router, router_input
 from prw.schedule import Learning, schedule
-from prw.usage import RouterPass, observe
+from prw.usage import observe
 from prw_kernels import routed_lora
 
 
@@ -56,6 +57,7 @@ class Pool(nn.Module):
         projections: O of each projection, by name.
         config: rank, routing and gate.
         targets: full module name of each projection in files; ``name.projection`` by default.
+        ranks: of new experts, by projection; the configuration's where it is not given.
         needs_mask: refuse per-sample routing without a mask, as a causal decoder must.
 
     Raises:
@@ -70,6 +72,7 @@ class Pool(nn.Module):
         config: Config,
         *,
         targets: Mapping[str, str] | None = None,
+        ranks: Mapping[str, int] | None = None,
         needs_mask: bool = False,
     ) -> None:
         super().__init__()
@@ -78,11 +81,13 @@ class Pool(nn.Module):
         self.projections = dict(projections)
         self.config = config
         self.targets = dict(targets or {p: f"{name}.{p}" if name else p for p in projections})
+        self.ranks = {p: config.rank for p in projections} | dict(ranks or {})
         self.needs_mask = needs_mask
         self.ledger = Ledger()
         self.slot = CallSlot()
         self._check()
-        self.router = Router(in_features, noise=config.noise)
+        self.router = find_router(config.router, noise=config.noise)
+        self.columns = Columns(in_features + config.context_features, noise=config.noise)
         self.experts = nn.ModuleList()
         self._group = group_id(name)
 
@@ -93,10 +98,11 @@ class Pool(nn.Module):
                 f"got {list(self.projections)}"
             )
         for projection, out_features in self.projections.items():
+            rank = self.ranks[projection]
             size = min(self.in_features, out_features)
-            if self.config.rank > size:
+            if rank > size:
                 raise ConfigError(
-                    f"rank {self.config.rank} is above the size of {self.targets[projection]!r} "
+                    f"rank {rank} is above the size of {self.targets[projection]!r} "
                     f"({self.in_features} -> {out_features}); use a rank of at most {size}"
                 )
 
@@ -117,15 +123,21 @@ class Pool(nn.Module):
         closing = self.ledger.newest
         if closing is not None and ledger.stages[closing.index : closing.index + 1]:
             if not ledger.stages[closing.index].open:
-                self.router.take_snapshot(closing.index)
-        self.router.truncate(len(ledger))
+                self.columns.take_snapshot(closing.index)
+        self.columns.truncate(len(ledger))
         del self.experts[len(ledger) :]
         while len(self.experts) < len(ledger):
-            expert = Expert(self.in_features, self.projections, self.config, self.router.anchor)
+            expert = Expert(
+                self.in_features,
+                self.projections,
+                self.ranks,
+                self.config.scaling,
+                self.columns.anchor,
+            )
             if fresh:
                 expert.draw()
             self.experts.append(expert.train(self.training))
-            self.router.grow()
+            self.columns.grow()
         self.ledger = ledger
         self.freeze()
 
@@ -220,7 +232,7 @@ class Pool(nn.Module):
         pinned = call.stage is not None or call.force is not None
         open_stage = None if pinned else ledger.newest
         newest = count - 1 if open_stage is None else open_stage.index
-        signal, noise = self.router.columns(count, call.stage is not None, self.learning.columns)
+        signal, noise = self.columns.seen(count, call.stage is not None, self.learning.columns)
         return View(count, forced, newest if forced is None else forced, pinned, signal, noise)
 
     def _route(self, x: Tensor, call: Call, view: View) -> tuple[Routing, RouterPass | None]:
@@ -231,17 +243,18 @@ class Pool(nn.Module):
         if view.forced is not None:
             return _forced(shape, view.forced, view.count, x), None
         with torch.autocast(x.device.type, enabled=False):
-            h_TD = router_input(x, self.config.granularity, call.mask)
+            context = call.context if self.config.context_features else None
+            h_TD = router_input(x, self.config.granularity, call.mask, context)
             eps_TE = None
             if call.noisy and self.training and self.config.noise:
                 rows = h_TD.shape[0]
                 eps_TE = gaussian_noise(call.key, self._group, rows, view.count, h_TD.device)
-            flat = noisy_top1(h_TD, view.signal, view.noise, eps_TE)
+            flat = self.router.route(h_TD, view.signal, view.noise, eps_TE)
         # With gate "one" the router still takes part, so that its gradient is zero and not absent.
         gate_T = flat.gate if self.config.gate == "softmax" else flat.gate * 0 + 1
         probs = flat.probs.reshape(*shape, view.count)
         routing = Routing(flat.expert.reshape(shape), gate_T.reshape(shape), probs)
-        return routing, RouterPass(h_TD, view.noise, eps_TE)
+        return routing, RouterPass(self.router, h_TD, view.signal, view.noise, eps_TE, flat.probs)
 
     def _check_input(self, x: Tensor, call: Call) -> None:
         if x.dim() < 2 or x.shape[-1] != self.in_features:
@@ -254,10 +267,26 @@ class Pool(nn.Module):
                 f"the mask of the call is {list(call.mask.shape)}, but pool {self.name!r} was "
                 f"given tokens {list(x.shape[:-1])}"
             )
+        self._check_context(x, call)
         if self.needs_mask and self.config.granularity == "sample" and call.mask is None:
             raise ConfigError(
                 f"pool {self.name!r} routes whole samples of a causal decoder, where later tokens "
                 "would change the routing of earlier ones; give the prompt's tokens as mask="
+            )
+
+    def _check_context(self, x: Tensor, call: Call) -> None:
+        width, given = self.config.context_features, call.context
+        wanted = [x.shape[0], width]
+        if width and (given is None or list(given.shape) != wanted):
+            what = "none" if given is None else str(list(given.shape))
+            raise ConfigError(
+                f"routers were configured with context_features={width}: give the call "
+                f"context={wanted}, got {what}"
+            )
+        if given is not None and not width:
+            raise ConfigError(
+                f"the call has a context {list(given.shape)}, but context_features is 0; configure "
+                f"context_features={given.shape[-1]}"
             )
 
     def _observe(self, call: Call, routing: Routing, inputs: RouterPass | None, view: View) -> None:
@@ -270,8 +299,16 @@ class Pool(nn.Module):
         if isinstance(call, Recall) and inputs is not None:
             call.keep(self.name, inputs.h_TD, keep)
         if isinstance(call, Record):
-            pairs = () if view.pinned else self.router.pairs(self.learning.columns)
-            call.tally.add(self.name, observe(routing, inputs, view.newest, keep, pairs))
+            pairs = () if view.pinned else self.columns.pairs(self.learning.columns)
+            seen = observe(
+                routing,
+                inputs,
+                view.newest,
+                keep,
+                pairs,
+                keep_inputs=call.keep_inputs,
+            )
+            call.tally.add(self.name, seen)
 
 
 def _forced(shape: torch.Size, expert: int, count: int, x: Tensor) -> Routing:

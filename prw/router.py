@@ -1,17 +1,22 @@
-"""The noisy top-1 router: one pair of columns per expert, growing without changing old bits.
+"""Routers: how an input and the router's columns become a choice of one expert.
 
-Shape suffixes: T routed rows (tokens, or samples), D input width, E experts that take part,
-C columns after padding to whole blocks.
+Shape suffixes: T routed rows (tokens, or samples), D width of what the router reads, K width of the
+context, E experts that take part, C columns after padding to whole blocks.
 """
 
 from __future__ import annotations
 
+import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, final
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from prw.errors import ConfigError
 
 BLOCK = 16
 """Columns per matrix product. A product of another width gives other bits, so it never varies."""
@@ -32,164 +37,242 @@ class Routing:
     probs: Tensor
 
 
-class Router(nn.Module):
-    """Router columns, one parameter per expert, and their snapshots at the end of each stage.
+@dataclass(frozen=True)
+class RouterPass:
+    """One evaluation of a router: what it was given and the probabilities that came out.
 
-    Args:
-        in_features: D, the width of the routed input.
-        noise: whether each expert also has a column for the width of its noise.
+    Attributes:
+        router: that was evaluated.
+        h_TD, signal, noise, eps_TE: as in `Router.logits`.
+        probs_TE: p.
     """
 
-    anchor: Tensor
-    """Carries device and dtype while there is no column yet."""
+    router: Router
+    h_TD: Tensor
+    signal: Sequence[Tensor]
+    noise: Sequence[Tensor]
+    eps_TE: Tensor | None
+    probs_TE: Tensor
 
-    def __init__(self, in_features: int, *, noise: bool) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.noisy = noise
-        self.signal = nn.ParameterList()
-        self.noise = nn.ParameterList()
-        self.snapshots = nn.ModuleDict()
-        self.register_buffer("anchor", torch.empty(0), persistent=False)
+    def logits(self) -> Tensor:
+        """The logits once more, ``[T, E]``, with a graph that ends at the columns."""
+        given = self.h_TD.detach(), self.signal, self.noise, self.eps_TE
+        return self.router.locked(*given)[:, : len(self.signal)]
 
-    def grow(self) -> None:
-        """Append a zero column: the new expert starts with logit 0 for every input."""
-        self.signal.append(nn.Parameter(self.anchor.new_zeros(self.in_features)))
-        if self.noisy:
-            self.noise.append(nn.Parameter(self.anchor.new_zeros(self.in_features)))
 
-    def truncate(self, count: int) -> None:
-        """Drop all columns and snapshots from index `count` on."""
-        if count < len(self.signal):
-            self.signal = nn.ParameterList(list(self.signal)[:count])
-            self.noise = nn.ParameterList(list(self.noise)[:count])
-            for key in [key for key in self.snapshots if int(key) >= count]:
-                del self.snapshots[key]
+class Router(ABC):
+    """A pure function from an input and columns to logits; the choice among them is always top-1.
 
-    def columns(
-        self, count: int, pinned: bool, learning: frozenset[int]
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The first `count` signal and noise columns, detached unless they learn.
+    A router of one's own implements `logits`, holds no state, and is named in the configuration as
+    ``package.module:object``. `prw.testing.check_router` tries whether it keeps the promises that
+    growing pools depend on.
+
+    Attributes:
+        linear: whether the logits without noise are ``h W_r``.
+    """
+
+    linear: ClassVar[bool] = False
+
+    @abstractmethod
+    def logits(
+        self,
+        h_TD: Tensor,
+        signal: Sequence[Tensor],
+        noise: Sequence[Tensor],
+        eps_TE: Tensor | None,
+    ) -> Tensor:
+        """One logit per row and expert.
 
         Args:
-            count: E.
-            pinned: read the snapshot of stage `count` - 1 where there is one.
-            learning: indices of the live columns that may learn.
+            h_TD: what the router reads, fp32 or fp64.
+            signal: the E signal columns, ``[D]`` each, in the order of the experts.
+            noise: the E noise columns; none where the configuration has no noise.
+            eps_TE: standard normal noise; None in deterministic calls.
+
+        Returns:
+            ``[T, E]``, or ``[T, C]`` with anything in the padding.
         """
-        kept = self.snapshot(count - 1) if pinned else None
-        if kept is not None:
-            return kept[0].unbind(), kept[1].unbind()
-        signal, noise = (
-            tuple(c if i in learning else c.detach() for i, c in enumerate(list(part)[:count]))
-            for part in (self.signal, self.noise)
-        )
-        return signal, noise
 
-    def pairs(self, indices: frozenset[int]) -> list[tuple[int, Tensor, Tensor | None]]:
-        """Index, signal and noise parameter of the given columns."""
-        noise = list(self.noise) or [None] * len(self.signal)
-        return [(index, self.signal[index], noise[index]) for index in sorted(indices)]
+    @final
+    def route(
+        self,
+        h_TD: Tensor,
+        signal: Sequence[Tensor],
+        noise: Sequence[Tensor] = (),
+        eps_TE: Tensor | None = None,
+    ) -> Routing:
+        """``p = softmax(logits)``, ``e = argmax``, ``gate = p_e`` (CoLoGen, Eq. 3 and 4).
 
-    def state(self) -> tuple[Tensor, Tensor]:
-        """Copies of the live columns: signal ``[E, D]`` and noise ``[E, D]``, or ``[0, D]``."""
-        signal, noise = (
-            torch.stack([c.detach() for c in part])
-            if len(part)
-            else self.anchor.new_zeros(0, self.in_features)
-            for part in (self.signal, self.noise)
-        )
-        return signal, noise
+        The softmax is over the experts that take part; a tie goes to the lowest index; the gate is
+        not renormalised.
 
-    @torch.no_grad()
-    def set_signal(self, signal_ED: Tensor) -> None:
-        """Write values into the live signal columns, which stay the same parameters."""
-        for column, value in zip(self.signal, signal_ED, strict=True):
-            column.copy_(value)
+        Returns:
+            Routing with ``expert`` and ``gate`` ``[T]`` and ``probs`` ``[T, E]``.
+        """
+        logits_TC = self.locked(h_TD, signal, noise, eps_TE)
+        probs_TC = torch.softmax(logits_TC, dim=-1)
+        expert_T = logits_TC.detach().argmax(dim=-1)
+        gate_T = probs_TC.gather(1, expert_T[:, None]).squeeze(1)
+        return Routing(expert_T, gate_T, probs_TC[:, : len(signal)])
 
-    def put_state(self, signal_ED: Tensor, noise_ED: Tensor) -> None:
-        """Replace the live columns by new parameters with the given values."""
-        device = self.anchor.device
-        for part, values in ((self.signal, signal_ED), (self.noise, noise_ED)):
-            for index, value in enumerate(values):
-                part[index] = nn.Parameter(value.to(device, copy=True))
+    @final
+    def locked(
+        self,
+        h_TD: Tensor,
+        signal: Sequence[Tensor],
+        noise: Sequence[Tensor] = (),
+        eps_TE: Tensor | None = None,
+    ) -> Tensor:
+        """`logits` with minus infinity in the padding."""
+        logits_TC = self.logits(h_TD, signal, noise, eps_TE)
+        padding_C = torch.arange(logits_TC.shape[1], device=h_TD.device) >= len(signal)
+        return logits_TC.masked_fill(padding_C, -torch.inf)
 
-    def snapshot(self, stage: int) -> tuple[Tensor, Tensor] | None:
-        """The columns as they were at the end of `stage`; None while it was never closed."""
-        kept = self.snapshots[str(stage)] if str(stage) in self.snapshots else None
-        return (kept.signal, kept.noise) if isinstance(kept, Snapshot) else None
+    def usage_jacobian(
+        self, seen: RouterPass, newest: int, keep_T: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The derivative of the straight-through usage ``sum_t u_t`` by the columns.
 
-    def memory(self, stage: int) -> Tensor:
-        """Inputs ``[M, D]`` that `stage` routed, from `remember`; M is 0 where nothing was kept."""
-        kept = self.snapshots[str(stage)] if str(stage) in self.snapshots else None
-        if isinstance(kept, Snapshot):
-            return kept.memory
-        return self.anchor.new_zeros(0, self.in_features)
+        ``u_t = 1[e_t = n] + (p_tn - p_tn.detach())``. By automatic differentiation of a second
+        evaluation here; the routers of this module have it in closed form.
 
-    def remember(self, stage: int, memory_MD: Tensor) -> None:
-        """Keep router inputs beside the snapshot of a closed stage, instead of earlier ones."""
-        kept = self.snapshots[str(stage)]
-        assert isinstance(kept, Snapshot)
-        kept.memory = memory_MD.detach().to(self.anchor.device, copy=True)
+        Args:
+            seen: the evaluation; its rows outside `keep_T` are zero.
+            newest: n.
+            keep_T: bool, the rows that count; None counts all.
 
-    def take_snapshot(self, stage: int) -> None:
-        """Keep the columns 0..stage as they are now."""
-        signal_ED, noise_ED = self.state()
-        self.put_snapshot(stage, signal_ED[: stage + 1], noise_ED[: stage + 1])
-
-    def renew_snapshot(self, stage: int) -> None:
-        """Replace the columns of a snapshot by the live ones; its memory stays."""
-        memory_MD = self.memory(stage)
-        self.take_snapshot(stage)
-        self.remember(stage, memory_MD)
-
-    def put_snapshot(self, stage: int, signal_ED: Tensor, noise_ED: Tensor) -> None:
-        """Keep the given columns as those of the end of `stage`."""
-        device = self.anchor.device
-        self.snapshots[str(stage)] = Snapshot(signal_ED.to(device), noise_ED.to(device))
-
-    @torch.no_grad()
-    def restore(self, stage: int) -> None:
-        """Write the snapshot of `stage` back into the live columns."""
-        kept = self.snapshot(stage)
-        if kept is not None:
-            for part, values in zip((self.signal, self.noise), kept, strict=True):
-                for column, value in zip(list(part)[: stage + 1], values, strict=True):
-                    column.copy_(value)
+        Returns:
+            By the signal and by the noise columns, ``[E, D]`` each.
+        """
+        count = len(seen.signal)
+        with torch.enable_grad():
+            given = [c.detach().requires_grad_() for c in (*seen.signal, *seen.noise)]
+            routing = self.route(seen.h_TD.detach(), given[:count], given[count:], seen.eps_TE)
+            used_T = routing.probs[:, newest]
+            total = (used_T if keep_T is None else torch.where(keep_T, used_T, 0.0)).sum()
+            slopes = torch.autograd.grad(total, given, allow_unused=True, materialize_grads=True)
+        signal_ED = torch.stack(slopes[:count])
+        return signal_ED, torch.stack(slopes[count:]) if seen.noise else signal_ED.new_zeros(0)
 
 
-class Snapshot(nn.Module):
-    """Router columns of one stage and inputs it routed: buffers, so that they follow the model."""
+@final
+class Top1(Router):
+    """Plain top-1: ``w = h W_r``, no bias, no noise."""
 
-    signal: Tensor
-    noise: Tensor
-    memory: Tensor
+    linear = True
 
-    def __init__(self, signal_ED: Tensor, noise_ED: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("signal", signal_ED.detach().clone(), persistent=False)
-        self.register_buffer("noise", noise_ED.detach().clone(), persistent=False)
-        self.register_buffer("memory", signal_ED.new_empty(0, signal_ED.shape[1]), persistent=False)
+    def logits(
+        self,
+        h_TD: Tensor,
+        signal: Sequence[Tensor],
+        noise: Sequence[Tensor],
+        eps_TE: Tensor | None,
+    ) -> Tensor:
+        """``h W_r``, ``[T, C]``."""
+        return column_product(h_TD, signal)
+
+    def usage_jacobian(
+        self, seen: RouterPass, newest: int, keep_T: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """``d sum_t u_t / d W_r[:, j] = sum_t h_t p_tn (1[j = n] - p_tj)``."""
+        signal_ED = usage_slope(seen.probs_TE, newest, keep_T).T @ seen.h_TD
+        return signal_ED, signal_ED.new_zeros(0)
 
 
-def router_input(x: Tensor, granularity: str, mask: Tensor | None) -> Tensor:
+@final
+class NoisyTop1(Router):
+    """Noisy top-1: ``w = h W_r + eps * softplus(h W_n)`` (CoLoGen, arXiv 2602.22150, Eq. 2)."""
+
+    linear = True
+
+    def logits(
+        self,
+        h_TD: Tensor,
+        signal: Sequence[Tensor],
+        noise: Sequence[Tensor],
+        eps_TE: Tensor | None,
+    ) -> Tensor:
+        """``h W_r + eps * softplus(h W_n)``, ``[T, C]``; without eps, ``h W_r``."""
+        logits_TC = column_product(h_TD, signal)
+        if eps_TE is None:
+            return logits_TC
+        eps_TC = F.pad(eps_TE.to(h_TD.dtype), (0, logits_TC.shape[1] - len(signal)))
+        return logits_TC + eps_TC * F.softplus(column_product(h_TD, noise))
+
+    def usage_jacobian(
+        self, seen: RouterPass, newest: int, keep_T: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """By ``W_r`` as in `Top1`.
+
+        ``d sum_t u_t / d W_n[:, j] = sum_t h_t du_t/dw_tj eps_tj sigmoid(h_t W_n[:, j])``
+        """
+        slope_TE = usage_slope(seen.probs_TE, newest, keep_T)
+        signal_ED = slope_TE.T @ seen.h_TD
+        if seen.eps_TE is None:
+            return signal_ED, torch.zeros_like(signal_ED)
+        width_TE = column_product(seen.h_TD, seen.noise)[:, : len(seen.signal)].sigmoid()
+        return signal_ED, (slope_TE * seen.eps_TE.to(signal_ED.dtype) * width_TE).T @ seen.h_TD
+
+
+def usage_slope(probs_TE: Tensor, newest: int, keep_T: Tensor | None) -> Tensor:
+    """``d u_t / d w_tj = p_tn (1[j = n] - p_tj)``, zero in rows that do not count, ``[T, E]``."""
+    slope_TE = -probs_TE * probs_TE[:, newest, None]
+    slope_TE[:, newest] += probs_TE[:, newest]
+    return slope_TE if keep_T is None else torch.where(keep_T[:, None], slope_TE, 0.0)
+
+
+def find_router(name: str, *, noise: bool) -> Router:
+    """The router of a configuration.
+
+    Args:
+        name: ``"top1"``, which is `NoisyTop1` with noise and `Top1` without, or a router of one's
+            own, ``package.module:object`` (an object, or a class without arguments).
+        noise: whether there are noise columns.
+
+    Raises:
+        ConfigError: there is no such module or object, or it is no `Router`.
+    """
+    if name == "top1":
+        return NoisyTop1() if noise else Top1()
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"router {name!r} cannot be imported: {error}") from None
+    router = found() if isinstance(found, type) else found
+    if not isinstance(router, Router):
+        raise ConfigError(f"router {name!r} is a {type(router).__name__}, not a prw.Router")
+    return router
+
+
+def router_input(
+    x: Tensor, granularity: str, mask: Tensor | None, context: Tensor | None = None
+) -> Tensor:
     """What the router reads, in fp32 (fp64 for fp64 inputs): each token, or each sample's mean.
 
     Args:
         x: ``[..., D]``.
         granularity: ``"token"`` or ``"sample"``.
         mask: bool ``x.shape[:-1]``; per sample only these tokens enter the mean.
+        context: ``[samples, K]``, appended to every row of its sample.
 
     Returns:
-        ``[T, D]`` with T the number of tokens, or of samples (``x.shape[0]``).
+        ``[T, D + K]`` with T the number of tokens, or of samples (``x.shape[0]``).
     """
     h = x.to(torch.promote_types(x.dtype, torch.float32))
     if granularity == "token" or x.dim() == 2:
-        return h.reshape(-1, x.shape[-1])
-    h = h.flatten(1, -2)
-    if mask is None:
-        return h.sum(1) / max(h.shape[1], 1)
-    kept = mask.flatten(1)
-    return torch.where(kept[..., None], h, 0.0).sum(1) / kept.sum(1, keepdim=True).clamp(min=1)
+        rows = h.reshape(-1, x.shape[-1])
+    elif mask is None:
+        h = h.flatten(1, -2)
+        rows = h.sum(1) / max(h.shape[1], 1)
+    else:
+        h, kept = h.flatten(1, -2), mask.flatten(1)
+        rows = torch.where(kept[..., None], h, 0.0).sum(1) / kept.sum(1, keepdim=True).clamp(min=1)
+    if context is None:
+        return rows
+    given = context.to(rows.dtype)
+    per_sample = rows.shape[0] // max(x.shape[0], 1)
+    return torch.cat([rows, given.repeat_interleave(per_sample, 0)], dim=-1)
 
 
 def column_product(h_TD: Tensor, columns: Sequence[Tensor]) -> Tensor:
@@ -198,33 +281,3 @@ def column_product(h_TD: Tensor, columns: Sequence[Tensor]) -> Tensor:
     weight_CD = torch.stack([*(column.to(h_TD.dtype) for column in columns), *padding])
     blocks = [F.linear(h_TD, block) for block in torch.split(weight_CD, BLOCK)]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
-
-
-def noisy_top1(
-    h_TD: Tensor, signal: Sequence[Tensor], noise: Sequence[Tensor], eps_TE: Tensor | None
-) -> Routing:
-    """Noisy top-1 routing (CoLoGen, arXiv 2602.22150, Eq. 2 to 4).
-
-    ``w = h W_r + eps * softplus(h W_n)``, ``p = softmax(w)`` over the experts that take part,
-    ``e = argmax w`` (a tie goes to the lowest index), ``gate = p_e``, not renormalised.
-
-    Args:
-        h_TD: router input, fp32 or fp64.
-        signal: the E columns of W_r, ``[D]`` each.
-        noise: the E columns of W_n; not read without ``eps_TE``.
-        eps_TE: standard normal noise, None in deterministic calls.
-
-    Returns:
-        Routing with ``expert`` and ``gate`` ``[T]`` and ``probs`` ``[T, E]``.
-    """
-    count = len(signal)
-    logits_TC = column_product(h_TD, signal)
-    if eps_TE is not None:
-        eps_TC = F.pad(eps_TE.to(h_TD.dtype), (0, logits_TC.shape[1] - count))
-        logits_TC = logits_TC + eps_TC * F.softplus(column_product(h_TD, noise))
-    locked_C = torch.arange(logits_TC.shape[1], device=h_TD.device) >= count
-    logits_TC = logits_TC.masked_fill(locked_C, -torch.inf)
-    probs_TC = torch.softmax(logits_TC, dim=-1)
-    expert_T = logits_TC.detach().argmax(dim=-1)
-    gate_T = probs_TC.gather(1, expert_T[:, None]).squeeze(1)
-    return Routing(expert_T, gate_T, probs_TC[:, :count])

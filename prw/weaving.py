@@ -89,7 +89,7 @@ class Weave:
         ledger = self._ledger.rollback(name)
         self._follow(ledger)
         for pool in self.pools.values():
-            pool.router.restore(ledger[name].index)
+            pool.columns.restore(ledger[name].index)
 
     def _follow(self, ledger: Ledger, *, fresh: bool = True) -> None:
         for pool in self.pools.values():
@@ -116,26 +116,32 @@ class Weave:
         sync(optimizer, list(self.parameters()), self._kinds)
 
     def record(
-        self, mask: Tensor | None = None, context: Any = None, key: int | None = None
+        self,
+        mask: Tensor | None = None,
+        context: Tensor | None = None,
+        key: int | None = None,
+        *,
+        keep_inputs: bool = False,
     ) -> Record:
         """Bind a training call that observes its routings, until its ``with`` block ends.
 
         Args:
             mask: bool ``[batch, tokens]``, the tokens that count.
-            context: anything the routers may read.
+            context: ``[batch, K]``, appended to what every router reads (``context_features`` K).
             key: 64-bit noise key; None draws one from torch's default generator.
+            keep_inputs: also hold what the routers read, for the losses that say so.
 
         Returns:
             The record, for `veteran_gate_loss`; it stays bound until the next call.
         """
-        record = Record(**self._fields(mask, context, key, noisy=True))
+        record = Record(**self._fields(mask, context, key, noisy=True), keep_inputs=keep_inputs)
         self._slot.call = record
         return record
 
     def call(
         self,
         mask: Tensor | None = None,
-        context: Any = None,
+        context: Tensor | None = None,
         key: int | None = None,
         *,
         noisy: bool = True,
@@ -145,7 +151,7 @@ class Weave:
         return self._slot.call
 
     def _fields(
-        self, mask: Tensor | None, context: Any, key: int | None, *, noisy: bool
+        self, mask: Tensor | None, context: Tensor | None, key: int | None, *, noisy: bool
     ) -> dict[str, Any]:
         """The fields of a new call; inside `at_stage` or `force_route` it keeps their pin."""
         pin = self._slot.call
@@ -192,7 +198,7 @@ class Weave:
 
     @contextmanager
     def remember(
-        self, name: str, rows: int = 64, mask: Tensor | None = None, context: Any = None
+        self, name: str, rows: int = 64, mask: Tensor | None = None, context: Tensor | None = None
     ) -> Iterator[Call]:
         """Inside, as `at_stage`; afterwards every router holds some inputs that it routed there.
 
@@ -206,7 +212,7 @@ class Weave:
             name: a closed stage.
             rows: how many inputs each routed group keeps: tokens, or means of samples.
             mask: bool ``[batch, tokens]``, the tokens that count.
-            context: anything the routers may read.
+            context: ``[batch, K]``, appended to what every router reads.
 
         Raises:
             StageError: there is no such stage, it is still open, or nothing that counts was routed
@@ -228,7 +234,7 @@ class Weave:
             if not rows_MD.isfinite().all():
                 raise ConfigError(f"an input of {group!r} is not finite and cannot be remembered")
         for group, pool in self.pools.items():
-            pool.router.remember(stage.index, spread(kept[group], rows))
+            pool.columns.remember(stage.index, spread(kept[group], rows))
 
     def consolidate(self, iterations: int = 100) -> float:
         """Fit the live routers to how every stage routed what it remembers. Not in the paper.
@@ -254,17 +260,18 @@ class Weave:
             raise StageError(f"stage {self.newest!r} is open; close it before it is consolidated")
         found = {}
         for group, pool in self.pools.items():
-            known = remembered(pool.router, len(self._ledger))
+            known = remembered(pool.router, pool.columns, len(self._ledger))
             if known is None:
                 raise StageError(f"{group!r} remembers nothing yet; run the model in remember()")
-            columns_ED = fit(known, pool.router.state()[0], iterations)
-            found[group] = known, centred(known, columns_ED)
+            columns_ED = fit(pool.router, known, pool.columns.state()[0], iterations)
+            found[group] = known, centred(pool.router, known, columns_ED)
             if not found[group][1].isfinite().all():
                 raise StageError(f"the fit for {group!r} is not finite; nothing was changed")
         for group, (_, columns_ED) in found.items():
-            self.pools[group].router.set_signal(columns_ED)
-            self.pools[group].router.renew_snapshot(len(self._ledger) - 1)
-        return sum(agreement(*fitted) for fitted in found.values()) / len(found)
+            self.pools[group].columns.set_signal(columns_ED)
+            self.pools[group].columns.renew_snapshot(len(self._ledger) - 1)
+        shares = [agreement(self.pools[g].router, *fitted) for g, fitted in found.items()]
+        return sum(shares) / len(shares)
 
     def save(self, path: str | Path, *, extra: Mapping[str, str] | None = None) -> None:
         """Write the folder: configuration, ledger, routers, experts, hashes. All or nothing.

@@ -290,7 +290,7 @@ class PRWAdapter(ModelMixin, ConfigMixin):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts; a cast below float32 leaves the routers as they are."""
-        routers = [module for pool in self.pools for module in pool.router.modules()]
+        routers = [module for pool in self.pools for module in pool.columns.modules()]
         kept = [
             (store, name, tensor.data)
             for module in routers

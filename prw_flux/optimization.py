@@ -13,13 +13,13 @@ from prw_flux.curriculum import Stage
 
 def new_optimizer(adapter: PRWAdapter, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over what learns now, experts and routers in groups of their own."""
-    kinds: dict[str, list[torch.nn.Parameter]] = {"experts": [], "router": []}
+    kinds: dict[str, list[torch.nn.Parameter]] = {"experts": [], "columns": []}
     for pool in adapter.weave.pools.values():
         for name, parameter in pool.learners():
             kinds[name.split(".")[0]].append(parameter)
     groups = [
         {"params": kinds["experts"], "weight_decay": config.weight_decay, "factor": 1.0},
-        {"params": kinds["router"], "weight_decay": 0.0, "factor": config.router_lr},
+        {"params": kinds["columns"], "weight_decay": 0.0, "factor": config.router_lr},
     ]
     beta1, beta2 = config.betas
     return torch.optim.AdamW(groups, lr=1e-4, betas=(beta1, beta2), eps=config.eps, fused=True)

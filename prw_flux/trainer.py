@@ -114,7 +114,7 @@ def train(
 def _warn_of_stages_without_memory(adapter: PRWAdapter) -> None:
     pools = adapter.weave.pools.values()
     finished = [stage for stage in adapter.weave.stages if not stage.open]
-    blank = [s.name for s in finished if not all(len(p.router.memory(s.index)) for p in pools)]
+    blank = [s.name for s in finished if not all(len(p.columns.memory(s.index)) for p in pools)]
     if blank:
         logger.warning(
             "nothing is remembered of %s, trained with remember=0: free routers may forget it",

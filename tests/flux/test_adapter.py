@@ -154,7 +154,7 @@ def test_loading_casts_experts_but_not_routers(
     loaded = PRWAdapter.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     for pool, original in zip(loaded.pools, adapter.pools, strict=True):
         assert {p.dtype for p in pool.experts.parameters()} == {torch.bfloat16}
-        for a, b in zip(pool.router.parameters(), original.router.parameters(), strict=True):
+        for a, b in zip(pool.columns.parameters(), original.columns.parameters(), strict=True):
             assert_close(a, b, **EXACT)
     wide = loaded.to(torch.float64)
     assert {p.dtype for p in wide.parameters()} == {torch.float64}

@@ -90,7 +90,7 @@ def test_experts_enter_before_the_norm_and_the_rotation(
             expert = pool.expert(1)
             for name in ("to_k", "to_v"):
                 down, up = expert.pair(name)
-                getattr(attn, name).weight.add_(up @ down * expert.scaling)
+                getattr(attn, name).weight.add_(up @ down * expert.scaling(name))
     merged = make_adapter(transformer, stages=0)
     attach(transformer, merged)
     for slot, reference in zip(forced, encode(transformer, batch), strict=True):

@@ -83,12 +83,13 @@ def test_the_log_says_how_the_newest_expert_is_used(
 
 def test_finished_stages_are_remembered(short_config: RunConfig, tmp_path: Path) -> None:
     run = run_of(short_config, tmp_path / "run")
-    routers = [pool.router for pool in PRWAdapter.from_pretrained(run.adapter).weave.pools.values()]
+    pools = PRWAdapter.from_pretrained(run.adapter).weave.pools.values()
+    routers = [pool.columns for pool in pools]
     assert [len(router.memory(stage)) for router in routers for stage in range(3)] == [3] * 6
     config = short_config.with_settings(["remember=0"])  # the paper's way
     plain = run_of(config, tmp_path / "plain")
-    router = PRWAdapter.from_pretrained(plain.adapter).weave.pools["transformer_blocks.0.attn"]
-    assert len(router.router.memory(0)) == 0
+    pool = PRWAdapter.from_pretrained(plain.adapter).weave.pools["transformer_blocks.0.attn"]
+    assert len(pool.columns.memory(0)) == 0
 
 
 def test_the_loss_falls_on_a_few_samples(short_config: RunConfig, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ class Case:
         self.results = [self.leaf(*leading, out) for out in outs]
         self.A = [[self.leaf(rank, width) for _ in range(experts)] for _ in outs]
         self.B = [[self.leaf(out, rank) for _ in range(experts)] for out in outs]
-        self.scaling = [2.0] * experts
+        self.scaling = [[2.0] * experts for _ in self.A]
         shape = leading[:1] if per_sample else leading
         self.expert = torch.randint(0, experts, shape) if only is None else torch.full(shape, only)
         self.gate = torch.rand(shape, dtype=torch.float64).requires_grad_()
@@ -67,9 +67,11 @@ class Case:
         gate = self.gate.reshape(*self.gate.shape, *wide).expand(lead).reshape(-1)
         tokens = self.x.reshape(-1, self.x.shape[-1])
         outputs = []
-        for result, A_p, B_p in zip(self.results, self.A, self.B, strict=True):
+        for result, A_p, B_p, scaling_p in zip(
+            self.results, self.A, self.B, self.scaling, strict=True
+        ):
             rows = [
-                B_p[e] @ (A_p[e] @ token) * self.scaling[e] * g
+                B_p[e] @ (A_p[e] @ token) * scaling_p[e] * g
                 for token, e, g in zip(tokens, expert.tolist(), gate, strict=True)
             ]
             delta = torch.stack(rows).reshape(result.shape) if rows else torch.zeros_like(result)
@@ -165,7 +167,7 @@ def test_one_expert_has_the_bits_of_a_plain_lora(dtype: torch.dtype, gate: float
     x, result = torch.randn(3, 7, 16).to(dtype), torch.randn(3, 7, 12).to(dtype)
     A, B = torch.randn(4, 16).to(dtype), torch.randn(12, 4).to(dtype)
     weights = None if gate is None else torch.full((3,), gate)
-    (found,) = routed_lora([result], x, [[A]], [[B]], [1.7], gate=weights)
+    (found,) = routed_lora([result], x, [[A]], [[B]], [[1.7]], gate=weights)
     assert torch.equal(found, result + F.linear(F.linear(x, A), B) * 1.7)
 
 
@@ -173,7 +175,8 @@ def test_experts_may_differ_in_rank_and_scaling() -> None:
     case = Case((3, 5), per_sample=True)
     case.A[0][1], case.B[0][1] = case.leaf(1, 5), case.leaf(7, 1)
     case.A[1][1], case.B[1][1] = case.leaf(1, 5), case.leaf(4, 1)
-    case.scaling[2] = 0.5
+    case.scaling[0][2] = 0.5
+    case.scaling[1][1] = 3.0
     outputs, expected = case.run(), case.formula()
     torch.testing.assert_close(outputs, expected, **EXACT)
     assert_same_gradients(case, outputs, expected)

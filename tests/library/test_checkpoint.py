@@ -101,7 +101,7 @@ def test_dtypes_are_kept(tmp_path: Path) -> None:
     weave.save(tmp_path / "run")
     loaded = prw.load(base(), tmp_path / "run")
     kinds = {n.split(".")[1]: p.dtype for n, p in loaded.named_parameters()}
-    assert kinds == {"experts": torch.bfloat16, "router": torch.float32}
+    assert kinds == {"experts": torch.bfloat16, "columns": torch.float32}
 
 
 def test_the_layout_and_the_extra_files(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import prw
 from prw.call import spread
 from prw.consolidation import Remembered, fit
+from prw.router import Top1
 
 WIDTH = 6
 
@@ -63,17 +64,17 @@ def test_what_is_remembered_is_what_the_routers_read(granularity: str) -> None:
     with weave.remember("s0", rows=100):
         net(x)
     read = x.flatten(0, 1) if granularity == "token" else x.mean(1)
-    torch.testing.assert_close(weave.pools["0"].router.memory(0), read)
+    torch.testing.assert_close(weave.pools["0"].columns.memory(0), read)
     with weave.remember("s0", rows=3):  # replaces, evenly spread, over several forwards
         net(x)
         net(x)
-    kept = weave.pools["0"].router.memory(0)
+    kept = weave.pools["0"].columns.memory(0)
     torch.testing.assert_close(kept[[0, -1]], read[[0, -1]])
     assert len(kept) == 3
     mask[0] = False
     with weave.remember("s0", mask=mask):
         net(x)
-    assert len(weave.pools["0"].router.memory(0)) == len(read) - len(read) // 4
+    assert len(weave.pools["0"].columns.memory(0)) == len(read) - len(read) // 4
 
 
 def test_inside_the_model_is_that_of_the_stage() -> None:
@@ -95,25 +96,25 @@ def test_memory_lives_and_dies_with_its_stage(tmp_path: Path) -> None:
     loaded.load_state(tmp_path / "weave")
     for name, pool in weave.pools.items():
         for stage, rows in ((0, 5), (1, 0), (2, 5)):
-            again = loaded.pools[name].router.memory(stage)
+            again = loaded.pools[name].columns.memory(stage)
             assert len(again) == rows
-            assert torch.equal(again, pool.router.memory(stage))
+            assert torch.equal(again, pool.columns.memory(stage))
     loaded.rollback("s1")
     loaded.unlock("another")
     loaded.close()
-    assert len(loaded.pools["0"].router.memory(0)) == 5
-    assert len(loaded.pools["0"].router.memory(2)) == 0
+    assert len(loaded.pools["0"].columns.memory(0)) == 5
+    assert len(loaded.pools["0"].columns.memory(2)) == 0
 
 
 def test_a_block_that_raises_keeps_what_was_there() -> None:
     net, weave = build()
     with weave.remember("s0"):
         net(inputs(2, 3))
-    before = weave.pools["0"].router.memory(0)
+    before = weave.pools["0"].columns.memory(0)
     with pytest.raises(KeyError), weave.remember("s0"):
         net(inputs(7, 3))
         raise KeyError
-    assert weave.pools["0"].router.memory(0) is before
+    assert weave.pools["0"].columns.memory(0) is before
 
 
 def remember_all(net: nn.Module, weave: prw.Weave, rows: int = 40) -> dict[str, Tensor]:
@@ -127,7 +128,7 @@ def remember_all(net: nn.Module, weave: prw.Weave, rows: int = 40) -> dict[str, 
         for pool, h in zip(weave.pools.values(), (x, torch.tanh(net[0](x))), strict=True):
             columns = torch.zeros(number + 1, WIDTH, dtype=torch.float64)
             columns[number] = 3 * h.detach().mean((0, 1)) / h.detach().mean((0, 1)).square().sum()
-            pool.router.put_snapshot(number, columns, columns)
+            pool.columns.put_snapshot(number, columns, columns)
         with weave.remember(stage.name, rows):
             net(x)
     return seen
@@ -149,9 +150,9 @@ def test_consolidation_gives_inputs_back_to_their_stage(stages: int) -> None:
     pinned = {name: routed(weave, x, name) for name, x in seen.items()}
     before = [float((routed(weave, x, None) - pinned[n]).abs().mean()) for n, x in seen.items()]
     snapshots = [
-        pool.router.snapshot(s) for pool in weave.pools.values() for s in range(stages - 1)
+        pool.columns.snapshot(s) for pool in weave.pools.values() for s in range(stages - 1)
     ]
-    parameters = [list(pool.router.signal) for pool in weave.pools.values()]
+    parameters = [list(pool.columns.signal) for pool in weave.pools.values()]
 
     share = weave.consolidate()
 
@@ -163,29 +164,29 @@ def test_consolidation_gives_inputs_back_to_their_stage(stages: int) -> None:
     with weave.at_stage(f"s{stages - 1}"):
         last = net(seen["s0"])
     assert torch.equal(net(seen["s0"]), last)
-    assert all(len(pool.router.memory(stages - 1)) for pool in weave.pools.values())
-    again = [pool.router.snapshot(s) for pool in weave.pools.values() for s in range(stages - 1)]
+    assert all(len(pool.columns.memory(stages - 1)) for pool in weave.pools.values())
+    again = [pool.columns.snapshot(s) for pool in weave.pools.values() for s in range(stages - 1)]
     assert all(a is not None and b is not None and torch.equal(a[0], b[0])
                for a, b in zip(snapshots, again, strict=True))  # fmt: skip
     for pool, held in zip(weave.pools.values(), parameters, strict=True):
-        assert all(a is b for a, b in zip(pool.router.signal, held, strict=True))
+        assert all(a is b for a, b in zip(pool.columns.signal, held, strict=True))
 
 
 def test_a_fit_that_fails_changes_no_router() -> None:
     net, weave = build(2)
     remember_all(net, weave)
-    weave.pools["2"].router.memory(1)[0, 0] = torch.nan  # the second group, after a good first
-    before = weave.pools["0"].router.state()[0]
+    weave.pools["2"].columns.memory(1)[0, 0] = torch.nan  # the second group, after a good first
+    before = weave.pools["0"].columns.state()[0]
     with pytest.raises(prw.StageError, match="the fit for '2' is not finite; nothing was changed"):
         weave.consolidate()
-    assert torch.equal(weave.pools["0"].router.state()[0], before)
+    assert torch.equal(weave.pools["0"].columns.state()[0], before)
 
 
 def test_the_fit_is_the_minimum() -> None:
     """Convex: at the result, the gradient of the divergence is nearly zero."""
     torch.manual_seed(0)
     known = Remembered(inputs(50), torch.rand(50, 3, dtype=torch.float64).softmax(-1))
-    columns = fit(known, torch.zeros(3, WIDTH, dtype=torch.float64), 100).requires_grad_()
+    columns = fit(Top1(), known, torch.zeros(3, WIDTH, dtype=torch.float64), 100).requires_grad_()
     log_q = (known.h_MD @ columns.T).log_softmax(-1)
     loss = nn.functional.kl_div(log_q, known.p_ME, reduction="batchmean")
     loss.backward()
@@ -197,7 +198,7 @@ def test_a_new_expert_is_not_locked_out_by_grown_logits() -> None:
     net, weave = build(3)
     seen = remember_all(net, weave)
     weave.consolidate()
-    columns = torch.stack([c.detach() for c in weave.pools["0"].router.signal])
+    columns = torch.stack([c.detach() for c in weave.pools["0"].columns.signal])
     assert float(columns.norm(dim=1).max()) > 1  # they have grown
     weave.unlock("new")
     probs = torch.cat([routed(weave, x, None) for x in seen.values()])

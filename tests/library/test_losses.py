@@ -48,7 +48,7 @@ def plain_autograd(
     shares = []
     sample = weave.config.granularity == "sample"
     for name, x in inputs.items():
-        router = weave.pools[name].router
+        router = weave.pools[name].columns
         h = x.detach().mean(1) if sample else x.detach().flatten(0, -2)
         logits = h @ torch.stack(list(router.signal)).T
         if key is not None:
@@ -64,7 +64,7 @@ def plain_autograd(
 
 
 def router_columns(weave: prw.Weave) -> list[Tensor]:
-    return [p for name, p in weave.named_parameters() if ".router." in name]
+    return [p for name, p in weave.named_parameters() if ".columns." in name]
 
 
 @given(
@@ -122,7 +122,7 @@ def test_only_router_columns_receive_a_gradient() -> None:
         forward(weave, inputs)
     prw.veteran_gate_loss(record, 0.9, 0.5).backward()
     touched = {name for name, p in weave.named_parameters() if p.grad is not None}
-    assert touched == {name for name, _ in weave.named_parameters() if ".router." in name}
+    assert touched == {name for name, _ in weave.named_parameters() if ".columns." in name}
     assert all(x.grad is None for x in inputs.values())
 
 

@@ -122,7 +122,7 @@ def test_noise_needs_training_mode_and_a_noisy_call(granularity: str) -> None:
 def test_noise_can_be_left_out() -> None:
     pool, _ = build(2, noise=False)
     x = torch.randn(4, WIDTH)
-    assert not len(pool.router.noise)
+    assert not len(pool.columns.noise)
     assert torch.equal(pool.route(x, prw.Call(key=1, noisy=True)).probs, pool.route(x).probs)
 
 
@@ -146,11 +146,11 @@ def test_whatever_may_learn_gets_a_gradient_even_when_starving(
 ) -> None:
     pool, weave = build(stages, granularity=granularity, gate=gate)
     with torch.no_grad():
-        pool.router.signal[-1].zero_()
+        pool.columns.signal[-1].zero_()
     x = torch.ones(3, 4, WIDTH)
     if stages > 1:
         with torch.no_grad():
-            pool.router.signal[0].fill_(5.0)  # everything goes to the oldest expert
+            pool.columns.signal[0].fill_(5.0)  # everything goes to the oldest expert
     call = prw.Call(key=0, noisy=True)
     outputs, routing = pool.add(outputs_for(x), x, call)
     assert routing is not None and not routing.expert.any()
@@ -174,9 +174,9 @@ def test_veterans_get_no_gradient_even_if_something_unfreezes_them() -> None:
 def test_router_train_new_moves_only_the_new_column() -> None:
     pool, weave = build(3, router_train="new")
     names = {name for name, _ in weave.named_parameters()}
-    assert {n for n in names if "router" in n} == {
-        "block.router.signal.2",
-        "block.router.noise.2",
+    assert {n for n in names if "columns" in n} == {
+        "block.columns.signal.2",
+        "block.columns.noise.2",
     }
 
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prw.router import BLOCK, Router, column_product, noisy_top1, router_input
+from prw.columns import Columns
+from prw.router import BLOCK, NoisyTop1, Routing, column_product, router_input
 
 # Hypothesis chooses counts and a seed; the numbers themselves are drawn from that seed.
 seeds = st.integers(0, 2**32 - 1)
@@ -17,6 +18,10 @@ WIDTH = 6
 
 def draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def noisy_top1(h: Tensor, signal: list[Tensor], noise: list[Tensor], eps: Tensor | None) -> Routing:
+    return NoisyTop1().route(h, signal, noise, eps)
 
 
 def columns(seed: int, count: int) -> list[Tensor]:
@@ -125,7 +130,7 @@ def test_mean_over_all_inner_axes() -> None:
 
 
 def test_columns_are_parameters_of_their_own_and_survive_growth() -> None:
-    router = Router(WIDTH, noise=True)
+    router = Columns(WIDTH, noise=True)
     router.grow()
     first = router.signal[0]
     router.take_snapshot(0)
@@ -134,6 +139,6 @@ def test_columns_are_parameters_of_their_own_and_survive_growth() -> None:
     assert not any(column.any() for column in (*router.signal, *router.noise))
     with torch.no_grad():
         first.fill_(3.0)
-    assert torch.equal(router.columns(1, True, frozenset())[0][0], torch.zeros(WIDTH))
+    assert torch.equal(router.seen(1, True, frozenset())[0][0], torch.zeros(WIDTH))
     router.restore(0)
     assert torch.equal(first, torch.zeros(WIDTH))

@@ -214,19 +214,19 @@ def test_sync_keeps_the_moments_of_survivors(optimizer_name: str) -> None:
     other = nn.Parameter(torch.ones(2))
     groups = [
         {"params": [other]},
-        {"params": [p for n, p in weave.named_parameters() if ".router." in n], "lr": 0.1},
+        {"params": [p for n, p in weave.named_parameters() if ".columns." in n], "lr": 0.1},
         {"params": [p for n, p in weave.named_parameters() if ".experts." in n], "lr": 0.2},
     ]
     optimizer = OPTIMIZERS[optimizer_name](groups)
     other.grad = torch.ones(2)
     train(net, weave, optimizer)
     old = dict(weave.named_parameters())
-    kept = {n: copy.deepcopy(optimizer.state[p]) for n, p in old.items() if ".router." in n}
+    kept = {n: copy.deepcopy(optimizer.state[p]) for n, p in old.items() if ".columns." in n}
     weave.unlock("two")
     weave.sync(optimizer)
     new = dict(weave.named_parameters())
     assert [p is other for p in optimizer.param_groups[0]["params"]] == [True]
-    for kind, index, rate in ((".router.", 1, 0.1), (".experts.", 2, 0.2)):
+    for kind, index, rate in ((".columns.", 1, 0.1), (".experts.", 2, 0.2)):
         group = optimizer.param_groups[index]
         wanted = {id(p) for n, p in new.items() if kind in n}
         assert {id(p) for p in group["params"]} == wanted

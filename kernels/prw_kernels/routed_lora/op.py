@@ -20,7 +20,7 @@ def routed_lora(
     x: Tensor,
     A: Sequence[Sequence[Tensor]],
     B: Sequence[Sequence[Tensor]],
-    scaling: Sequence[float],
+    scaling: Sequence[Sequence[float]],
     expert: Tensor | None = None,
     gate: Tensor | None = None,
     *,
@@ -28,7 +28,7 @@ def routed_lora(
 ) -> tuple[Tensor, ...]:
     """Add the gated residual of the routed expert to one or more linear projections of ``x``.
 
-    ``y_p = result_p + B_pe (A_pe x) * (scaling_e * gate)``  with ``e = expert``
+    ``y_p = result_p + B_pe (A_pe x) * (scaling_pe * gate)``  with ``e = expert``
 
     The order of operations is PEFT's: with one expert and no gate, or gate 1, the bits are PEFT's.
     Shapes never depend on the values of ``expert``, and every factor that requires a gradient
@@ -40,7 +40,7 @@ def routed_lora(
         x: ``[..., D]``, the input the projections share; any strides, at least two axes.
         A: per projection and expert ``[R_e, D]``; experts may differ in rank.
         B: per projection and expert ``[O_p, R_e]``.
-        scaling: per expert, alpha / rank.
+        scaling: per projection and expert, alpha / rank.
         expert: int64 in ``[0, experts)``, shaped like a prefix of ``x.shape[:-1]``: all of it for
             one choice per token, the first axis for one per sample. May be None with one expert.
         gate: weight of the choice, shaped like ``expert``; None means 1.
@@ -58,9 +58,9 @@ def routed_lora(
     with torch.autocast(x.device.type, enabled=False):
         inputs = x.to(A[0][0].dtype)
         batched = backend == "auto" and x.dim() > 2 and _alike(A, scaling)
-        if batched and expert is not None and expert.dim() == 1 and len(scaling) > 1:
+        if batched and expert is not None and expert.dim() == 1 and len(scaling[0]) > 1:
             weight = torch.ones_like(expert, dtype=inputs.dtype) if gate is None else gate
-            deltas = per_sample(inputs, A, B, expert, weight * scaling[0])
+            deltas = per_sample(inputs, A, B, expert, weight * scaling[0][0])
         else:
             deltas = reference(inputs, A, B, scaling, expert, gate)
         return tuple(
@@ -68,11 +68,14 @@ def routed_lora(
         )
 
 
-def _check(x: Tensor, scaling: Sequence[float], expert: Tensor | None, gate: Tensor | None) -> None:
-    if not scaling:
+def _check(
+    x: Tensor, scaling: Sequence[Sequence[float]], expert: Tensor | None, gate: Tensor | None
+) -> None:
+    experts = len(scaling[0]) if scaling else 0
+    if not experts:
         raise ValueError("routed_lora needs at least one expert")
-    if expert is None and len(scaling) > 1:
-        raise ValueError(f"routed_lora has {len(scaling)} experts: say which with expert=")
+    if expert is None and experts > 1:
+        raise ValueError(f"routed_lora has {experts} experts: say which with expert=")
     for name, value in (("expert", expert), ("gate", gate)):
         if value is not None and value.shape != x.shape[:-1][: value.dim()]:
             raise ValueError(
@@ -81,6 +84,9 @@ def _check(x: Tensor, scaling: Sequence[float], expert: Tensor | None, gate: Ten
             )
 
 
-def _alike(A: Sequence[Sequence[Tensor]], scaling: Sequence[float]) -> bool:
+def _alike(A: Sequence[Sequence[Tensor]], scaling: Sequence[Sequence[float]]) -> bool:
     """Whether all experts have one rank and one scaling, so that they can be stacked."""
-    return len({a.shape[0] for A_p in A for a in A_p}) == 1 and len(set(scaling)) == 1
+    return (
+        len({a.shape[0] for A_p in A for a in A_p}) == 1
+        and len({s for row in scaling for s in row}) == 1
+    )

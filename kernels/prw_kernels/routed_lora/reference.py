@@ -16,11 +16,11 @@ def reference(
     x: Tensor,
     A: Sequence[Sequence[Tensor]],
     B: Sequence[Sequence[Tensor]],
-    scaling: Sequence[float],
+    scaling: Sequence[Sequence[float]],
     expert: Tensor | None,
     gate: Tensor | None,
 ) -> list[Tensor]:
-    """``delta_p = B_pe (A_pe x) * scaling_e * gate``, each expert computed for every token.
+    """``delta_p = B_pe (A_pe x) * scaling_pe * gate``, each expert computed for every token.
 
     A selection keeps the chosen expert's value, so the other experts change no bit of it, whatever
     they contain. Costs as many LoRAs as there are experts. Autograd differentiates it.
@@ -29,20 +29,20 @@ def reference(
         x: ``[..., D]`` in the dtype of the factors.
         A: per projection and expert ``[R_e, D]``.
         B: per projection and expert ``[O_p, R_e]``.
-        scaling: per expert.
+        scaling: per projection and expert.
         expert: int64, ``x.shape[:-1]`` or a prefix of it; None only with one expert.
         gate: shaped like ``expert``; None means 1.
 
     Returns:
         Per projection ``[..., O_p]``.
     """
-    chosen = [] if expert is None else [spread(expert == e, x.dim()) for e in range(len(scaling))]
+    chosen = [] if expert is None else [spread(expert == e, x.dim()) for e in range(len(A[0]))]
     weight = None if gate is None else spread(gate, x.dim())
     deltas = []
-    for A_p, B_p in zip(A, B, strict=True):
-        delta = _residual(x, A_p[0], B_p[0], scaling[0], weight)
-        for e in range(1, len(scaling)):
-            other = _residual(x, A_p[e], B_p[e], scaling[e], weight)
+    for A_p, B_p, scaling_p in zip(A, B, scaling, strict=True):
+        delta = _residual(x, A_p[0], B_p[0], scaling_p[0], weight)
+        for e in range(1, len(A_p)):
+            other = _residual(x, A_p[e], B_p[e], scaling_p[e], weight)
             delta = torch.where(chosen[e], other, delta)
         deltas.append(delta)
     return deltas
