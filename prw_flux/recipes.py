@@ -60,7 +60,7 @@ def shapes() -> RunConfig:
     return replace(
         demo(),
         recipe="shapes",
-        stages=_steps(counts, batch_size=32, lr=1e-2),
+        stages=_steps(counts, batch_size=32, lr=4e-3),
         data=DataConfig(samples=10_000),
         adapter=AdapterConfig(rank=64, alpha=128),
         evaluation=EvaluationConfig(per_task=128, history=64, steps=28),
