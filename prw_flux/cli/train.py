@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
     demo = verbs.add_parser(
         "demo", parents=[common], help="train the demo, generate, and write a report"
     )
-    demo.set_defaults(run=run_demo, recipe="demo", resume=None, parent=None, stages=[])
+    demo.set_defaults(run=run_demo, recipe="demo", resume=None, parent=None, stages=[], only=[])
     train = verbs.add_parser("train", parents=[common], help="train a recipe, resume or extend one")
     train.add_argument(
         "recipe", nargs="?", help="demo, shapes, photos, paper, or package.module:function"
@@ -33,6 +34,10 @@ def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--stage", dest="stages", action="append", default=[], metavar="[NAME=]TASK",
         help="one more stage, on a task or package.module:object; may be repeated",
+    )  # fmt: skip
+    train.add_argument(
+        "--only", action="append", default=[], metavar="NAME",
+        help="of the recipe's stages train this one; may be repeated",
     )  # fmt: skip
     train.set_defaults(run=run_train)
     for parser in (demo, train):
@@ -106,10 +111,11 @@ def _resume(args: argparse.Namespace) -> Path:
     where = args.resume or args.out or (args.recipe and str(RUNS / args.recipe))
     if not where:
         raise ConfigError("--resume needs the run folder: prw-flux train --resume RUN")
-    if args.settings or args.parent or args.stages or args.photos or args.overwrite:
+    changed = (args.settings, args.parent, args.stages, args.only, args.photos, args.overwrite)
+    if any(changed):
         raise ConfigError(
-            "a resumed run keeps its configuration: leave out --set, --photos, --from, --stage and "
-            "--overwrite, or begin another run"
+            "a resumed run keeps its configuration: leave out --set, --photos, --from, --stage, "
+            "--only and --overwrite, or begin another run"
         )
     run = RunFolder.open(where)
     if args.recipe and args.recipe != run.config.recipe:
@@ -141,6 +147,8 @@ def configured(args: argparse.Namespace, parent: Any = None) -> Any:
     if args.recipe is None and parent is None:
         raise ConfigError("train needs a recipe (demo, shapes, photos, paper), --from or --resume")
     config = parent.config if args.recipe is None else load_recipe(args.recipe)
+    if args.only:
+        config = _only(config, args.only)
     old = () if parent is None else parent.config.stages
     names = [stage.name for stage in old]
     stages = [*old, *(stage for stage in config.stages if stage.name not in names)]
@@ -158,6 +166,14 @@ def configured(args: argparse.Namespace, parent: Any = None) -> Any:
     if len(config.stages) == len(old):
         raise ConfigError(f"{args.parent} has finished all these stages: add one with --stage TASK")
     return config
+
+
+def _only(config: Any, names: Sequence[str]) -> Any:
+    known = [stage.name for stage in config.stages]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError(f"--only {unknown[0]}: there is no such stage, but {', '.join(known)}")
+    return replace(config, stages=tuple(s for s in config.stages if s.name in names))
 
 
 def _finished(run: Any) -> Any:

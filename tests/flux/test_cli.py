@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from prw_flux.cli import build_parser, main
+from prw_flux.cli.train import configured
 from prw_flux.config import RunConfig
 from prw_flux.rundir import RunFolder
 
@@ -51,6 +52,15 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[in
 def size_of(path: Path) -> tuple[int, int]:
     with Image.open(path) as image:
         return image.size
+
+
+def test_some_of_the_stages_only(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["train", "demo", "--only", "edit", "--only", "ground"]
+    config = configured(build_parser().parse_args(names))
+    assert [stage.name for stage in config.stages] == ["ground", "edit"]  # in the recipe's order
+    status, _, err = told(capsys, "train", "demo", "--only", "paint")
+    assert status == 1
+    assert "--only paint: there is no such stage, but inpaint, ground" in err
 
 
 @pytest.mark.parametrize("verb", ["", "demo", "train", "generate", "evaluate", "report", "inspect",
