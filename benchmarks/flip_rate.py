@@ -1,6 +1,7 @@
 """How many old inputs change their expert when a new one joins, by where its column begins.
 
     python -m benchmarks.flip_rate [--device cpu|cuda] [--quick] [--json FILE]
+                                   [--seeds N] [--steps N]
 
 A small transformer learns scikit-learn's digits, is woven (token routing, a router each for q, k, v
 together and for the MLP of two blocks), and learns the digits inverted, turned, mirrored and
@@ -290,13 +291,16 @@ def wrong(device: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Check, measure, print; 1 where a check fails."""
-    args = parser("flip_rate", __doc__ or "").parse_args(arguments)
+    given = parser("flip_rate", __doc__ or "")
+    given.add_argument("--seeds", type=int, default=3, help="runs that are averaged")
+    given.add_argument("--steps", type=int, default=150, help="of training per stage")
+    args = given.parse_args(arguments)
     problem = wrong(args.device)
     if problem:
         print(f"no figures: {problem}", file=sys.stderr)
         return 1
     started = time.perf_counter()
-    seeds, steps = (range(1), 20) if args.quick else (range(2), 120)
+    seeds, steps = (range(1), 20) if args.quick else (range(args.seeds), args.steps)
     variants = {}
     for setting in ("as trained", "consolidated"):
         rows = [

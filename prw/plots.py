@@ -39,7 +39,9 @@ def usage_map(summary: RoutingSummary, names: Sequence[str] | None = None) -> Fi
     figure, axes = _figure(1.6 + _longest(summary.groups) * 0.08 + max(0.8 * experts, 3),
                            min(1.4 + 0.3 * groups, 14))  # fmt: skip
     _heat(axes, shares, "share of rows", cells=groups <= MANY_ROWS)
-    axes.set_xticks(range(experts), _names(names, experts), rotation=30, ha="right")
+    axes.set_xticks(
+        range(experts), _names(names, experts), rotation=30, ha="right", rotation_mode="anchor"
+    )
     step = -(-groups // MANY_ROWS)
     axes.set_yticks(range(0, groups, step), list(summary.groups)[::step])
     axes.set_title("Usage by group and expert", loc="left")
@@ -149,7 +151,7 @@ def forgetting_matrix(
     size = 2.4 + max(0.9 * len(names), 2.4)
     figure, axes = _figure(size, 1.5 + 0.6 * len(rows))
     _heat(axes, rows, label, cells=True)
-    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(rows)), [f"after {name}" for name in names[: len(rows)]])
     axes.set_title(f"{label.capitalize()} after each stage", loc="left")
     return figure

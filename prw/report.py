@@ -14,9 +14,12 @@ if TYPE_CHECKING:
 
     from prw.weaving import Weave
 
-WIDE = 8
-"""Experts that have a column each; of more, the most used ones are listed."""
-LISTED = 4
+WIDTH = 100
+"""Characters that the tables are made for."""
+FIGURES = 36
+"""Characters of the columns that are no expert's and of the frame."""
+LISTED = 3
+"""Experts that are listed per group where not all have a column."""
 
 
 def report(weave: Weave, summary: RoutingSummary | None) -> Group:
@@ -37,6 +40,7 @@ def _stages(weave: Weave) -> Table:
     from rich.table import Table
 
     table = Table(title="Stages and their experts", title_justify="left")
+    table.add_column("expert", justify="right")
     table.add_column("stage", overflow="fold")
     for heading in ("rank", "parameters", "scaling", "remembered"):
         table.add_column(heading, justify="right")
@@ -50,9 +54,17 @@ def _stages(weave: Weave) -> Table:
         state = "[bold green]learning[/]" if learns else "frozen"
         ranks, scalings = (_range(sorted(set(found))) for found in zip(*pairs, strict=True))
         name = stage.name.replace("[", r"\[")
-        table.add_row(name, ranks, f"{size:,}", scalings, f"{kept:,}" if kept else "-", state)
+        table.add_row(
+            str(stage.index),
+            name,
+            ranks,
+            f"{size:,}",
+            scalings,
+            f"{kept:,}" if kept else "-",
+            state,
+        )
     if not weave.stages:
-        table.add_row("(none: unlock one)", *"-----")
+        table.add_row("-", "(none: unlock one)", *"-----")
     return table
 
 
@@ -69,24 +81,31 @@ def _usage(weave: Weave, summary: RoutingSummary) -> Table:
         caption_justify="left",
     )
     shared = os.path.commonprefix(list(summary.groups)) if len(summary.groups) > 1 else ""
-    shared = shared[: shared.rfind(".") + 1]
-    heading = f"group ({shared}...)" if len(shared) > 8 else "group"
-    table.add_column(heading, overflow="fold", ratio=1)
-    wide = len(names) <= WIDE
-    for name in names if wide else [f"most used of {len(names)}"]:
-        table.add_column(name, justify="right" if wide else "left", overflow="fold")
+    shared = shared[: shared.rfind(".") + 1] if len(shared) > 8 else ""
+    labels = {name: name.removeprefix(shared) for name in summary.groups} | {"all": "all"}
+    headings = _headings(names, max(len(label) for label in labels.values()))
+    table.add_column(f"group ({shared}...)" if shared else "group", overflow="fold")
+    for name in headings or [f"most used of {len(names)}"]:
+        table.add_column(name, justify="right" if headings else "left", no_wrap=bool(headings))
     for heading in ("entropy", "margin", "confidence"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, found in (told["by_group"] | {"all": told["all"]}).items():
         if name == "all":
             table.add_section()
-        label = name.removeprefix(shared) if len(shared) > 8 else name
         figures = [_figure(found[key]) for key in ("entropy", "margin", "confidence")]
-        table.add_row(label, *_shares(found["usage"], names, wide=wide), *figures)
+        table.add_row(labels[name], *_shares(found["usage"], names, bool(headings)), *figures)
     return table
 
 
-def _shares(usage: list[float] | None, names: list[str], *, wide: bool) -> list[str]:
+def _headings(names: list[str], label: int) -> list[str]:
+    """A heading per expert: its name, or its index where names are too wide, or none at all."""
+    for headings in (names, [str(index) for index in range(len(names))]):
+        if sum(max(len(h), 4) + 3 for h in headings) <= WIDTH - FIGURES - min(label, 40):
+            return headings
+    return []
+
+
+def _shares(usage: list[float] | None, names: list[str], wide: bool) -> list[str]:
     """The cells of one row."""
     if usage is None:
         return ["-"] * (len(names) if wide else 1)

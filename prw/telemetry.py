@@ -61,7 +61,7 @@ class RoutingSummary:
         Returns:
             ``[rows of the table, E]``, or ``[E]``; NaN where nothing was counted.
         """
-        rows = _over(self.rows_GSBE, by)
+        rows = _over(self.rows_GSBE, by).to(self.sums_GSB3.dtype)
         return rows / rows.sum(-1, keepdim=True)
 
     def entropy(self, by: By = None) -> Tensor:
@@ -177,10 +177,10 @@ def summarise(
 
 def merged(summaries: Iterable[RoutingSummary]) -> RoutingSummary:
     """One summary of several, say of all steps; raises ConfigError for none, or as `merge`."""
-    first, *others = [*summaries] or [None]
-    if first is None:
+    every = list(summaries)
+    if not every:
         raise ConfigError("there is no summary to merge")
-    return first.merge(*(other for other in others if other is not None))
+    return every[0].merge(*every[1:])
 
 
 def flip_rate(before: Record, after: Record) -> float:

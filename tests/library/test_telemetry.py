@@ -68,7 +68,7 @@ def test_figures_equal_a_hand_count() -> None:
         means = torch.tensor([sum(rows) / 4, sum(rows[:2]) / 2], dtype=torch.float64)
         torch.testing.assert_close(found, means, **close)
     histogram = torch.zeros(MARGIN_BINS, dtype=torch.int64)
-    for margin in PROBS.topk(2).values.diff(dim=-1).neg().flatten().double().tolist():
+    for margin in PROBS.double().topk(2).values.diff(dim=-1).neg().flatten().tolist():
         histogram[min(int(margin * MARGIN_BINS), MARGIN_BINS - 1)] += 1
     only = summarise(record_of({"a": [PROBS]}))
     assert torch.equal(only.margin_histogram(), histogram)
@@ -317,6 +317,15 @@ def test_a_report_of_many_experts_lists_the_most_used() -> None:
     model, weave = woven(11)
     text = render(weave.report(summarise(observed(model, weave, torch.randn(20, WIDTH)))))
     assert "most used of 11" in text and max(map(len, text.splitlines())) <= 100
+
+
+def test_a_report_with_long_names_keeps_the_groups_readable() -> None:
+    model, weave = woven(1)
+    for index in range(5):
+        weave.unlock(f"a-rather-long-stage-name-{index}")
+    text = render(weave.report(summarise(observed(model, weave, torch.randn(20, WIDTH)))))
+    heading = next(line for line in text.splitlines() if "margin" in line)
+    assert heading.split("┃")[2:8] == [f"    {i} " for i in range(6)]
 
 
 def test_a_report_refuses_the_summary_of_another_weave() -> None:
