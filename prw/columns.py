@@ -29,9 +29,12 @@ class Columns(nn.Module):
         self.snapshots = nn.ModuleDict()
         self.register_buffer("anchor", torch.empty(0), persistent=False)
 
-    def grow(self) -> None:
-        """Append a zero column: the new expert starts with logit 0 for every input."""
-        self.signal.append(nn.Parameter(self.anchor.new_zeros(self.width)))
+    def grow(self, first_D: Tensor | None = None) -> None:
+        """Append a column that begins with `first_D`, or with zero: logit 0 for every input."""
+        column = nn.Parameter(self.anchor.new_zeros(self.width))
+        if first_D is not None:
+            column.data.copy_(first_D)
+        self.signal.append(column)
         if self.noisy:
             self.noise.append(nn.Parameter(self.anchor.new_zeros(self.width)))
 

@@ -29,6 +29,8 @@ class Config:
         router: ``"top1"``, noisy (CoLoGen, Eq. 2 to 4) or plain as ``noise`` says, or a
             `prw.Router` of one's own, ``package.module:object``.
         context_features: width K of the context of a call, appended to what routers read.
+        new_column: the router column of a new expert begins at ``"zero"`` (the paper's), or at the
+            ``"mean"`` of the others, which leaves every earlier input with its expert.
         backend: ``"reference"`` runs the plain operator, ``"auto"`` the fastest one that fits.
 
     Raises:
@@ -45,6 +47,7 @@ class Config:
     noise: bool = True
     router: str = "top1"
     context_features: int = 0
+    new_column: Literal["zero", "mean"] = "zero"
     backend: Literal["auto", "reference"] = "auto"
 
     def __post_init__(self) -> None:

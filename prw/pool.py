@@ -18,6 +18,7 @@ from prw.columns import Columns
 from prw.config import Config
 from prw.errors import ConfigError, StageError
 from prw.experts import Expert, factors
+from prw.growth import first_column
 from prw.ledger import Ledger
 from prw.noise import gaussian_noise, group_id
 from prw.router import RouterPass, Routing, find_router, router_input
@@ -118,7 +119,8 @@ class Pool(nn.Module):
 
         Args:
             ledger: the stages to have.
-            fresh: draw the factors of new experts; False leaves them zero, to be filled.
+            fresh: draw the factors of new experts and begin their router columns as configured;
+                False leaves both zero, to be filled.
         """
         closing = self.ledger.newest
         if closing is not None and ledger.stages[closing.index : closing.index + 1]:
@@ -137,7 +139,8 @@ class Pool(nn.Module):
             if fresh:
                 expert.draw()
             self.experts.append(expert.train(self.training))
-            self.columns.grow()
+            kind = self.config.new_column if fresh else "zero"
+            self.columns.grow(first_column(kind, self.columns.state()[0]))
         self.ledger = ledger
         self.freeze()
 

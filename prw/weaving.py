@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,10 @@ from prw.errors import ConfigError, StageError
 from prw.ledger import Ledger, Stage
 from prw.optim import Kinds, sync
 from prw.pool import Pool
+from prw.telemetry import RoutingSummary
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 
 class Weave:
@@ -301,6 +305,21 @@ class Weave:
         self._follow(stored.ledger, fresh=False)
         state.fill(self.pools)
         self._follow(stored.ledger)
+
+    def report(self, summary: RoutingSummary | None = None) -> Group:
+        """Tables of the stages and their experts, and of where routing went; prints nothing.
+
+        Needs rich (extra ``report``). ``rich.print(weave.report(...))`` shows it.
+
+        Args:
+            summary: of some records of this weave, `prw.telemetry.summarise`.
+
+        Raises:
+            ConfigError: the summary is of another weave.
+        """
+        from prw.report import report
+
+        return report(self, summary)
 
     def unload(self) -> None:
         """Take the pools out of the model: the untouched base again."""

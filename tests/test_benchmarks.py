@@ -24,4 +24,6 @@ def test_it_checks_itself_and_reports(name: str, tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     told = json.loads(report.read_text())
     assert {"device", "torch", "commit", "variants"} <= set(told)
-    assert all(v["p20_ms"] <= v["median_ms"] <= v["p80_ms"] for v in told["variants"].values())
+    timed = [v for v in told["variants"].values() if "median_ms" in v]
+    assert timed or name == "flip_rate"
+    assert all(v["p20_ms"] <= v["median_ms"] <= v["p80_ms"] for v in timed)

@@ -21,6 +21,7 @@ configs = st.builds(
     router_train=st.sampled_from(["all", "new"]),
     gate=st.sampled_from(["softmax", "one"]),
     noise=st.booleans(),
+    new_column=st.sampled_from(["zero", "mean"]),
     backend=st.sampled_from(["auto", "reference"]),
 )
 
