@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -249,3 +252,50 @@ def test_a_woven_model_is_not_woven_again() -> None:
     weave(net, "to_k")
     with pytest.raises(prw.ConfigError, match=r"woven already at 'layers.0.to_k'; unload\(\)"):
         weave(net, "to_v")
+
+
+ROUTER = """import prw
+
+
+class Mine(prw.Router):
+    def logits(self, h_TD, signal, noise, eps_TE):
+        return prw.Top1().logits(h_TD, signal, noise, eps_TE)
+"""
+
+
+def test_a_folder_never_imports_the_router_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_router_of_test.py").write_text(ROUTER, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = nn.Sequential(nn.Linear(4, 4))
+    config = prw.Config(target_modules=["0"], rank=2, router="own_router_of_test:Mine")
+    weave = prw.weave(model, config)  # what the user writes is imported
+    weave.unlock("one")
+    weave.save(tmp_path / "weave")
+    weave.unload()
+    monkeypatch.delitem(sys.modules, "own_router_of_test")
+    with pytest.raises(prw.CheckpointError, match="write `import own_router_of_test` before"):
+        prw.load(model, tmp_path / "weave")
+    assert "own_router_of_test" not in sys.modules and isinstance(model[0], nn.Linear)
+    importlib.import_module("own_router_of_test")
+    prw.load(model, tmp_path / "weave").unload()
+    monkeypatch.delitem(sys.modules, "own_router_of_test")
+
+
+def test_a_name_that_is_no_router_is_not_called() -> None:
+    called: list[int] = []
+
+    class Other:
+        def __init__(self) -> None:
+            called.append(1)
+
+    module = types.ModuleType("module_of_test")
+    module.Other = Other  # type: ignore[attr-defined]
+    sys.modules["module_of_test"] = module
+    try:
+        with pytest.raises(prw.ConfigError, match="is a type, not a prw.Router"):
+            prw.router.find_router("module_of_test:Other", noise=False)
+    finally:
+        del sys.modules["module_of_test"]
+    assert not called
