@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prw.errors import StageError
+from prw.prompt import Prompt
 from prw.router import RouterPass, Routing
 
 
@@ -28,6 +29,7 @@ class Call:
         stage: pin routing to the end of this stage.
         force: send everything to the expert of this stage with gate 1.
         noisy: whether routers add noise, in modules that are in training mode.
+        prompt: what a decoder's prompt decided for the tokens that continue it.
     """
 
     key: int = 0
@@ -36,6 +38,7 @@ class Call:
     stage: str | None = None
     force: str | None = None
     noisy: bool = False
+    prompt: Prompt = field(default_factory=Prompt, repr=False)
 
     def __enter__(self) -> Call:
         return self

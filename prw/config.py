@@ -4,13 +4,38 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args, get_type_hints
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, final, get_args, get_type_hints
 
 from prw.errors import ConfigError
 
 SCHEMA_VERSION = 1
+ALL_LINEAR = "all-linear"
+
+
+@final
+class RankPattern(Mapping[str, int]):
+    """An immutable mapping from patterns to ranks that can be hashed, copied and pickled."""
+
+    def __init__(self, ranks: Mapping[str, int]) -> None:
+        self._ranks = tuple(ranks.items())
+
+    def __getitem__(self, pattern: str) -> int:
+        return dict(self._ranks)[pattern]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict(self._ranks))
+
+    def __len__(self) -> int:
+        return len(self._ranks)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._ranks))
+
+    def __repr__(self) -> str:
+        return repr(dict(self._ranks))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +43,14 @@ class Config:
     """How a pool of experts is built and routed. Validates itself; immutable; JSON round trip.
 
     Attributes:
-        target_modules: dotted names, name endings or ``*`` patterns of the linears to adapt.
+        target_modules: which linears to adapt: a list of dotted names, name endings or ``*``
+            patterns; or one string, a regular expression that must match the whole dotted name;
+            or ``"all-linear"``, every one that can be adapted except the output head.
+        exclude_modules: a list or a regular expression alike; what it matches is left alone.
         rank: rank of a new expert.
+        rank_pattern: other ranks for some targets, by a regular expression for the end of their
+            names, as in PEFT: ``(.*\\.)?(key)$``. The first key that matches counts. Residuals
+            keep the scaling ``alpha / rank`` of the others.
         alpha: residuals are scaled by ``alpha / rank``; None means ``2 * rank``.
         granularity: one routing decision per ``"token"`` or per ``"sample"``.
         share_router: one router per ``"module"``, or per ``"parent"`` of linears of one width.
@@ -37,8 +68,10 @@ class Config:
         ConfigError: a value that cannot work; the message names it and the fix.
     """
 
-    target_modules: Sequence[str] = ()
+    target_modules: Sequence[str] | str = ()
+    exclude_modules: Sequence[str] | str = ()
     rank: int = 16
+    rank_pattern: Mapping[str, int] = field(default_factory=lambda: RankPattern({}))
     alpha: float | None = None
     granularity: Literal["token", "sample"] = "token"
     share_router: Literal["module", "parent"] = "module"
@@ -51,17 +84,11 @@ class Config:
     backend: Literal["auto", "reference"] = "auto"
 
     def __post_init__(self) -> None:
-        if isinstance(self.target_modules, str):
-            raise ConfigError(
-                f"target_modules is a list of names; write target_modules=[{self.target_modules!r}]"
-            )
-        object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        if not all(isinstance(name, str) and name for name in self.target_modules):
-            raise ConfigError(
-                f"target_modules must be non-empty strings, got {list(self.target_modules)}"
-            )
+        for name in ("target_modules", "exclude_modules"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
             raise ConfigError(f"rank must be a whole number of at least 1, got {self.rank!r}")
+        object.__setattr__(self, "rank_pattern", _rank_pattern(self.rank_pattern))
         self._check_alpha()
         if not isinstance(self.router, str) or (self.router != "top1" and ":" not in self.router):
             raise ConfigError(f'router is "top1" or package.module:object, got {self.router!r}')
@@ -94,7 +121,9 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Plain data with the schema version, ready for JSON."""
         data = asdict(self)
-        data["target_modules"] = list(self.target_modules)
+        for name in ("target_modules", "exclude_modules"):
+            data[name] = data[name] if isinstance(data[name], str) else list(data[name])
+        data["rank_pattern"] = dict(self.rank_pattern)
         return {"schema_version": SCHEMA_VERSION, **data}
 
     def to_json(self) -> str:
@@ -135,3 +164,44 @@ class Config:
         if not isinstance(data, dict):
             raise ConfigError(f"the configuration must be a JSON object, got {data!r}")
         return cls.from_dict(data)
+
+
+def _patterns(name: str, value: object) -> str | tuple[str, ...]:
+    """A checked list of names, as a tuple, or a checked regular expression."""
+    if isinstance(value, str):
+        if value.lower() == ALL_LINEAR:
+            return ALL_LINEAR
+        _check_expression(name, value)
+        return value
+    if not isinstance(value, Sequence) and not isinstance(value, (set, frozenset)):
+        raise ConfigError(f"{name} must be a list of names or a regular expression, got {value!r}")
+    names = tuple(sorted(value)) if isinstance(value, (set, frozenset)) else tuple(value)
+    if not all(isinstance(entry, str) and entry for entry in names):
+        raise ConfigError(f"{name} must be non-empty strings, got {list(names)}")
+    return names
+
+
+def _check_expression(name: str, text: str) -> None:
+    if not text:
+        raise ConfigError(f"{name} must not be an empty string; give names or an expression")
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ConfigError(
+            f"{name} has {text!r}, which is no regular expression: {error}; "
+            f"a list of names or * patterns may be meant, [{text!r}]"
+        ) from None
+
+
+def _rank_pattern(value: object) -> RankPattern:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"rank_pattern must map patterns to ranks, got {value!r}")
+    for pattern, rank in value.items():
+        if not isinstance(pattern, str):
+            raise ConfigError(f"rank_pattern must map patterns to ranks, got the key {pattern!r}")
+        _check_expression("rank_pattern", pattern)
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ConfigError(
+                f"rank_pattern must give whole numbers of at least 1, got {rank!r} for {pattern!r}"
+            )
+    return RankPattern(value)

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from prw.linear import linear_size, plain_weight
+
 SAMPLES = 2048
 TOLERANCE = 0.02
 """Relative RMS difference of the sampled weights above which a base counts as another one.
@@ -22,7 +24,7 @@ _VOLATILE = frozenset(
 )
 
 
-def fingerprint(model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, Any]:
+def fingerprint(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, Any]:
     """Describe a base as plain JSON data.
 
     Args:
@@ -33,11 +35,14 @@ def fingerprint(model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str,
         ``class``, ``config``, ``modules`` (name and shape of each layer) and ``samples``, up to
         2048 weights taken at even distances.
     """
+    layers = sorted(linears.items())
+    sizes = [[name, linear_size(layer) or (0, 0)] for name, layer in layers]
+    weights = [weight for _, layer in layers if (weight := plain_weight(layer)) is not None]
     return {
         "class": type(model).__qualname__,
         "config": _config(model),
-        "modules": [[n, [m.out_features, m.in_features]] for n, m in sorted(linears.items())],
-        "samples": sample_weights([linear.weight for _, linear in sorted(linears.items())]),
+        "modules": [[name, [output, width]] for name, (width, output) in sizes],
+        "samples": sample_weights(weights),
     }
 
 

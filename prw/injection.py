@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from prw import checkpoint
 from prw.config import Config
+from prw.decoding import follow, needs_prompt
 from prw.errors import CheckpointError, ConfigError
 from prw.fingerprint import fingerprint
-from prw.linear import RoutedLinear
+from prw.linear import RoutedLinear, linear_size, where_it_lives
 from prw.pool import Pool
+from prw.targets import find_linears, ranks_of
 from prw.weaving import Weave
 
 
 def weave(model: nn.Module, config: Config) -> Weave:
     """Freeze `model` and put a pool of experts beside every linear layer the config names.
 
-    A target matches a layer whose dotted name equals it or ends with it; ``*`` matches anything.
-    The model computes what it did before until a stage is unlocked and trained.
+    In a list, a target matches a layer whose dotted name equals it or ends with it; ``*`` matches
+    anything. Layers are `torch.nn.Linear`, transformers' ``Conv1D`` and quantised ones. The model
+    computes what it did before until a stage is unlocked and trained.
 
     Args:
         model: any module; its layers are replaced in place by `RoutedLinear`.
@@ -32,14 +35,21 @@ def weave(model: nn.Module, config: Config) -> Weave:
         The weave, through which stages are unlocked, trained, pinned and saved.
 
     Raises:
-        ConfigError: a target matches no linear layer (near misses are listed), a rank is above a
-            layer's size, or the model is woven already.
+        ConfigError: a pattern matches no linear layer (near misses are listed), a layer cannot be
+            adapted, a rank is above a layer's size, or the model is woven already.
     """
-    linears = find_linears(model, config.target_modules)
+    linears = find_linears(model, config)
     pools = _pools(model, linears, config)
     identity = fingerprint(model, linears)
     had_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    undo = [_replace(model, linears[target], pool, p) for pool in pools for p, target in _of(pool)]
+    undo = [
+        _replace(model, linears[target], pool, projection)
+        for pool in pools
+        for projection, target in pool.targets.items()
+    ]
+    undo += _called(model)
+    if any(pool.prompted for pool in pools):
+        undo.append(follow(model, pools))
     for parameter, _ in had_grad:
         parameter.requires_grad_(False)
 
@@ -56,9 +66,11 @@ def load(model: nn.Module, path: str | Path) -> Weave:
     """Weave `model` as the folder says and load it; the model stays untouched if that fails.
 
     Raises:
-        CheckpointError: the folder is missing, damaged, too new, or made for another base.
+        CheckpointError: the folder is missing, damaged, too new, or made for another base, or it
+            names a router whose module is not imported yet.
     """
     stored = checkpoint.read(path)
+    _check_imported(stored.config.router, path)
     try:
         woven = weave(model, stored.config)
     except ConfigError as error:
@@ -71,91 +83,52 @@ def load(model: nn.Module, path: str | Path) -> Weave:
     return woven
 
 
-def find_linears(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
-    """The linear layers that the targets name, by dotted name, each layer once.
-
-    Raises:
-        ConfigError: no target, a target without a match, or a model that is woven already.
-    """
-    if not targets:
-        raise ConfigError("target_modules is empty; name at least one linear layer")
-    modules = dict(model.named_modules())
-    woven = next((name for name, m in modules.items() if isinstance(m, RoutedLinear)), None)
-    if woven is not None:
-        raise ConfigError(f"the model is woven already at {woven!r}; unload() that weave first")
-    found: dict[str, nn.Linear] = {}
-    for target in targets:
-        matches = {name: m for name, m in modules.items() if _matches(name, target)}
-        linears = {name: m for name, m in matches.items() if isinstance(m, nn.Linear)}
-        if not linears:
-            raise ConfigError(_no_match(target, matches, modules))
-        found |= linears
-    for name, linear in found.items():
-        if type(linear).__name__ == "NonDynamicallyQuantizableLinear":
-            raise ConfigError(
-                f"{name!r} belongs to nn.MultiheadAttention, which reads its weight without "
-                "calling it, so an expert there would do nothing; choose other targets"
-            )
-    return {name: found[name] for name in modules if name in found}
-
-
-def _matches(name: str, target: str) -> bool:
-    return bool(name) and (fnmatchcase(name, target) or fnmatchcase(name, f"*.{target}"))
-
-
-def _no_match(target: str, matches: dict[str, nn.Module], modules: dict[str, nn.Module]) -> str:
-    if matches:
-        name, module = next(iter(matches.items()))
-        return (
-            f"target {target!r} matches {name!r}, a {type(module).__name__}; only nn.Linear layers "
-            "can be adapted"
+def _check_imported(router: str, path: str | Path) -> None:
+    """A folder may name a router, but what it names is never imported for it."""
+    module, colon, _ = router.partition(":")
+    if colon and module not in sys.modules:
+        raise CheckpointError(
+            f"{path} was made with the router {router!r}, and no file makes prw import a module; "
+            f"if you trust it, write `import {module}` before you load"
         )
-    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    if not linears:
-        return f"target {target!r} matches nothing: the model has no nn.Linear layer"
-    endings = {name.rsplit(".", 1)[-1] for name in linears}
-    near = difflib.get_close_matches(target, sorted({*linears, *endings}), n=3, cutoff=0.0)
-    return f"target {target!r} matches nothing; the nearest linear layers are {', '.join(near)}"
 
 
-def _pools(model: nn.Module, linears: dict[str, nn.Linear], config: Config) -> list[Pool]:
+def _pools(model: nn.Module, linears: Mapping[str, nn.Module], config: Config) -> list[Pool]:
     """One pool per layer, or per parent and input width, in the order of the model."""
+    sizes = {name: linear_size(linear) or (0, 0) for name, linear in linears.items()}
+    ranks = ranks_of(linears, config)
+    prompted = config.granularity == "sample" and needs_prompt(model, linears)
     groups: dict[tuple[str, int], dict[str, str]] = {}
-    for name, linear in linears.items():
+    for name in linears:
         parent, _, leaf = name.rpartition(".")
         shared = config.share_router == "parent"
-        key = (parent if shared else name, linear.in_features)
+        key = (parent if shared else name, sizes[name][0])
         groups.setdefault(key, {})[leaf] = name
     parents = [parent for parent, _ in groups]
     pools = []
     for (parent, width), targets in groups.items():
-        name = parent if parents.count(parent) == 1 else f"{parent}:{width}"
-        sizes = {leaf: linears[target].out_features for leaf, target in targets.items()}
-        pool = Pool(name, width, sizes, config, targets=targets, needs_mask=_generates(model))
-        weight = linears[next(iter(targets.values()))].weight
-        dtype = weight.dtype if weight.dtype.itemsize > 4 else None
-        pools.append(pool.to(weight.device, dtype).train(model.training))
+        device, dtype = where_it_lives(linears[next(iter(targets.values()))])
+        pool = Pool(
+            parent if parents.count(parent) == 1 else f"{parent}:{width}",
+            width,
+            {leaf: sizes[target][1] for leaf, target in targets.items()},
+            config,
+            targets=targets,
+            ranks={leaf: ranks[target] for leaf, target in targets.items()},
+            needs_mask=prompted,
+        )
+        pools.append(pool.to(device, dtype).train(model.training))
     return pools
 
 
-def _generates(model: nn.Module) -> bool:
-    """Whether the model is a decoder that generates token by token, as transformers says."""
-    generates = getattr(model, "can_generate", None)
-    return bool(callable(generates) and generates())
-
-
-def _of(pool: Pool) -> list[tuple[str, str]]:
-    return list(pool.targets.items())
-
-
-def _replace(model: nn.Module, base: nn.Linear, pool: Pool, projection: str) -> Callable[[], None]:
+def _replace(model: nn.Module, base: nn.Module, pool: Pool, projection: str) -> Callable[[], None]:
     """Put a routed layer wherever `base` sits in the model; returns what undoes it."""
     owner = next(iter(pool.projections)) == projection
     routed = RoutedLinear(base, pool, projection, owner=owner).train(base.training)
     places = [
         (parent, leaf)
         for parent in model.modules()
-        for leaf, child in parent.named_children()
+        for leaf, child in parent._modules.items()  # named_children() gives a child only once
         if child is base
     ]
     for parent, leaf in places:
@@ -166,3 +139,25 @@ def _replace(model: nn.Module, base: nn.Linear, pool: Pool, projection: str) -> 
             setattr(parent, leaf, base)
 
     return put_back
+
+
+def _called(model: nn.Module) -> list[Callable[[], None]]:
+    """Make torch's transformer encoder call its linears in eval mode; returns what undoes it.
+
+    Its fast path reads the weights instead. A layer leaves it where a module inside has a hook; the
+    stack of layers must also be kept from giving them nested tensors, which only that path takes.
+    """
+    undo: list[Callable[[], None]] = []
+    for module in list(model.modules()):
+        routed = [part for part in module.modules() if isinstance(part, RoutedLinear)]
+        if isinstance(module, nn.TransformerEncoderLayer):
+            for part in routed:
+                part.register_forward_pre_hook(_be_called)
+        elif isinstance(module, nn.TransformerEncoder) and routed:
+            undo.append(partial(setattr, module, "use_nested_tensor", module.use_nested_tensor))
+            module.use_nested_tensor = False
+    return undo
+
+
+def _be_called(_module: nn.Module, _inputs: object) -> None:
+    """A hook without effect."""

@@ -1,10 +1,74 @@
-"""A linear layer with routed experts beside it."""
+"""Which layers are linear, and a linear layer with routed experts beside it."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import inspect
+from itertools import chain
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from prw.errors import ConfigError
 from prw.pool import Pool
+
+
+def linear_size(module: nn.Module) -> tuple[int, int] | None:
+    """Input and output width of a layer that can be adapted; None for every other module.
+
+    These are: `torch.nn.Linear` and its subclasses, among them those of bitsandbytes; transformers'
+    ``Conv1D``, whose weight is transposed; and the quantised layers of other libraries, known by a
+    class name with "Linear", by ``in_features`` and ``out_features``, and by a forward of one
+    tensor. torch's own integer layers have no gradient and do not count.
+    """
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    kinds = [(kind.__module__, kind.__name__) for kind in type(module).__mro__]
+    if ("transformers.pytorch_utils", "Conv1D") in kinds:
+        width, size = module.get_parameter("weight").shape
+        return width, size
+    if "Linear" not in kinds[0][1] or kinds[0][0].startswith("torch."):
+        return None
+    sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
+    if not all(isinstance(size, int) for size in sizes) or not _takes_one_tensor(module):
+        return None
+    return int(sizes[0] or 0), int(sizes[1] or 0)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is a layer that `linear_size` knows and that is not adapted yet."""
+    return not isinstance(module, RoutedLinear) and linear_size(module) is not None
+
+
+def plain_weight(module: nn.Module) -> Tensor | None:
+    """The weight, where it is a plain tensor of floats and not quantised, sharded or absent."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return None
+    return weight if type(weight) in (Tensor, nn.Parameter) else None
+
+
+def where_it_lives(module: nn.Module) -> tuple[torch.device, torch.dtype | None]:
+    """Device of a layer, and the dtype of its experts where that is not the default, fp32.
+
+    Raises:
+        ConfigError: a lazy layer, which has no weights yet.
+    """
+    if isinstance(module, LazyModuleMixin):
+        raise ConfigError(
+            f"{module} has no weights yet; run the model once on a batch before it is woven"
+        )
+    tensor = next(chain(module.parameters(), module.buffers()), None)
+    if tensor is None:
+        return torch.get_default_device(), None
+    wide = tensor.is_floating_point() and tensor.dtype.itemsize > 4
+    return tensor.device, tensor.dtype if wide else None
+
+
+def _takes_one_tensor(module: nn.Module) -> bool:
+    parameters = inspect.signature(module.forward).parameters.values()
+    return sum(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters) == 1
 
 
 class RoutedLinear(nn.Module):
@@ -20,7 +84,7 @@ class RoutedLinear(nn.Module):
         owner: whether this layer registers the pool.
     """
 
-    def __init__(self, base: nn.Linear, pool: Pool, projection: str, *, owner: bool) -> None:
+    def __init__(self, base: nn.Module, pool: Pool, projection: str, *, owner: bool) -> None:
         super().__init__()
         self.base = base
         self.projection = projection
@@ -36,22 +100,29 @@ class RoutedLinear(nn.Module):
     @property
     def in_features(self) -> int:
         """As in the base layer."""
-        return self.base.in_features
+        return self.pool.in_features
 
     @property
     def out_features(self) -> int:
         """As in the base layer."""
-        return self.base.out_features
+        return self.pool.projections[self.projection]
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight."""
-        return self.base.weight
+        """The base layer's weight; set it to tie or replace that of the base layer."""
+        return self.base.weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:
-        """The base layer's bias."""
-        return self.base.bias
+        """The base layer's bias, like its weight."""
+        return self.base.bias  # type: ignore[return-value]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module refuses a parameter where there is a property, and tie_weights() sets one.
+        if name in ("weight", "bias"):
+            setattr(self.base, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def forward(self, x: Tensor) -> Tensor:
         """``base(x) + gate * alpha / rank * B_e A_e x``, shaped and typed like ``base(x)``."""

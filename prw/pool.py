@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prw.call import Call, CallSlot, Recall, Record
@@ -59,7 +60,8 @@ class Pool(nn.Module):
         config: rank, routing and gate.
         targets: full module name of each projection in files; ``name.projection`` by default.
         ranks: of new experts, by projection; the configuration's where it is not given.
-        needs_mask: refuse per-sample routing without a mask, as a causal decoder must.
+        needs_mask: refuse per-sample routing without a mask, as a causal decoder must: the mask
+            says which tokens are the prompt, and tokens after it keep the prompt's routing.
 
     Raises:
         ConfigError: no projection, a name with a dot, or a rank above a layer's size.
@@ -83,7 +85,7 @@ class Pool(nn.Module):
         self.config = config
         self.targets = dict(targets or {p: f"{name}.{p}" if name else p for p in projections})
         self.ranks = {p: config.rank for p in projections} | dict(ranks or {})
-        self.needs_mask = needs_mask
+        self.prompted = needs_mask and config.granularity == "sample"
         self.ledger = Ledger()
         self.slot = CallSlot()
         self._check()
@@ -208,8 +210,8 @@ class Pool(nn.Module):
         view = self._view(call)
         if view.count == 0:
             return dict(outputs), None
-        routing, inputs = self._route(x, call, view)
-        if next(iter(self.projections)) in outputs:
+        routing, inputs = self._route(x, call, view, next(iter(outputs)))
+        if next(iter(self.projections)) in outputs and not call.prompt.continues:
             self._observe(call, routing, inputs, view)
         forced = view.forced is not None
         indices = [view.forced] if view.forced is not None else list(range(view.count))
@@ -238,16 +240,21 @@ class Pool(nn.Module):
         signal, noise = self.columns.seen(count, call.stage is not None, self.learning.columns)
         return View(count, forced, newest if forced is None else forced, pinned, signal, noise)
 
-    def _route(self, x: Tensor, call: Call, view: View) -> tuple[Routing, RouterPass | None]:
+    def _route(
+        self, x: Tensor, call: Call, view: View, asking: str = ""
+    ) -> tuple[Routing, RouterPass | None]:
         if view.count == 0:
             raise StageError(f"pool {self.name!r} has no expert yet; unlock a stage first")
         self._check_input(x, call)
+        if self.prompted and view.forced is None and call.prompt.continues:
+            return self._recall(x, call, view, asking), None
+        mask = None if self.prompted and view.forced is not None else self._mask(x, call)
         shape = x.shape[:1] if self.config.granularity == "sample" else x.shape[:-1]
         if view.forced is not None:
             return _forced(shape, view.forced, view.count, x), None
         with torch.autocast(x.device.type, enabled=False):
             context = call.context if self.config.context_features else None
-            h_TD = router_input(x, self.config.granularity, call.mask, context)
+            h_TD = router_input(x, self.config.granularity, mask, context)
             eps_TE = None
             if call.noisy and self.training and self.config.noise:
                 rows = h_TD.shape[0]
@@ -257,6 +264,8 @@ class Pool(nn.Module):
         gate_T = flat.gate if self.config.gate == "softmax" else flat.gate * 0 + 1
         probs = flat.probs.reshape(*shape, view.count)
         routing = Routing(flat.expert.reshape(shape), gate_T.reshape(shape), probs)
+        if self.prompted:
+            call.prompt.keep((self.name, asking), routing)
         return routing, RouterPass(self.router, h_TD, view.signal, view.noise, eps_TE, flat.probs)
 
     def _check_input(self, x: Tensor, call: Call) -> None:
@@ -265,17 +274,36 @@ class Pool(nn.Module):
                 f"pool {self.name!r} expects inputs [..., {self.in_features}] with at least two "
                 f"axes, got {list(x.shape)}"
             )
-        if call.mask is not None and call.mask.shape != x.shape[:-1]:
-            raise ConfigError(
-                f"the mask of the call is {list(call.mask.shape)}, but pool {self.name!r} was "
-                f"given tokens {list(x.shape[:-1])}"
-            )
         self._check_context(x, call)
-        if self.needs_mask and self.config.granularity == "sample" and call.mask is None:
+
+    def _mask(self, x: Tensor, call: Call) -> Tensor | None:
+        """The mask of the call for the tokens of x: tokens after a prompt's mask do not count."""
+        mask = call.mask
+        if mask is None and self.prompted:
             raise ConfigError(
                 f"pool {self.name!r} routes whole samples of a causal decoder, where later tokens "
                 "would change the routing of earlier ones; give the prompt's tokens as mask="
             )
+        if mask is None or mask.shape == x.shape[:-1]:
+            return mask
+        if mask.shape[:1] == x.shape[:1]:
+            if self.config.granularity == "sample" and x.dim() == 2:
+                return None  # a pooler, say: every row is a sample already
+            if self.prompted and mask.dim() == 2 and x.dim() == 3 and mask.shape[1] < x.shape[1]:
+                return F.pad(mask, (0, x.shape[1] - mask.shape[1]))
+        raise ConfigError(
+            f"the mask of the call is {list(mask.shape)}, but pool {self.name!r} was given tokens "
+            f"{list(x.shape[:-1])}"
+        )
+
+    def _recall(self, x: Tensor, call: Call, view: View, asking: str) -> Routing:
+        """The routing of the prompt, for tokens that continue it."""
+        if torch.is_grad_enabled() and self.learning.columns and not view.pinned:
+            raise ConfigError(
+                f"pool {self.name!r} continues a prompt from a cache, where its router gets no "
+                "gradient; train on whole sequences, and generate under torch.no_grad()"
+            )
+        return call.prompt.recall((self.name, asking), x.shape[0], view.count)
 
     def _check_context(self, x: Tensor, call: Call) -> None:
         width, given = self.config.context_features, call.context

@@ -239,7 +239,7 @@ def find_router(name: str, *, noise: bool) -> Router:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"router {name!r} cannot be imported: {error}") from None
-    router = found() if isinstance(found, type) else found
+    router = found() if isinstance(found, type) and issubclass(found, Router) else found
     if not isinstance(router, Router):
         raise ConfigError(f"router {name!r} is a {type(router).__name__}, not a prw.Router")
     return router

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+import types
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -34,6 +39,10 @@ class Net(nn.Module):
         return self.to_out(x)
 
 
+def adapted(net: nn.Module) -> list[str]:
+    return [name for name, m in net.named_modules() if isinstance(m, RoutedLinear)]
+
+
 def weave(model: nn.Module, *targets: str, **fields: object) -> prw.Weave:
     return prw.weave(model, prw.Config(target_modules=targets, rank=2, **fields))  # type: ignore[arg-type]
 
@@ -51,8 +60,82 @@ def weave(model: nn.Module, *targets: str, **fields: object) -> prw.Weave:
 def test_targets_match_names_endings_and_patterns(targets: list[str], wanted: list[str]) -> None:
     net = Net()
     woven = weave(net, *targets)
-    assert [name for name, m in net.named_modules() if isinstance(m, RoutedLinear)] == wanted
+    assert adapted(net) == wanted
     assert list(woven.pools) == wanted
+
+
+LAYERS = [f"layers.{i}.to_{p}" for i in (0, 1) for p in "qkv"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"target_modules": r".*\.to_(q|k)"}, [n for n in LAYERS if n[-1] in "qk"]),
+        ({"target_modules": r"layers\.1\.\w+"}, LAYERS[3:]),
+        ({"target_modules": "to_out"}, ["to_out"]),
+        ({"target_modules": "all-linear"}, [*LAYERS, "to_out"]),
+        ({"target_modules": "All-Linear", "exclude_modules": ["to_out", "to_v"]}, "qk"),
+        ({"target_modules": ["to_q", "to_k"], "exclude_modules": r"layers\.0.*"}, LAYERS[3:5]),
+        ({"target_modules": ["to_q"], "exclude_modules": ["layers.0.*"]}, LAYERS[3:4]),
+    ],
+)
+def test_expressions_and_exclusions(fields: dict[str, object], wanted: object) -> None:
+    net = Net()
+    prw.weave(net, prw.Config(rank=2, **fields))  # type: ignore[arg-type]
+    assert adapted(net) == ([n for n in LAYERS if n[-1] in "qk"] if wanted == "qk" else wanted)
+
+
+@pytest.mark.parametrize("share", ["module", "parent"])
+def test_rank_pattern(share: str, tmp_path: Path) -> None:
+    pattern = {"layers.0.to_k": 3, "to_k": 1, r"to_[qv]": 4}
+    net, config = (
+        Net(),
+        prw.Config(
+            target_modules="all-linear", rank=2, alpha=4, rank_pattern=pattern, share_router=share
+        ),
+    )
+    woven = prw.weave(net, config)
+    woven.unlock("one")
+    found = {
+        target: (pool.expert(0).rank(p), pool.expert(0).scaling(p))
+        for pool in woven.pools.values()
+        for p, target in pool.targets.items()
+    }
+    ranks = {n: 4 if n[-1] != "k" else 3 if ".0." in n else 1 for n in LAYERS} | {"to_out": 2}
+    assert found == {name: (rank, 2.0) for name, rank in ranks.items()}
+    for parameter in woven.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 3, 4)
+    now = net(x)
+    woven.save(tmp_path / "weave")
+    woven.unload()
+    prw.load(net, tmp_path / "weave")
+    assert torch.equal(net(x), now)
+
+
+ALL = {"target_modules": "all-linear", "rank": 2}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": "to_k"}, r"'to_k' matches nothing.*\['to_k'\] matches endings"),
+        ({"target_modules": r".*\.q_proj"}, r"nearest linear layers are .*to_q.*whole names"),
+        ({"target_modules": "norm"}, "matches 'norm', a LayerNorm"),
+        (ALL | {"exclude_modules": ["to_w"]}, "exclusion 'to_w' matches nothing; the nearest"),
+        (ALL | {"exclude_modules": ["layers.0"]}, r"'layers.0.\*' means the layers inside"),
+        (ALL | {"exclude_modules": ".*"}, "leaves nothing of the targets 'layers.0.to_q'"),
+        ({"target_modules": ["to_k"], "exclude_modules": ["to_k"]}, r"\['to_k'\] leaves nothing"),
+        (ALL | {"rank_pattern": {"to_w": 1}}, "'to_w', which matches no target; .*to_"),
+        (ALL | {"exclude_modules": ["to_k"], "rank_pattern": {"to_k": 1}}, "matches no target"),
+        (ALL | {"rank_pattern": {"to_k": 9}}, r"rank 9 is above the size of 'layers.0.to_k'"),
+    ],
+)
+def test_patterns_that_cannot_work(fields: dict[str, object], message: str) -> None:
+    net = Net()
+    with pytest.raises(prw.ConfigError, match=message):
+        prw.weave(net, prw.Config(**fields))  # type: ignore[arg-type]
+    assert not adapted(net) and all(p.requires_grad for p in net.parameters())
 
 
 def test_share_router_by_parent_and_width() -> None:
@@ -137,6 +220,7 @@ class WithAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(4, 2)
+        self.mlp = nn.Linear(4, 4)
 
 
 @pytest.mark.parametrize(
@@ -145,10 +229,12 @@ class WithAttention(nn.Module):
         (Net(), [], "target_modules is empty"),
         (Net(), ["to_kk"], "'to_kk' matches nothing; the nearest linear layers are to_k"),
         (Net(), ["to_k", "q_proj"], "'q_proj' matches nothing"),
-        (Net(), ["norm"], "matches 'norm', a LayerNorm; only nn.Linear"),
-        (nn.LayerNorm(3), ["x"], "the model has no nn.Linear layer"),
+        (Net(), ["norm"], r"matches 'norm', a LayerNorm; only linear layers \(nn.Linear, Conv1D"),
+        (nn.LayerNorm(3), ["x"], "the model has no linear layer"),
         (nn.Sequential(nn.Linear(4, 1)), ["0"], r"rank 2 is above the size of '0' \(4 -> 1\)"),
-        (WithAttention(), ["out_proj"], "nn.MultiheadAttention"),
+        (WithAttention(), ["out_proj"], "'attention' is an nn.MultiheadAttention.*do nothing"),
+        (WithAttention(), ["attention"], "choose linears outside of it, such as 'mlp'"),
+        (WithAttention(), ["in_proj_weight"], "or an attention with q, k and v projections"),
     ],
 )
 def test_mistakes_are_named_and_change_nothing(
@@ -166,3 +252,50 @@ def test_a_woven_model_is_not_woven_again() -> None:
     weave(net, "to_k")
     with pytest.raises(prw.ConfigError, match=r"woven already at 'layers.0.to_k'; unload\(\)"):
         weave(net, "to_v")
+
+
+ROUTER = """import prw
+
+
+class Mine(prw.Router):
+    def logits(self, h_TD, signal, noise, eps_TE):
+        return prw.Top1().logits(h_TD, signal, noise, eps_TE)
+"""
+
+
+def test_a_folder_never_imports_the_router_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_router_of_test.py").write_text(ROUTER, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = nn.Sequential(nn.Linear(4, 4))
+    config = prw.Config(target_modules=["0"], rank=2, router="own_router_of_test:Mine")
+    weave = prw.weave(model, config)  # what the user writes is imported
+    weave.unlock("one")
+    weave.save(tmp_path / "weave")
+    weave.unload()
+    monkeypatch.delitem(sys.modules, "own_router_of_test")
+    with pytest.raises(prw.CheckpointError, match="write `import own_router_of_test` before"):
+        prw.load(model, tmp_path / "weave")
+    assert "own_router_of_test" not in sys.modules and isinstance(model[0], nn.Linear)
+    importlib.import_module("own_router_of_test")
+    prw.load(model, tmp_path / "weave").unload()
+    monkeypatch.delitem(sys.modules, "own_router_of_test")
+
+
+def test_a_name_that_is_no_router_is_not_called() -> None:
+    called: list[int] = []
+
+    class Other:
+        def __init__(self) -> None:
+            called.append(1)
+
+    module = types.ModuleType("module_of_test")
+    module.Other = Other  # type: ignore[attr-defined]
+    sys.modules["module_of_test"] = module
+    try:
+        with pytest.raises(prw.ConfigError, match="is a type, not a prw.Router"):
+            prw.router.find_router("module_of_test:Other", noise=False)
+    finally:
+        del sys.modules["module_of_test"]
+    assert not called

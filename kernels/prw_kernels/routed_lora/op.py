@@ -56,7 +56,9 @@ def routed_lora(
     """
     _check(x, scaling, expert, gate)
     with torch.autocast(x.device.type, enabled=False):
-        inputs = x.to(A[0][0].dtype)
+        # On strides that do not fold, torch picks the product (and its bits) by requires_grad: a
+        # veteran would differ from the expert that learnt.
+        inputs = x.to(A[0][0].dtype).contiguous()
         batched = backend == "auto" and x.dim() > 2 and _alike(A, scaling)
         if batched and expert is not None and expert.dim() == 1 and len(scaling[0]) > 1:
             weight = torch.ones_like(expert, dtype=inputs.dtype) if gate is None else gate
