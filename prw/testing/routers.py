@@ -162,7 +162,7 @@ def _fresh_values(router: Router, case: RouterCase) -> None:
 
 
 def _no_nan(router: Router, case: RouterCase) -> None:
-    given = case.inputs()
+    given = replace(case, scale=1.0).inputs()
     zeros = [torch.zeros_like(column) for column in given.signal]
     fresh = [*given.signal[:-1], zeros[-1]]
     rests = [torch.zeros_like(column) for column in given.noise]

@@ -144,7 +144,7 @@ PLANTED_ROUTERS: dict[str, list[prw.Router]] = {
     "determinism": [Planted(lambda w, h, c: w + torch.randn_like(w)), Planted(in_place)],
     "no cache": [Caches()],
     "no NaN": [Planted(cosine)],
-    "gate": [Planted(lambda w, h, c: w.pow(4).exp())],
+    "gate": [Planted(lambda w, h, c: (w / 40).pow(4).exp())],
     "precision": [Planted(halved)],
     "ties": [
         Planted(lambda w, h, c: w + torch.arange(w.shape[1]) * 1e-2),
@@ -229,7 +229,7 @@ def first_counts_more(records: Sequence[prw.Record]) -> Tensor:
             values.append(square_T if mask is None else square_T[mask.flatten()])
     value_T = torch.cat(values)
     weight_T = 1 / torch.arange(1, len(value_T) + 1).double()
-    return (value_T * weight_T).sum()
+    return (value_T * weight_T).sum() + 0 * squares(records)
 
 
 PLANTED_LOSSES: dict[str, list[Callable[..., Any]]] = {
