@@ -118,7 +118,7 @@ def _reach(loss: Loss, case: LossCase) -> None:
     begun = case.begin()
     found = loss([begun.record(begun.x_STD)])
     require(found.requires_grad, "the loss has no gradient")
-    found.backward()  # type: ignore[no-untyped-call]
+    found.backward()
     columns = begun.columns()
     for name, column in columns.items():
         require(column.grad is not None, f"{name} got no gradient")

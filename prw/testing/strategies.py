@@ -75,7 +75,7 @@ class PoolPlan:
 
     def forward(self, weave: Weave, x: Tensor) -> dict[str, Tensor]:
         """The residual of every projection of every pool for one input, ``[..., O]``."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, pool in weave.pools.items():
             zeros = {p: x.new_zeros(*x.shape[:-1], size) for p, size in pool.projections.items()}
             outputs, _ = pool.add(zeros, x)

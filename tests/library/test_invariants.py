@@ -1,4 +1,4 @@
-"""What follows from the equations, on drawn pools: sizes, ranks, dtypes, granularity, gate, noise."""
+"""What follows from the equations, on drawn pools of any size, rank, dtype and routing."""
 
 from __future__ import annotations
 
