@@ -56,7 +56,7 @@ def balance_formula(w: dict[str, Tensor]) -> Tensor:
     parts = []
     for logit in w.values():
         p, count = logit.flatten(0, 1).softmax(-1), logit.shape[-1]
-        share = torch.bincount(p.argmax(-1), minlength=count) / len(p)
+        share = torch.bincount(p.argmax(-1), minlength=count).double() / len(p)
         parts.append(count * (share * p.mean(0)).sum())
     return WEIGHT * mean(parts)
 
@@ -193,27 +193,29 @@ def test_closed_forms() -> None:
 
 def test_descent_does_what_the_loss_is_for() -> None:
     plan, weave = build(stages=3, noise=False, granularity="token")
-    x = plan.inputs(40, 1) + 1
+    x = plan.inputs(20, 1) + 1
 
-    def after(loss: Callable[[prw.Record], Tensor], steps: int = 40) -> prw.Record:
+    def descend(loss: Callable[[prw.Record], Tensor]) -> tuple[float, float]:
+        """The loss at random columns and 20 steps later."""
         for column in columns(weave):
             torch.nn.init.normal_(column)
         optimizer = torch.optim.SGD(columns(weave), lr=0.5)
-        for _ in range(steps):
+        values = []
+        for _ in range(20):
             with weave.record(keep_inputs=True) as record:
                 plan.forward(weave, x)
             optimizer.zero_grad()
-            loss(record).backward()
+            value = loss(record)
+            value.backward()
             optimizer.step()
-        with weave.record(keep_inputs=True) as record:
-            plan.forward(weave, x)
-        return record
+            values.append(float(value.detach()))
+        return values[0], values[-1]
 
-    before = after(lambda r: z_loss(r, 0.0))
     for loss in (lambda r: z_loss(r, 0.1), lambda r: entropy_loss(r, 1.0)):
-        assert float(loss(after(loss)).detach()) < float(loss(before).detach())
-    even = after(lambda r: entropy_loss(r, -1.0))
-    assert float(entropy_loss(even, 1.0).detach()) > 0.99 * torch.tensor(3.0).log()
+        first, last = descend(loss)
+        assert last < 0.9 * first
+    _, last = descend(lambda r: entropy_loss(r, -1.0))
+    assert -last > 0.9 * float(torch.tensor(3.0).log())
 
 
 def test_per_sample_is_not_the_loss_of_the_batch() -> None:
