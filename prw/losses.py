@@ -150,9 +150,9 @@ def _per_sample(records: Sequence[Record], density: float, weight: float) -> Ten
             u_T = (routing.expert.flatten() == newest).to(p_T.dtype) + (p_T - p_T.detach())
             kept_T = torch.ones_like(p_T) if keep_T is None else keep_T.to(p_T.dtype)
             u_T = u_T if keep_T is None else torch.where(keep_T, u_T, 0.0)
-            samples = routing.expert.shape[0]
-            used.append(u_T.reshape(samples, -1).sum(1))
-            count.append(kept_T.reshape(samples, -1).sum(1))
+            rows = (*routing.expert.shape, 1)
+            used.append(u_T.reshape(rows).flatten(1).sum(1))
+            count.append(kept_T.reshape(rows).flatten(1).sum(1))
         u_S, n_S = torch.cat(used), torch.cat(count)
         if used_S is not None and used_S.shape != u_S.shape:
             raise StageError(
@@ -185,7 +185,7 @@ def _groups(records: Record | Sequence[Record], weight: float) -> list[GroupReco
     for record in _listed(records):
         for name, group in record.tally.groups.items():
             merged[name] = merged[name].joined(group) if name in merged else group
-    if not all(group.passes for group in merged.values()):
+    if any(len(group.passes) != len(group.routings) for group in merged.values()):
         raise StageError(
             "this loss needs what the routers read: make the record with "
             "record(keep_inputs=True), outside force_route"

@@ -253,7 +253,7 @@ class Pool(nn.Module):
         if view.forced is not None:
             return _forced(shape, view.forced, view.count, x), None
         with torch.autocast(x.device.type, enabled=False):
-            context = call.context if self.config.context_features else None
+            context = None if call.context is None else call.context.detach()
             h_TD = router_input(x, self.config.granularity, mask, context)
             eps_TE = None
             if call.noisy and self.training and self.config.noise:

@@ -57,7 +57,8 @@ class RouterPass:
     def logits(self) -> Tensor:
         """The logits once more, ``[T, E]``, with a graph that ends at the columns."""
         given = self.h_TD.detach(), self.signal, self.noise, self.eps_TE
-        return self.router.locked(*given)[:, : len(self.signal)]
+        with torch.autocast(self.h_TD.device.type, enabled=False):  # as in the pool
+            return self.router.locked(*given)[:, : len(self.signal)]
 
 
 class Router(ABC):
@@ -176,7 +177,7 @@ class Top1(Router):
     ) -> tuple[Tensor, Tensor]:
         """``d sum_t u_t / d W_r[:, j] = sum_t h_t p_tn (1[j = n] - p_tj)``."""
         signal_ED = usage_slope(seen.probs_TE, newest, keep_T).T @ seen.h_TD
-        return signal_ED, signal_ED.new_zeros(0)
+        return signal_ED, torch.zeros_like(signal_ED) if seen.noise else signal_ED.new_zeros(0)
 
 
 @final
@@ -237,12 +238,17 @@ def find_router(name: str, *, noise: bool) -> Router:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(f"router {name!r} cannot be imported: {error}") from None
-    router = found() if isinstance(found, type) and issubclass(found, Router) else found
-    if not isinstance(router, Router):
-        raise ConfigError(f"router {name!r} is a {type(router).__name__}, not a prw.Router")
-    return router
+    if isinstance(found, type) and issubclass(found, Router):
+        try:
+            return found()
+        except TypeError as error:
+            raise ConfigError(f"router {name!r} cannot be made: {error}") from None
+    if not isinstance(found, Router):
+        what = found.__name__ if isinstance(found, type) else f"a {type(found).__name__}"
+        raise ConfigError(f"router {name!r} is {what}, not a prw.Router")
+    return found
 
 
 def router_input(
