@@ -39,7 +39,12 @@ def weave(model: nn.Module, config: Config) -> Weave:
     pools = _pools(model, linears, config)
     identity = fingerprint(model, linears)
     had_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    undo = [_replace(model, linears[target], pool, p) for pool in pools for p, target in _of(pool)]
+    layers = {
+        target: RoutedLinear(linears[target], pool, p, owner=p == next(iter(pool.projections)))
+        for pool in pools
+        for p, target in _of(pool)
+    }
+    undo = [_replace(model, layer) for layer in layers.values()]
     for parameter, _ in had_grad:
         parameter.requires_grad_(False)
 
@@ -49,7 +54,8 @@ def weave(model: nn.Module, config: Config) -> Weave:
         for parameter, flag in had_grad:
             parameter.requires_grad_(flag)
 
-    return Weave({pool.name: pool for pool in pools}, config, fingerprint=identity, detach=detach)
+    named = {pool.name: pool for pool in pools}
+    return Weave(named, config, fingerprint=identity, detach=detach, layers=layers)
 
 
 def load(model: nn.Module, path: str | Path) -> Weave:
@@ -148,10 +154,10 @@ def _of(pool: Pool) -> list[tuple[str, str]]:
     return list(pool.targets.items())
 
 
-def _replace(model: nn.Module, base: nn.Linear, pool: Pool, projection: str) -> Callable[[], None]:
-    """Put a routed layer wherever `base` sits in the model; returns what undoes it."""
-    owner = next(iter(pool.projections)) == projection
-    routed = RoutedLinear(base, pool, projection, owner=owner).train(base.training)
+def _replace(model: nn.Module, routed: RoutedLinear) -> Callable[[], None]:
+    """Put a routed layer wherever its base sits in the model; returns what undoes it."""
+    base = routed.base
+    routed.train(base.training)
     places = [
         (parent, leaf)
         for parent in model.modules()
