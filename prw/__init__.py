@@ -5,6 +5,7 @@ from prw.config import Config
 from prw.errors import CheckpointError, ConfigError, PRWError, StageError
 from prw.injection import load, weave
 from prw.losses import entropy_loss, load_balance_loss, veteran_gate_loss, z_loss
+from prw.merging import Fidelity
 from prw.pool import Pool
 from prw.router import NoisyTop1, Router, RouterPass, Routing, Top1
 from prw.weaving import Weave
@@ -14,6 +15,7 @@ __all__ = [
     "CheckpointError",
     "Config",
     "ConfigError",
+    "Fidelity",
     "NoisyTop1",
     "PRWError",
     "Pool",

@@ -92,7 +92,7 @@ def _write(
     index = {
         "schema_version": SCHEMA_VERSION,
         "config": config.to_dict(),
-        "stages": [{"name": stage.name, "open": stage.open} for stage in ledger.stages],
+        "stages": [_entry(stage) for stage in ledger.stages],
         "fingerprint": dict(fingerprint),
         "sha256": {name: _sha256(folder / name) for name in files},
     }
@@ -213,7 +213,7 @@ def read(path: str | Path) -> Stored:
     try:
         config = Config.from_dict(index["config"])
         stages = enumerate(index["stages"])
-        ledger = Ledger(tuple(Stage(s["name"], i, bool(s["open"])) for i, s in stages))
+        ledger = Ledger(tuple(_stage(i, entry) for i, entry in stages))
         hashes, fingerprint = dict(index["sha256"]), dict(index["fingerprint"])
     except KeyError as error:
         raise CheckpointError(f"{folder / INDEX} is damaged: it lacks {error}") from None
@@ -226,12 +226,22 @@ def read(path: str | Path) -> Stored:
     return Stored(folder, config, ledger, fingerprint)
 
 
+def _entry(stage: Stage) -> dict[str, Any]:
+    """A stage as `prw.json` has it; ``exempt`` stands there only where it is true."""
+    entry = {"name": stage.name, "open": stage.open}
+    return entry | {"exempt": True} if stage.exempt else entry
+
+
+def _stage(index: int, entry: Mapping[str, Any]) -> Stage:
+    return Stage(entry["name"], index, bool(entry["open"]), bool(entry.get("exempt", False)))
+
+
 def _read_index(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}")
     if not (folder / INDEX).is_file():
         raise CheckpointError(f"{folder} holds no {INDEX}; it is not a weave")
-    _check_inside(folder, INDEX)
+    check_inside(folder, INDEX)
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -248,14 +258,14 @@ def _expert_files(stage: Stage) -> list[str]:
 def _verify(folder: Path, name: str, hashes: Mapping[str, Any], owner: str) -> None:
     if not (folder / name).is_file():
         raise CheckpointError(f"{owner} is missing: there is no file {folder / name}")
-    _check_inside(folder, name)
+    check_inside(folder, name)
     if _sha256(folder / name) != hashes.get(name):
         raise CheckpointError(
             f"{owner} was changed or truncated: {folder / name} does not have the hash in {INDEX}"
         )
 
 
-def _check_inside(folder: Path, name: str) -> None:
+def check_inside(folder: Path, name: str) -> None:
     """Refuse a link that leaves the folder, except into the blobs of a Hugging Face cache."""
     target = (folder / name).resolve()
     allowed = [folder.resolve()]

@@ -90,19 +90,26 @@ class Factors:
 
 
 def factors(
-    experts: Sequence[Expert], learns: Sequence[bool], projections: Sequence[str]
+    experts: Sequence[Expert],
+    learns: Sequence[bool],
+    projections: Sequence[str],
+    dtype: torch.dtype,
 ) -> Factors:
     """The factors of the given experts, detached unless they learn.
 
-    So no gradient can reach a veteran, whatever its ``requires_grad`` was set to since.
+    So no gradient can reach a veteran, whatever its ``requires_grad`` was set to since. An expert
+    that was imported keeps the dtype of its file; all are computed in one, at least `dtype`.
     """
     given = Factors([], [], [])
+    for expert in experts:
+        for parameter in expert.parameters():
+            dtype = torch.promote_types(dtype, parameter.dtype)
     for projection in projections:
         pairs = [
             expert.pair(projection) if live else expert.frozen_pair(projection)
             for expert, live in zip(experts, learns, strict=True)
         ]
-        given.A.append([A_RD for A_RD, _ in pairs])
-        given.B.append([B_OR for _, B_OR in pairs])
+        given.A.append([A_RD.to(dtype) for A_RD, _ in pairs])
+        given.B.append([B_OR.to(dtype) for _, B_OR in pairs])
         given.scaling.append([expert.scaling(projection) for expert in experts])
     return given

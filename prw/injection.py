@@ -42,11 +42,12 @@ def weave(model: nn.Module, config: Config) -> Weave:
     pools = _pools(model, linears, config)
     identity = fingerprint(model, linears)
     had_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    undo = [
-        _replace(model, linears[target], pool, projection)
+    layers = {
+        target: RoutedLinear(linears[target], pool, p, owner=p == next(iter(pool.projections)))
         for pool in pools
-        for projection, target in pool.targets.items()
-    ]
+        for p, target in pool.targets.items()
+    }
+    undo = [_replace(model, layer) for layer in layers.values()]
     undo += _called(model)
     if any(pool.prompted for pool in pools):
         undo.append(follow(model, pools))
@@ -59,7 +60,8 @@ def weave(model: nn.Module, config: Config) -> Weave:
         for parameter, flag in had_grad:
             parameter.requires_grad_(flag)
 
-    return Weave({pool.name: pool for pool in pools}, config, fingerprint=identity, detach=detach)
+    named = {pool.name: pool for pool in pools}
+    return Weave(named, config, fingerprint=identity, detach=detach, layers=layers)
 
 
 def load(model: nn.Module, path: str | Path) -> Weave:
@@ -121,10 +123,10 @@ def _pools(model: nn.Module, linears: Mapping[str, nn.Module], config: Config) -
     return pools
 
 
-def _replace(model: nn.Module, base: nn.Module, pool: Pool, projection: str) -> Callable[[], None]:
-    """Put a routed layer wherever `base` sits in the model; returns what undoes it."""
-    owner = next(iter(pool.projections)) == projection
-    routed = RoutedLinear(base, pool, projection, owner=owner).train(base.training)
+def _replace(model: nn.Module, routed: RoutedLinear) -> Callable[[], None]:
+    """Put a routed layer wherever its base sits in the model; returns what undoes it."""
+    base = routed.base
+    routed.train(base.training)
     places = [
         (parent, leaf)
         for parent in model.modules()

@@ -13,18 +13,32 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the curriculum. It owns the expert with its index; `open` while that learns."""
+    """One step of the curriculum. It owns the expert with its index.
+
+    Attributes:
+        name: unique, part of file names.
+        index: position, from 0.
+        open: whether it is the stage that goes on now, the only time its expert learns by itself.
+        exempt: whether `Ledger.freeze` or `Ledger.thaw` turned that rule around for this expert.
+    """
 
     name: str
     index: int
     open: bool
+    exempt: bool = False
+
+    @property
+    def learns(self) -> bool:
+        """Whether the expert of this stage learns now."""
+        return self.open != self.exempt
 
 
 @dataclass(frozen=True)
 class Ledger:
     """An immutable list of stages; every change returns a new ledger.
 
-    A ledger is valid when indices count from 0, names are unique and at most one stage is open.
+    A ledger is valid when indices count from 0, names are unique, at most one stage is open, and
+    nothing is exempt while none is.
     """
 
     stages: tuple[Stage, ...] = ()
@@ -42,6 +56,9 @@ class Ledger:
             raise StageError(f"stage names must differ, got {', '.join(self.names)}")
         if sum(stage.open for stage in self.stages) > 1:
             raise StageError("at most one stage can be open")
+        thawed = next((stage.name for stage in self.stages if stage.exempt), None)
+        if thawed is not None and self.newest is None:
+            raise StageError(f"the expert {thawed!r} cannot learn while no stage is open")
 
     def __len__(self) -> int:
         return len(self.stages)
@@ -72,9 +89,36 @@ class Ledger:
         return Ledger((*self.close().stages, Stage(name, len(self), open=True)))
 
     def close(self) -> Ledger:
-        """Close the open stage, if any."""
-        return Ledger(tuple(replace(stage, open=False) for stage in self.stages))
+        """Close the open stage, if any; every expert follows the rule again."""
+        return Ledger(tuple(replace(stage, open=False, exempt=False) for stage in self.stages))
 
     def rollback(self, name: str) -> Ledger:
         """Drop every stage after `name`, which ends up closed."""
-        return Ledger(self.stages[: self[name].index + 1]).close()
+        kept = self.close()
+        return Ledger(kept.stages[: self[name].index + 1])
+
+    def rename(self, old: str, new: str) -> Ledger:
+        """Give the stage `old` another name."""
+        stage = self[old]
+        if new in self.names:
+            raise StageError(f"stage {new!r} exists already; stage names must differ")
+        return self._with(replace(stage, name=new))
+
+    def freeze(self, name: str) -> Ledger:
+        """Let the expert of a stage learn no longer, until the open stage ends."""
+        stage = self[name]
+        return self._with(replace(stage, exempt=stage.open))
+
+    def thaw(self, name: str) -> Ledger:
+        """Let the expert of a stage learn until the open stage ends.
+
+        Raises:
+            StageError: there is no such stage, or none is open.
+        """
+        stage = self[name]
+        if self.newest is None:
+            raise StageError(f"no stage is open, so {name!r} cannot learn; unlock a stage first")
+        return self._with(replace(stage, exempt=not stage.open))
+
+    def _with(self, changed: Stage) -> Ledger:
+        return Ledger(tuple(changed if s.index == changed.index else s for s in self.stages))

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from prw.errors import CheckpointError
+from prw.experts import Expert
 from prw.pool import Pool
 
 WEIGHTS = "adapter_model.safetensors"
@@ -24,26 +25,46 @@ def keys(target: str) -> tuple[str, str]:
     return f"base_model.model.{target}.lora_A.weight", f"base_model.model.{target}.lora_B.weight"
 
 
-def tensors(pools: Mapping[str, Pool], index: int) -> dict[str, Tensor]:
-    """All factors of the experts with this index, by their names in the file."""
-    found: dict[str, Tensor] = {}
+def _layers(
+    pools: Mapping[str, Pool], index: int, only: Collection[str] | None = None
+) -> Iterator[tuple[str, str, Expert]]:
+    """Target, projection and expert of each adapted layer, or of those in `only`."""
     for pool in pools.values():
         for projection, target in pool.targets.items():
-            for key, factor in zip(keys(target), pool.expert(index).pair(projection), strict=True):
-                found[key] = factor.detach().contiguous()
+            if only is None or target in only:
+                yield target, projection, pool.expert(index)
+
+
+def live_targets(pools: Mapping[str, Pool], index: int) -> set[str]:
+    """The layers where the experts with this index are not all zero; all of them if none is."""
+    everything, live = set(), set()
+    for target, projection, expert in _layers(pools, index):
+        everything.add(target)
+        if any(bool(factor.any()) for factor in expert.frozen_pair(projection)):
+            live.add(target)
+    return live or everything
+
+
+def tensors(
+    pools: Mapping[str, Pool], index: int, only: Collection[str] | None = None
+) -> dict[str, Tensor]:
+    """The factors of the experts with this index (those in `only`), by their names in the file."""
+    found: dict[str, Tensor] = {}
+    for target, projection, expert in _layers(pools, index, only):
+        for key, factor in zip(keys(target), expert.pair(projection), strict=True):
+            found[key] = factor.detach().contiguous()
     return found
 
 
-def settings(pools: Mapping[str, Pool], index: int) -> str:
+def settings(pools: Mapping[str, Pool], index: int, only: Collection[str] | None = None) -> str:
     """The text of ``adapter_config.json``; the first layer gives ``r`` and ``lora_alpha``.
 
     Layers that differ from it stand in ``rank_pattern`` and ``alpha_pattern``, by full name.
     """
     ranks, alphas = {}, {}
-    for pool in pools.values():
-        for projection, target in pool.targets.items():
-            ranks[target] = pool.expert(index).rank(projection)
-            alphas[target] = pool.expert(index).alpha(projection)
+    for target, projection, expert in _layers(pools, index, only):
+        ranks[target] = expert.rank(projection)
+        alphas[target] = expert.alpha(projection)
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     return json.dumps(
         {

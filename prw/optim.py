@@ -26,7 +26,9 @@ class Kinds:
         return kind
 
 
-def sync(optimizer: torch.optim.Optimizer, learning: list[nn.Parameter], kinds: Kinds) -> None:
+def sync(
+    optimizer: torch.optim.Optimizer, learning: list[tuple[str, nn.Parameter]], kinds: Kinds
+) -> None:
     """Let `optimizer` hold, of all routed parameters, exactly those that learn.
 
     Frozen and dropped ones leave with their state; survivors keep theirs. A new one joins the last
@@ -35,10 +37,11 @@ def sync(optimizer: torch.optim.Optimizer, learning: list[nn.Parameter], kinds: 
 
     Args:
         optimizer: any optimizer with parameter groups.
-        learning: the parameters that may learn now.
+        learning: names and parameters that it should hold now. The names matter to an optimizer
+            that was itself given names.
         kinds: the kind of every parameter that is or was in a pool.
     """
-    wanted = {id(parameter) for parameter in learning}
+    wanted = {id(parameter) for _, parameter in learning}
     held: set[int] = set()
     homes: dict[str, int] = {}
     for index, group in enumerate(optimizer.param_groups):
@@ -48,9 +51,15 @@ def sync(optimizer: torch.optim.Optimizer, learning: list[nn.Parameter], kinds: 
                 homes[kind] = homes["any"] = index
             if kind is not None and id(parameter) not in wanted:
                 optimizer.state.pop(parameter, None)
-        group["params"] = [p for p in group["params"] if kinds[p] is None or id(p) in wanted]
+        stays = [kinds[p] is None or id(p) in wanted for p in group["params"]]
+        for field in ("params", "param_names"):
+            if field in group:
+                group[field] = [x for x, kept in zip(group[field], stays, strict=True) if kept]
         held.update(id(parameter) for parameter in group["params"])
-    for parameter in learning:
+    for name, parameter in learning:
         if id(parameter) not in held:
             home = homes.get(kinds[parameter] or "any", homes.get("any", 0))
-            optimizer.param_groups[home]["params"].append(parameter)
+            group = optimizer.param_groups[home]
+            group["params"].append(parameter)
+            if "param_names" in group:
+                group["param_names"].append(name)

@@ -217,7 +217,8 @@ class Pool(nn.Module):
         indices = [view.forced] if view.forced is not None else list(range(view.count))
         experts = [self.expert(index) for index in indices]
         learning = self.learning.experts
-        given = factors(experts, [index in learning for index in indices], list(outputs))
+        learns = [index in learning for index in indices]
+        given = factors(experts, learns, list(outputs), self.columns.anchor.dtype)
         results = routed_lora(
             list(outputs.values()),
             x,

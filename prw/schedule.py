@@ -19,11 +19,13 @@ class Learning:
 def schedule(ledger: Ledger, config: Config) -> Learning:
     """The freezing rule of progressive weaving (CoLoGen, arXiv 2602.22150, section 3).
 
-    Only the expert of the open stage learns. With ``router_train="all"`` every router column
-    learns beside it, with ``"new"`` only that expert's. Between stages nothing learns.
+    Only the expert of the open stage learns, unless the ledger says that an expert was frozen or
+    thawed. With ``router_train="all"`` every router column learns in an open stage, with ``"new"``
+    only that of the stage, whatever was frozen or thawed. Between stages nothing learns.
     """
     newest = ledger.newest
     if newest is None:
         return Learning()
-    own = frozenset({newest.index})
-    return Learning(own, own if config.router_train == "new" else frozenset(range(len(ledger))))
+    experts = frozenset(stage.index for stage in ledger.stages if stage.learns)
+    every = range(len(ledger)) if config.router_train == "all" else [newest.index]
+    return Learning(experts, frozenset(every))

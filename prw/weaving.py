@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from prw import checkpoint
+from prw import checkpoint, exchange, merging
 from prw.call import Call, CallSlot, Recall, Record, spread
 from prw.config import Config
 from prw.consolidation import agreement, centred, fit, remembered
 from prw.errors import ConfigError, StageError
 from prw.ledger import Ledger, Stage
+from prw.linear import RoutedLinear
 from prw.optim import Kinds, sync
 from prw.pool import Pool
 from prw.telemetry import RoutingSummary
@@ -32,6 +33,7 @@ class Weave:
         config: the configuration they were built with.
         fingerprint: what identifies the base, see `prw.fingerprint`; plain JSON data.
         detach: called once by `unload` to take the pools out of the model.
+        layers: the routed layers by full name, into whose weights `merge` folds an expert.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Weave:
         *,
         fingerprint: Mapping[str, Any],
         detach: Callable[[], None] | None = None,
+        layers: Mapping[str, RoutedLinear] | None = None,
     ) -> None:
         if not pools:
             raise ConfigError("a weave needs at least one pool")
@@ -48,6 +51,7 @@ class Weave:
         self.config = config
         self.fingerprint = dict(fingerprint)
         self._detach = detach
+        self._layers = dict(layers or {})
         self._ledger = Ledger()
         self._slot = CallSlot()
         self._kinds = Kinds()
@@ -95,6 +99,87 @@ class Weave:
         for pool in self.pools.values():
             pool.columns.restore(ledger[name].index)
 
+    def rename(self, old: str, new: str) -> None:
+        """Give a stage and its expert another name; the folder on disk follows at the next save.
+
+        Raises:
+            StageError: there is no stage `old`, `new` is taken or cannot be a file name, or the
+                stage is pinned by `at_stage` or `force_route` now.
+        """
+        ledger = self._ledger.rename(old, new)
+        if old in (self._slot.call.stage, self._slot.call.force):
+            raise StageError(f"stage {old!r} is pinned now; rename it outside of the with block")
+        self._follow(ledger)
+
+    def freeze(self, name: str) -> None:
+        """Let an expert learn no longer, until the open stage ends.
+
+        Freezing the newest leaves only the router to learn; freezing a veteran undoes `thaw`.
+        `sync` takes the parameters out of an optimizer.
+
+        Raises:
+            StageError: there is no such stage.
+        """
+        self._follow(self._ledger.freeze(name))
+
+    def thaw(self, name: str) -> None:
+        """Let a veteran learn beside the newest expert, until the open stage ends.
+
+        Its earlier self is gone then, and nothing keeps a copy: `at_stage` of its own and of every
+        later stage changes wherever they route to it, the same for `rollback`; and the hash of its
+        file is another one at the next save. `save` before, if the old expert may be wanted again.
+        `sync` brings the parameters into an optimizer, without moments.
+
+        Raises:
+            StageError: there is no such stage, or none is open.
+        """
+        self._follow(self._ledger.thaw(name))
+
+    def export_expert(self, name: str, path: str | Path) -> None:
+        """Write the expert of a stage as a plain LoRA folder, which PEFT opens; all or nothing.
+
+        ``PeftModel.from_pretrained(base, path)`` computes what the model does inside
+        `force_route`, bit for bit on the reference backend in fp32. The router stays behind.
+
+        Raises:
+            StageError: there is no such stage.
+            CheckpointError: `path` is something else than such a folder, or cannot be written.
+        """
+        exchange.export_expert(self.pools, self._ledger[name].index, path)
+
+    def import_expert(self, path: str | Path, name: str) -> None:
+        """Let an existing LoRA join as a closed stage of its own.
+
+        The names and settings of PEFT, of diffusers and of kohya's tools are understood. Earlier
+        stages keep their bits under `at_stage`. The router column of the LoRA is zero, so in the
+        free route it takes the inputs for which every other column says no (all of them, if it is
+        the first); `force_route` uses it on purpose, and with ``router_train="all"`` the router
+        learns about it in the next stage. Where the LoRA lacks a layer its expert is zero, which
+        the log says, and stays zero even when thawed.
+
+        Args:
+            path: a ``.safetensors`` file or a folder with one.
+            name: of the new stage.
+
+        Raises:
+            StageError: a stage is open, or the name is taken or cannot be a file name.
+            CheckpointError: the file is missing, damaged, no plain LoRA, or changes a layer that
+                this weave does not adapt. Nothing is changed then.
+        """
+        if self.newest is not None:
+            raise StageError(
+                f"stage {self.newest!r} is open; close it before an expert is imported"
+            )
+        before, ledger = self._ledger, self._ledger.unlock(name)
+        lora = exchange.read_lora(path, self.pools)
+        try:
+            self._follow(ledger, fresh=False)
+            lora.fill(self.pools, ledger[name].index)
+            self._follow(ledger.close())
+        except BaseException:
+            self._follow(before)
+            raise
+
     def _follow(self, ledger: Ledger, *, fresh: bool = True) -> None:
         for pool in self.pools.values():
             pool.follow(ledger, fresh=fresh)
@@ -108,16 +193,28 @@ class Weave:
                 yield f"{group}.{name}", parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that may learn now: the newest expert's and the router's."""
+        """The parameters that may learn now: as a rule the newest expert's and the router's."""
         return (parameter for _, parameter in self.named_parameters())
 
-    def sync(self, optimizer: torch.optim.Optimizer) -> None:
-        """Bring an optimizer up to date after `unlock`, `close`, `rollback` or `load_state`.
+    def sync(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Iterable[nn.Parameter] | None = None,
+    ) -> None:
+        """Bring an optimizer up to date after whatever changed which parameters may learn.
 
         New parameters enter the parameter group of their kind (expert or router), frozen ones and
         their state leave, survivors keep their moments.
+
+        Args:
+            optimizer: any optimizer with parameter groups.
+            parameters: what it should hold, where several optimizers share the work: those of
+                `parameters` that are its own. Muon, for example, takes matrices only. None means
+                all that may learn.
         """
-        sync(optimizer, list(self.parameters()), self._kinds)
+        own = None if parameters is None else {id(parameter) for parameter in parameters}
+        learning = [(n, p) for n, p in self.named_parameters() if own is None or id(p) in own]
+        sync(optimizer, learning, self._kinds)
 
     def record(
         self,
@@ -327,3 +424,67 @@ class Weave:
             raise StageError("this weave was built over bare pools; there is nothing to unload")
         self._detach()
         self._detach = None
+
+    def merge(self, name: str) -> None:
+        """Fold the expert of a stage into the base weights and unload: a plain, faster model.
+
+        ``W + alpha / R * B A``: the model of `force_route`, up to the rounding of one sum to the
+        dtype of W. Everything else of the weave is gone; the layers get new weight parameters, so
+        one that was tied to another layer's no longer is.
+
+        Raises:
+            StageError: there is no such stage, the weave has no layers or is unloaded, or a weight
+                is quantised or distributed, where merging would lose more than that rounding.
+                Nothing is changed then.
+        """
+        index = self._ledger[name].index
+        self._check_mergeable()
+        only = tuple(float(stage.index == index) for stage in self.stages)
+        self._commit(merging.merged_weights(self._layers, dict.fromkeys(self.pools, only)))
+
+    def merge_average(
+        self,
+        run: Callable[[], Tensor],
+        *,
+        tolerance: float,
+        mask: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> merging.Fidelity:
+        """Fold the average of all experts into the base weights and unload, if that costs little.
+
+        ``W + sum_e s_e alpha_e / R_e B_e A_e`` with s_e the mean gate that expert e receives in
+        `run`. A routed model is no linear one, so this is an approximation: it is tried first, and
+        the model is changed only if its output stays within the tolerance.
+
+        Args:
+            run: runs the model, in eval mode, on inputs that stand for all that will come, and
+                returns its output. It is called three times and binds no call of its own.
+            tolerance: the largest relative error of that output, ``|merged - routed| / |routed|``,
+                that is acceptable.
+            mask: bool ``[batch, tokens]``, the tokens that count for s_e.
+            context: ``[batch, K]``, appended to what every router reads.
+
+        Returns:
+            What was measured: the error of the model and of each layer, and the s_e.
+
+        Raises:
+            StageError: the error is above the tolerance, nothing was routed, or as in `merge`.
+                Nothing is changed then.
+            ConfigError: the tolerance is negative or not finite, or `run` returns no tensor.
+        """
+        merging.check_tolerance(tolerance)
+        self._check_mergeable()
+        record = Record(mask=mask, context=context)
+        merged, fidelity = merging.average(self._layers, run, record, self._bound)
+        merging.check_price(fidelity, tolerance)
+        self._commit(merged)
+        return fidelity
+
+    def _check_mergeable(self) -> None:
+        if self._detach is None and self._layers:
+            raise StageError("this weave is unloaded already; there is nothing to merge")
+        merging.check_mergeable(self._layers)
+
+    def _commit(self, merged: Mapping[str, nn.Parameter]) -> None:
+        self.unload()
+        merging.put_weights(self._layers, merged)

@@ -10,7 +10,9 @@ from prw import Config, StageError
 from prw.ledger import Ledger, Stage
 from prw.schedule import Learning, schedule
 
-histories = st.lists(st.sampled_from(["unlock", "close", "rollback"]), max_size=12)
+histories = st.lists(
+    st.sampled_from(["unlock", "close", "rollback", "freeze", "thaw", "rename"]), max_size=12
+)
 
 
 def play(history: list[str]) -> Ledger:
@@ -20,8 +22,10 @@ def play(history: list[str]) -> Ledger:
             ledger = ledger.unlock(f"s{step}")
         elif action == "close":
             ledger = ledger.close()
-        elif ledger.stages:
-            ledger = ledger.rollback(ledger.names[step % len(ledger)])
+        elif ledger.stages and (action != "thaw" or ledger.newest is not None):
+            name = ledger.names[step % len(ledger)]
+            further = (f"r{step}",) if action == "rename" else ()
+            ledger = getattr(ledger, action)(name, *further)
     return ledger
 
 
@@ -45,7 +49,7 @@ def test_schedule(history: list[str], router_train: str) -> None:
         assert learning == Learning()
     else:
         newest = ledger.newest.index
-        assert learning.experts == {newest}
+        assert learning.experts == {s.index for s in ledger.stages if s.open != s.exempt}
         columns = range(len(ledger)) if router_train == "all" else [newest]
         assert learning.columns == set(columns)
 
@@ -87,3 +91,36 @@ def test_an_unknown_stage_is_named_with_the_nearest() -> None:
 def test_impossible_ledgers(stages: tuple[Stage, ...]) -> None:
     with pytest.raises(StageError):
         Ledger(stages)
+
+
+def test_freeze_and_thaw_last_until_the_open_stage_ends() -> None:
+    ledger = Ledger().unlock("a").unlock("b").unlock("c")
+    turned = ledger.freeze("c").thaw("a")
+    for config in (Config(), Config(router_train="new")):
+        assert schedule(turned, config).experts == {0}
+        assert schedule(turned, config).columns == schedule(ledger, config).columns
+    assert turned.freeze("a").thaw("c") == ledger
+    assert turned.thaw("a") == turned == turned.freeze("c")
+    assert ledger.freeze("a") == ledger == ledger.thaw("c")
+    assert turned.close() == ledger.close()
+    assert schedule(turned.unlock("d"), Config()).experts == {3}
+    assert turned.rollback("b") == ledger.rollback("b")
+    with pytest.raises(StageError, match="no stage is open, so 'a' cannot learn; unlock"):
+        ledger.close().thaw("a")
+    assert ledger.close().freeze("a") == ledger.close()
+    with pytest.raises(StageError, match="'a' cannot learn while no stage is open"):
+        Ledger((Stage("a", 0, open=False, exempt=True),))
+
+
+def test_rename() -> None:
+    ledger = Ledger().unlock("a").unlock("b").thaw("a")
+    renamed = ledger.rename("a", "A")
+    assert renamed.names == ("A", "b")
+    assert renamed.stages[0].exempt and renamed.stages[1] == ledger.stages[1]
+    for new, message in (("b", "exists already"), ("a", "exists already"), ("B", "must differ")):
+        with pytest.raises(StageError, match=message):
+            ledger.rename("a", new)
+    with pytest.raises(StageError, match="cannot name a stage"):
+        ledger.rename("a", "../a")
+    with pytest.raises(StageError, match="no stage 'x'"):
+        ledger.rename("x", "y")
