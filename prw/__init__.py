@@ -3,6 +3,7 @@
 from prw.call import Call, Record
 from prw.config import Config
 from prw.errors import CheckpointError, ConfigError, PRWError, StageError
+from prw.hub import from_pretrained
 from prw.injection import load, weave
 from prw.losses import entropy_loss, load_balance_loss, veteran_gate_loss, z_loss
 from prw.merging import Fidelity
@@ -27,6 +28,7 @@ __all__ = [
     "Top1",
     "Weave",
     "entropy_loss",
+    "from_pretrained",
     "load",
     "load_balance_loss",
     "veteran_gate_loss",

@@ -51,8 +51,11 @@ def save(
     fingerprint: Mapping[str, Any],
     *,
     extra: Mapping[str, str],
+    memories: bool = True,
 ) -> None:
     """Write the folder beside its final place, sync it to disk, and put it there in one step.
+
+    Without `memories` the remembered router inputs, which can be data, are left out.
 
     Raises:
         CheckpointError: `path` is something else, which is left alone, or cannot be written.
@@ -66,7 +69,7 @@ def save(
             raise CheckpointError(f"{name!r} cannot name a file beside {INDEX}")
     try:
         with replace_folder(path) as folder:
-            _write(folder, pools, ledger, config, fingerprint)
+            _write(folder, pools, ledger, config, fingerprint, memories)
             for name, text in extra.items():
                 (folder / name).write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
@@ -79,8 +82,9 @@ def _write(
     ledger: Ledger,
     config: Config,
     fingerprint: Mapping[str, Any],
+    memories: bool,
 ) -> None:
-    save_file(_router_tensors(pools, ledger), folder / ROUTER)
+    save_file(_router_tensors(pools, ledger, memories), folder / ROUTER)
     files = [ROUTER]
     for stage in ledger.stages:
         place = folder / expert_folder(stage)
@@ -290,7 +294,7 @@ def _label(stage: Stage) -> str:
     return f"stage-{stage.index}"
 
 
-def _router_tensors(pools: Mapping[str, Pool], ledger: Ledger) -> dict[str, Tensor]:
+def _router_tensors(pools: Mapping[str, Pool], ledger: Ledger, memories: bool) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, pool in pools.items():
         states = {"live": pool.columns.state()}
@@ -298,7 +302,7 @@ def _router_tensors(pools: Mapping[str, Pool], ledger: Ledger) -> dict[str, Tens
             kept = pool.columns.snapshot(stage.index)
             if kept is not None:
                 states[_label(stage)] = kept
-            if len(memory_MD := pool.columns.memory(stage.index)):
+            if memories and len(memory_MD := pool.columns.memory(stage.index)):
                 tensors[f"{_label(stage)}/{name}/memory"] = memory_MD
         for label, (signal_ED, noise_ED) in states.items():
             tensors[f"{label}/{name}/signal"] = signal_ED

@@ -385,6 +385,22 @@ class Weave:
             path, self.pools, self._ledger, self.config, self.fingerprint, extra=extra or {}
         )
 
+    def push_to_hub(self, repo_id: str, *, license: str, **options: Any) -> str:
+        """Upload the folder with a model card to the Hugging Face Hub, see `prw.hub.push_to_hub`.
+
+        Args:
+            repo_id: ``"name"`` or ``"owner/name"``; made where it is missing.
+            license: the Hub's identifier, ``"apache-2.0"``.
+            options: ``base_model``, ``example``, ``memories``, ``private``, ``revision``,
+                ``message`` and ``token``.
+
+        Returns:
+            The address of the commit.
+        """
+        from prw import hub
+
+        return hub.push_to_hub(self, repo_id, license=license, **options)
+
     def load_state(self, path: str | Path) -> None:
         """Become what the folder holds, whatever stages this weave has now.
 

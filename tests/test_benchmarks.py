@@ -25,5 +25,7 @@ def test_it_checks_itself_and_reports(name: str, tmp_path: Path) -> None:
     told = json.loads(report.read_text())
     assert {"device", "torch", "commit", "variants"} <= set(told)
     timed = [v for v in told["variants"].values() if "median_ms" in v]
-    assert timed or name == "flip_rate"
+    assert timed or name in ("continual", "flip_rate")
     assert all(v["p20_ms"] <= v["median_ms"] <= v["p80_ms"] for v in timed)
+    if name == "continual":
+        assert told["variants"]["at stage"]["forgetting"]["mean"] == 0.0

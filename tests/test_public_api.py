@@ -74,10 +74,11 @@ def test_every_public_name_is_documented(package: str) -> None:
 def test_contract_of_the_library() -> None:
     import prw
 
-    functions = ("weave", "load", "veteran_gate_loss")
+    functions = ("weave", "load", "from_pretrained", "veteran_gate_loss")
     assert all(callable(getattr(prw, name)) for name in functions)
     methods = """unlock close parameters sync record call at_stage rollback force_route remember
-    consolidate save unload rename freeze thaw export_expert import_expert merge merge_average"""
+    consolidate save unload rename freeze thaw export_expert import_expert merge merge_average
+    push_to_hub"""
     assert all(callable(getattr(prw.Weave, name)) for name in methods.split())
     fields = "target_modules rank alpha granularity share_router router_train gate noise backend"
     config = prw.Config(target_modules=["to_k"], rank=4, alpha=8)
