@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +209,60 @@ class Life(RuleBasedStateMachine):
             last_output = self.net(X)
         self.closed[-1] = Closed(last.name, last_output, last.expert)
         assert torch.equal(self.now(), last_output)
+
+    @precondition(lambda self: self.closed and self.open is None and len(self.closed) < 5)
+    @rule(which=st.integers(0, 9))
+    def exchange(self, which: int) -> None:
+        """An expert leaves as a LoRA, and the same LoRA joins as a stage of its own."""
+        given = which % len(self.closed)
+        self.weave.export_expert(self.closed[given].name, self.folder / "lora")
+        name = f"s{self.names}"
+        self.names += 1
+        self.weave.import_expert(self.folder / "lora", name)
+        self.weave.sync(self.optimizer)
+        self.open = name
+        self.finished()
+        assert all(map(torch.equal, self.closed[-1].expert, self.closed[given].expert))
+        with torch.no_grad():
+            with self.weave.force_route(self.closed[given].name):
+                wanted = self.net(X)
+            with self.weave.force_route(name):
+                assert torch.equal(self.net(X), wanted)
+
+    @precondition(lambda self: self.closed)
+    @rule(which=st.integers(0, 9))
+    def rename(self, which: int) -> None:
+        index = which % len(self.closed)
+        name = f"s{self.names}"
+        self.names += 1
+        self.weave.rename(self.closed[index].name, name)
+        self.closed[index] = replace(self.closed[index], name=name)
+
+    @precondition(lambda self: self.open is not None)
+    @rule()
+    def freeze_the_newest(self) -> None:
+        assert self.open is not None
+        self.weave.freeze(self.open)
+        self.weave.sync(self.optimizer)
+        before = self.expert(len(self.closed))
+        self.train(steps=1, veteran=True)
+        assert all(map(torch.equal, self.expert(len(self.closed)), before)), "a frozen expert moved"
+
+    @precondition(lambda self: self.closed and self.open is not None)
+    @rule(which=st.integers(0, 9))
+    def thaw_a_veteran(self, which: int) -> None:
+        """It learns until the stage ends; what it was is gone, the stages before it keep theirs."""
+        index = which % len(self.closed)
+        self.weave.thaw(self.closed[index].name)
+        self.weave.sync(self.optimizer)
+        self.train(steps=1, veteran=False)
+        self.weave.close()
+        self.weave.sync(self.optimizer)
+        self.finished()
+        for later in range(index, len(self.closed)):
+            stage = self.closed[later]
+            with self.weave.at_stage(stage.name), torch.no_grad():
+                self.closed[later] = replace(stage, output=self.net(X), expert=self.expert(later))
 
     @rule()
     def unload(self) -> None:
