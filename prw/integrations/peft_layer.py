@@ -7,7 +7,7 @@ Shape suffixes: D input width, O output width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,6 +127,14 @@ class PRWLinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("prw_pool",)
     other_param_names = ("r", "seats")
+
+    # Of BaseTunerLayer, for the type checker, which sees nn.Module first.
+    active_adapters: list[str]
+    disable_adapters: bool
+    merged: bool
+    get_base_layer: Callable[[], Any]
+    get_base_weight: Callable[[], Tensor]
+    set_base_weight: Callable[[Tensor], None]
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
