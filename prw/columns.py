@@ -15,6 +15,10 @@ class Columns(nn.Module):
     Args:
         width: D, the width of what the router reads.
         noise: whether each expert also has a column for the width of its noise.
+
+    Attributes:
+        persistent: whether snapshots made from now on are part of ``state_dict``. Their shapes
+            depend on the stage only, so a file of few stages loads into a pool of more.
     """
 
     anchor: Tensor
@@ -24,6 +28,7 @@ class Columns(nn.Module):
         super().__init__()
         self.width = width
         self.noisy = noise
+        self.persistent = False
         self.signal = nn.ParameterList()
         self.noise = nn.ParameterList()
         self.snapshots = nn.ModuleDict()
@@ -125,7 +130,9 @@ class Columns(nn.Module):
     def put_snapshot(self, stage: int, signal_ED: Tensor, noise_ED: Tensor) -> None:
         """Keep the given columns as those of the end of `stage`."""
         device = self.anchor.device
-        self.snapshots[str(stage)] = Snapshot(signal_ED.to(device), noise_ED.to(device))
+        self.snapshots[str(stage)] = Snapshot(
+            signal_ED.to(device), noise_ED.to(device), persistent=self.persistent
+        )
 
     @torch.no_grad()
     def restore(self, stage: int) -> None:
@@ -144,8 +151,8 @@ class Snapshot(nn.Module):
     noise: Tensor
     memory: Tensor
 
-    def __init__(self, signal_ED: Tensor, noise_ED: Tensor) -> None:
+    def __init__(self, signal_ED: Tensor, noise_ED: Tensor, *, persistent: bool = False) -> None:
         super().__init__()
-        self.register_buffer("signal", signal_ED.detach().clone(), persistent=False)
-        self.register_buffer("noise", noise_ED.detach().clone(), persistent=False)
+        self.register_buffer("signal", signal_ED.detach().clone(), persistent=persistent)
+        self.register_buffer("noise", noise_ED.detach().clone(), persistent=persistent)
         self.register_buffer("memory", signal_ED.new_empty(0, signal_ED.shape[1]), persistent=False)

@@ -39,7 +39,7 @@ def weave(model: nn.Module, config: Config) -> Weave:
             adapted, a rank is above a layer's size, or the model is woven already.
     """
     linears = find_linears(model, config)
-    pools = _pools(model, linears, config)
+    pools = build_pools(model, linears, config)
     identity = fingerprint(model, linears)
     had_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     layers = {
@@ -95,7 +95,7 @@ def _check_imported(router: str, path: str | Path) -> None:
         )
 
 
-def _pools(model: nn.Module, linears: Mapping[str, nn.Module], config: Config) -> list[Pool]:
+def build_pools(model: nn.Module, linears: Mapping[str, nn.Module], config: Config) -> list[Pool]:
     """One pool per layer, or per parent and input width, in the order of the model."""
     sizes = {name: linear_size(linear) or (0, 0) for name, linear in linears.items()}
     ranks = ranks_of(linears, config)

@@ -1,0 +1,347 @@
+"""PEFT speaks PRW: ``get_peft_model(model, PRWPeftConfig(...))``. Needs the extra ``peft``.
+
+Importing this module registers the method; do so before a saved adapter is loaded, or PEFT raises
+``KeyError: 'PRW'``. The engine is the library's own: every adapter has a `prw.Weave` over ordinary
+pools, which `weave_of` returns and which unlocks, records, pins, saves and loads as ever. What PEFT
+adds is several adapters on one model, its files, and the tools that know only PEFT.
+
+How it is registered. `peft.PeftType` is a closed enum, so a method from outside has two ways in:
+extend the enum at run time, which takes eight of its private fields, or write a `str` with
+``.name`` and ``.value`` into the three tables that PEFT looks methods up in. We do the latter:
+every look-up compares strings, transformers and diffusers ask only for ``.value``, and nothing of
+PEFT's is changed. ``LoraConfig._register_custom_module`` and ``LoraVariant`` look more official,
+but their files reload as plain LoRA without a word.
+
+Files. PEFT saves one tensor per expert and projection, the router columns and their snapshots
+(``prw_pool.experts.0.A.0``, ``prw_pool.columns.signal.0``, ...) and in ``adapter_config.json`` the
+names of the stages, so ``at_stage`` has the same bits after a reload. Remembered inputs, base
+fingerprint and hashes are only in the folder that ``Weave.save`` writes, and only that can hold an
+expert whose rank or alpha is not the configuration's.
+
+Not possible from outside PEFT: ``mixed=True`` and diffusers' ``load_lora_adapter``; for its files
+there is `load_adapter`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, set_peft_model_state_dict
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.integrations import skip_init_on_device
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from prw.config import Config
+from prw.errors import CheckpointError, ConfigError
+from prw.fingerprint import fingerprint
+from prw.injection import build_pools
+from prw.integrations.peft_layer import PeftWeave, PRWLinear, Seat
+from prw.ledger import Ledger, Stage
+from prw.weaving import Weave
+
+__all__ = ["PRWLinear", "PRWModel", "PRWPeftConfig", "load_adapter", "weave_of"]
+
+
+class MethodName(str):
+    """A string that answers like a member of `peft.PeftType`."""
+
+    __slots__ = ()
+
+    @property
+    def name(self) -> str:
+        """The string itself."""
+        return str(self)
+
+    @property
+    def value(self) -> str:
+        """The string itself."""
+        return str(self)
+
+
+PRW = MethodName("PRW")
+
+_CORE = tuple(f.name for f in fields(Config) if f.name != "target_modules")
+# PEFT drops keys with a part that is another adapter's name, so ours must not be adapter names.
+_RESERVED = {"A", "B", "columns", "experts", "noise", "prw_pool", "signal", "snapshots"}
+
+
+@dataclass
+class PRWPeftConfig(PeftConfig):
+    """Configuration of a PRW adapter; every field of `prw.Config` means what it means there.
+
+    Attributes:
+        target_modules: as in PEFT: name endings, an expression, or ``"all-linear"``.
+        exclude_modules: as in PEFT.
+        stages: the stages to begin with; afterwards those of the adapter's weave.
+        open: whether the last stage is open.
+
+    Raises:
+        ConfigError: a value that cannot work.
+        StageError: names that cannot be stages.
+    """
+
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    rank: int = 16
+    alpha: float | None = None
+    granularity: str = "token"
+    share_router: str = "module"
+    router_train: str = "all"
+    gate: str = "softmax"
+    noise: bool = True
+    router: str = "top1"
+    context_features: int = 0
+    backend: str = "auto"
+    stages: list[str] = field(default_factory=list)
+    open: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PRW
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), (list, tuple)):
+                setattr(self, name, set(getattr(self, name)))
+        self.alpha = self.core(()).alpha
+        Ledger(tuple(Stage(name, index, open=False) for index, name in enumerate(self.stages)))
+
+    def core(self, targets: Iterable[str]) -> Config:
+        """The library's configuration for the given layers."""
+        return Config(target_modules=list(targets), **{name: getattr(self, name) for name in _CORE})
+
+
+class PRWModel(BaseTuner):
+    """The tuner that PEFT builds: it wraps linear layers and seats a weave's pools in them."""
+
+    prefix = "prw_"
+    tuner_layer_cls = PRWLinear
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Wrap the targets and open the configuration's stages; a failure leaves no trace.
+
+        Raises:
+            ConfigError: an adapter name that PEFT would confuse with a key, a target that is no
+                linear layer, or a rank above a layer's size.
+        """
+        if adapter_name in _RESERVED or adapter_name.isdigit():
+            raise ConfigError(
+                f"adapter name {adapter_name!r} is part of the names of parameters, and PEFT would "
+                "leave those out of files; choose another"
+            )
+        # A copy, because the stages of one adapter are not those of another with an equal config.
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self._joining: dict[str, PRWLinear] = {}
+        self._undo: list[tuple[nn.Module, str, nn.Module]] = []
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._seat(model, adapter_name)
+        except BaseException:
+            for parent, name, target in self._undo:
+                setattr(parent, name, target)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            raise
+        finally:
+            del self._joining, self._undo
+
+    def _create_and_replace(
+        self,
+        peft_config: PRWPeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, PRWLinear):
+            self._joining[current_key] = target
+            return
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base, nn.Linear) or "NonDynamically" in type(base).__name__:
+            raise ConfigError(
+                f"target {current_key!r} is a {type(base).__name__}; only nn.Linear layers that "
+                "their model calls can be adapted"
+            )
+        layer = PRWLinear(target).train(target.training)
+        self._undo.append((parent, target_name, target))
+        self._replace_module(parent, target_name, layer, target)
+        self._joining[current_key] = layer
+
+    @skip_init_on_device  # pools are small, and stay real where PEFT puts new layers on meta
+    def _seat(self, model: nn.Module, adapter_name: str) -> None:
+        """Build the pools of an adapter, and its weave, and give every layer its seat."""
+        config: PRWPeftConfig = self.peft_config[adapter_name]
+        linears = {key: layer.get_base_layer() for key, layer in self._joining.items()}
+        core = config.core(linears)
+        pools = {pool.name: pool for pool in build_pools(model, linears, core)}
+        for pool in pools.values():
+            pool.columns.persistent = True
+        names, still_open = list(config.stages), config.open
+        identity = fingerprint(model, linears)
+        weave = PeftWeave(pools, core, fingerprint=identity, adapter=config)
+        for name in names:
+            weave.unlock(name)
+        if not still_open:
+            weave.close()
+        trains = adapter_name in self.active_adapters and not config.inference_mode
+        for pool in pools.values():
+            for index, (projection, target) in enumerate(pool.targets.items()):
+                seat = Seat(weave, pool, projection)
+                self._joining[target].place(adapter_name, seat, owner=index == 0)
+            if not trains:
+                pool.requires_grad_(False)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PRWPeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        _check_uniform(weave_of(model, adapter_name))
+        found: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        return found
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        before, ours, after = key.rpartition(f".prw_pool.{adapter_name}.")
+        if ours:
+            return f"{before}.prw_pool.{after}"
+        return str(super()._remove_adapter_name_from_key(key, adapter_name))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PRWPeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        ledger = weave_of(model, adapter_name).ledger
+        numbers = [k.partition(".prw_pool.experts.")[2].split(".")[0] for k in state_dict]
+        held = 1 + max((int(number) for number in numbers if number), default=-1)
+        if held > len(ledger):
+            raise CheckpointError(
+                f"the file holds {held} experts, but adapter {adapter_name!r} has {len(ledger)} "
+                "stages; load it under another adapter name, or into a fresh model"
+            )
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, _with_snapshots(state_dict, ledger)
+        )
+        return remapped
+
+
+def _with_snapshots(state_dict: dict[str, Tensor], ledger: Ledger) -> dict[str, Tensor]:
+    """Add the snapshots of stages that were open in the file and are closed in the ledger."""
+    added = {}
+    for key in state_dict:
+        prefix, found, last = key.rpartition(".columns.signal.")
+        stage = ledger.stages[int(last)] if found else None
+        wanted = f"{prefix}.columns.snapshots.{last}"
+        if stage is not None and not stage.open and f"{wanted}.signal" not in state_dict:
+            for kind in ("signal", "noise"):
+                keys = [f"{prefix}.columns.{kind}.{index}" for index in range(stage.index + 1)]
+                rows = [state_dict[k] for k in keys if k in state_dict]
+                empty = state_dict[key].new_zeros(0, len(state_dict[key]))
+                added[f"{wanted}.{kind}"] = torch.stack(rows) if rows else empty
+    return state_dict | added
+
+
+def _check_uniform(weave: Weave) -> None:
+    """Refuse to let PEFT save an expert that its file cannot describe."""
+    for stage in weave.stages:
+        for pool in weave.pools.values():
+            expert = pool.expert(stage.index)
+            for projection, rank in pool.ranks.items():
+                usual = rank, weave.config.scaling * rank
+                if (expert.rank(projection), expert.alpha(projection)) != usual:
+                    raise CheckpointError(
+                        f"expert {stage.name!r} has rank {expert.rank(projection)} and alpha "
+                        f"{expert.alpha(projection)}, the configuration {usual[0]} and {usual[1]}: "
+                        "PEFT's file cannot say so; use save() of its weave"
+                    )
+
+
+def weave_of(model: nn.Module, adapter: str = "default") -> PeftWeave:
+    """The weave of an adapter, wherever it was added: PEFT, transformers or diffusers.
+
+    It drives ``unlock``, ``close``, ``record``, ``at_stage``, ``sync``, ``save`` and the rest, and
+    keeps what PEFT saves up to date.
+
+    Raises:
+        ConfigError: the model has no PRW adapter of that name.
+    """
+    found: dict[str, PeftWeave] = {}
+    for module in model.modules():
+        if isinstance(module, PRWLinear):
+            found |= {name: seat.weave for name, seat in module.seats.items()}
+    if adapter not in found:
+        there = f"its PRW adapters are: {', '.join(found)}" if found else "it has no PRW adapter"
+        raise ConfigError(f"this model has no PRW adapter {adapter!r}; {there}")
+    return found[adapter]
+
+
+def load_adapter(model: nn.Module, file: str | Path, adapter: str = "default") -> PeftWeave:
+    """Add the adapter of a file that diffusers' ``save_lora_adapter`` wrote, bit for bit.
+
+    Args:
+        model: a diffusers model (or any with ``add_adapter``).
+        file: the safetensors file, whose metadata holds the configuration.
+        adapter: a name that the model does not have yet.
+
+    Returns:
+        Its weave.
+
+    Raises:
+        CheckpointError: the file cannot be read or holds no PRW adapter, or does not fit.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
+            settings = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if settings.get("peft_type") != PRW:
+        raise CheckpointError(
+            f"{file} holds no PRW adapter, its type is {settings.get('peft_type')!r}"
+        )
+    known = {f.name for f in fields(PRWPeftConfig)}
+    config = PRWPeftConfig(**{name: value for name, value in settings.items() if name in known})
+    model.add_adapter(config, adapter)  # type: ignore[operator]
+    result = set_peft_model_state_dict(model, tensors, adapter_name=adapter)
+    if result.unexpected_keys:
+        raise CheckpointError(
+            f"{file} does not fit this model: it has no {result.unexpected_keys[0]!r}"
+        )
+    return weave_of(model, adapter)
+
+
+def _register() -> None:
+    """Let PEFT find the method by its name."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[PRW] = PRWPeftConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[PRW] = PRWModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[PRW] = PRWModel.prefix
+
+
+_register()
