@@ -28,18 +28,23 @@ def parser(name: str, about: str) -> argparse.ArgumentParser:
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int, device: str
+    variants: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int,
+    device: str,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of every variant in every round; a round runs each variant once, in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(warmup + rounds):
         for name, run in variants.items():
             synchronise(device)
-            started = time.perf_counter()
+            started = clock()
             run()
             synchronise(device)
             if number >= warmup:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prw.errors import StageError
+from prw.noise import word
 from prw.prompt import Prompt
 from prw.router import RouterPass, Routing
 
@@ -30,6 +31,7 @@ class Call:
         force: send everything to the expert of this stage with gate 1.
         noisy: whether routers add noise, in modules that are in training mode.
         prompt: what a decoder's prompt decided for the tokens that continue it.
+        seed: the key as a tensor, for the routers.
     """
 
     key: int = 0
@@ -39,6 +41,10 @@ class Call:
     force: str | None = None
     noisy: bool = False
     prompt: Prompt = field(default_factory=Prompt, repr=False)
+    seed: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", word(self.key))
 
     def __enter__(self) -> Call:
         return self
@@ -87,6 +93,8 @@ class GroupRecord:
         masks: of each forward, which of its rows count; None counts all.
         passes: where the record keeps inputs, the evaluation behind each forward; its columns are
             the parameters themselves.
+        first: of each forward, bool scalar, False for one that was recomputed in backward and
+            counts no row; None where that was known before it was observed.
     """
 
     used: Tensor
@@ -97,6 +105,12 @@ class GroupRecord:
     newest: int
     masks: list[Tensor | None] = field(default_factory=list)
     passes: list[RouterPass] = field(default_factory=list)
+    first: list[Tensor | None] = field(default_factory=list)
+
+    def forwards(self) -> list[Routing]:
+        """The routings, without those of recomputed forwards; waits for the device."""
+        pairs = zip(self.routings, self.first, strict=True)
+        return [routing for routing, first in pairs if first is None or bool(first)]
 
     def joined(self, other: GroupRecord) -> GroupRecord:
         """This and later forwards of the same group.
@@ -115,20 +129,53 @@ class GroupRecord:
             newest=self.newest,
             masks=self.masks + other.masks,
             passes=self.passes + other.passes,
+            first=self.first + other.first,
         )
 
 
 @dataclass
-class Tally:
-    """The mutable part of a record: sums per group, and whether it still listens."""
+class Heard:
+    """One forward of one group, and what was heard before it; the first link holds nothing."""
 
-    groups: dict[str, GroupRecord] = field(default_factory=dict)
-    listening: bool = True
+    name: str = ""
+    seen: GroupRecord | None = None
+    before: Heard | None = None
+
+
+class Tally:
+    """The mutable part of a record: sums per group, and whether it still listens.
+
+    A forward is heard by putting it in front of a chain, and added up later. A compiled graph can
+    do that without looking at the chain, so that it is the same graph for every micro-batch.
+    """
+
+    def __init__(self) -> None:
+        self.listening = True
+        self._heard = Heard()
+        self._groups: dict[str, GroupRecord] = {}
 
     def add(self, name: str, seen: GroupRecord) -> None:
-        """Add one forward of the group `name` to its sums."""
-        known = self.groups.get(name)
-        self.groups[name] = seen if known is None else known.joined(seen)
+        """Hear one forward of the group `name`."""
+        self._heard = Heard(name, seen, self._heard)
+        if not torch.compiler.is_compiling():
+            self._add_up()
+
+    @property
+    def groups(self) -> dict[str, GroupRecord]:
+        """The sums, by the name of the group."""
+        self._add_up()
+        return self._groups
+
+    def _add_up(self) -> None:
+        heard: Heard | None = self._heard
+        self._heard = Heard()
+        chain: list[tuple[str, GroupRecord]] = []
+        while heard is not None and heard.seen is not None:
+            chain.append((heard.name, heard.seen))
+            heard = heard.before
+        for name, seen in reversed(chain):
+            known = self._groups.get(name)
+            self._groups[name] = seen if known is None else known.joined(seen)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -153,9 +200,8 @@ class Record(Call):
 
     @property
     def listening(self) -> bool:
-        """Whether a forward that happens now is counted."""
-        # An id is set while autograd runs a backward, so this forward would be a recomputation.
-        return self.tally.listening and torch._C._current_graph_task_id() == -1
+        """Whether a forward that happens now is observed."""
+        return self.tally.listening and (torch.compiler.is_compiling() or not _recomputing())
 
     def usage(self) -> float:
         """U, the share of counted rows (all groups together) that the newest expert received."""
@@ -166,12 +212,32 @@ class Record(Call):
         """Per group: ``expert`` and ``gate`` of every counted forward, flattened, and ``usage``."""
         return {
             name: {
-                "expert": torch.cat([routing.expert.flatten() for routing in group.routings]),
-                "gate": torch.cat([routing.gate.flatten() for routing in group.routings]),
+                "expert": torch.cat([routing.expert.flatten() for routing in group.forwards()]),
+                "gate": torch.cat([routing.gate.flatten() for routing in group.forwards()]),
                 "usage": float(group.used) / max(int(group.count), 1),
             }
             for name, group in self.tally.groups.items()
         }
+
+
+def _recomputing() -> bool:
+    """Whether autograd runs a backward now, so that a forward is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+@torch.library.custom_op("prw::is_first", mutates_args=())
+def is_first(like: Tensor) -> Tensor:
+    """Bool scalar beside `like`: whether this is no recomputation.
+
+    For compiled graphs, which know it only when they run: activation checkpointing around a
+    compiled module repeats the whole graph.
+    """
+    return torch.full((), not _recomputing(), device=like.device)
+
+
+@is_first.register_fake
+def _(like: Tensor) -> Tensor:
+    return torch.empty((), dtype=torch.bool, device=like.device)
 
 
 def totals(records: Sequence[Record]) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prw.call import GroupRecord, Record, totals
+from prw.distributed import ranks
 from prw.errors import ConfigError, StageError
 from prw.router import RouterPass, Routing
 
@@ -67,7 +68,7 @@ def veteran_gate_loss(
     gap = used.double() / count.clamp(min=1) - density
     counted = count > 0
     value = torch.where(counted, weight * gap.abs(), 0.0)
-    slope = torch.where(counted, weight * gap.sign() * _ranks() / count.clamp(min=1), 0.0)
+    slope = torch.where(counted, weight * gap.sign() * ranks() / count.clamp(min=1), 0.0)
     columns, jacobian = _gathered(records)
     loss: Tensor = _ClosedForm.apply(value.to(jacobian[0].dtype), slope, jacobian, *columns)  # type: ignore[no-untyped-call]
     return loss
@@ -93,7 +94,8 @@ def load_balance_loss(records: Record | Sequence[Record], weight: float) -> Tens
         probs_E: Tensor | None = None
         for seen, routing, keep_T in _forwards(group):
             p_TE = seen.logits().softmax(-1)
-            e_TE = torch.nn.functional.one_hot(routing.expert.flatten(), p_TE.shape[1])
+            index_E = torch.arange(p_TE.shape[1], device=p_TE.device)
+            e_TE = routing.expert.flatten()[:, None] == index_E  # one_hot reads values on a CPU
             e_E, p_E = _sum(e_TE.to(p_TE.dtype), keep_T), _sum(p_TE, keep_T)
             chosen_E = e_E if chosen_E is None else chosen_E + e_E
             probs_E = p_E if probs_E is None else probs_E + p_E
@@ -207,17 +209,13 @@ def _sum(values_T: Tensor, keep_T: Tensor | None) -> Tensor:
     return torch.where(keep, values_T, 0.0).sum(0)
 
 
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def _over_ranks(local: Tensor) -> Tensor:
     """The sum over ranks; its derivative is that of the local part, times the number of ranks."""
-    if _ranks() == 1:
+    if ranks() == 1:
         return local
     total = local.detach().clone()
     dist.all_reduce(total)
-    return total + (local - local.detach()) * _ranks() if local.requires_grad else total
+    return total + (local - local.detach()) * ranks() if local.requires_grad else total
 
 
 def _gathered(records: Sequence[Record]) -> tuple[list[Tensor], list[Tensor]]:

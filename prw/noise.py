@@ -22,7 +22,18 @@ def group_id(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
 
 
-def gaussian_noise(key: int, group: int, tokens: int, columns: int, device: torch.device) -> Tensor:
+def word(value: int) -> Tensor:
+    """The low 64 bits of a number as an int64 scalar on the CPU.
+
+    A tensor, because a compiled graph takes it as an input: a number would become part of the
+    graph, which every new key would compile once more. From the CPU no device has to wait for it.
+    """
+    return torch.tensor(_signed(value & _WORD))
+
+
+def gaussian_noise(
+    key: Tensor | int, group: Tensor | int, tokens: int, columns: int, device: torch.device
+) -> Tensor:
     """Standard normal noise, a pure function of (key, group, token index, column index).
 
     The SplitMix64 finaliser (Steele, Lea and Flood, 2014) hashes the four numbers to 64 bits; the
@@ -30,8 +41,8 @@ def gaussian_noise(key: int, group: int, tokens: int, columns: int, device: torc
     and a value does not change when tokens or columns are added.
 
     Args:
-        key: the 64-bit noise key of the call.
-        group: `group_id` of the routed group.
+        key: the 64-bit noise key of the call, or its `word`.
+        group: the `group_id` of the routed group, or its `word`.
         tokens: T, how many rows.
         columns: C, how many columns.
         device: where the result lives.
@@ -39,8 +50,9 @@ def gaussian_noise(key: int, group: int, tokens: int, columns: int, device: torc
     Returns:
         fp32 ``[T, C]``.
     """
-    seed = _mix_int(_mix_int(key & _WORD) ^ (group & _WORD))
-    rows_T = _mix(torch.arange(tokens, device=device) * _signed(_WEYL) + _signed(seed))
+    key, group = (word(value) if isinstance(value, int) else value for value in (key, group))
+    seed = _mix(_mix(key) ^ group)
+    rows_T = _mix(torch.arange(tokens, device=device) * _signed(_WEYL) + seed)
     columns_C = torch.arange(columns, device=device) * _signed(_WEYL)
     bits_TC = _mix(rows_T[:, None] ^ _mix(columns_C))
     high = ((bits_TC >> 32) & 0xFFFFFFFF).double()
@@ -49,16 +61,9 @@ def gaussian_noise(key: int, group: int, tokens: int, columns: int, device: torc
     return (radius * torch.cos(low * (2.0 * math.pi * 2.0**-32))).float()
 
 
-def _signed(word: int) -> int:
+def _signed(bits: int) -> int:
     """The 64-bit word as the int64 with the same bits."""
-    return word - (1 << 64) if word >> 63 else word
-
-
-def _mix_int(word: int) -> int:
-    word = (word + _WEYL) & _WORD
-    for shift, multiplier in zip(_SHIFTS, (*_MULTIPLIERS, 1), strict=True):
-        word = ((word ^ (word >> shift)) * multiplier) & _WORD
-    return word
+    return bits - (1 << 64) if bits >> 63 else bits
 
 
 def _mix(words: Tensor) -> Tensor:

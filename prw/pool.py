@@ -21,7 +21,7 @@ from prw.errors import ConfigError, StageError
 from prw.experts import Expert, factors
 from prw.growth import first_column
 from prw.ledger import Ledger
-from prw.noise import gaussian_noise, group_id
+from prw.noise import gaussian_noise, group_id, word
 from prw.router import RouterPass, Routing, find_router, router_input
 from prw.schedule import Learning, schedule
 from prw.usage import observe
@@ -92,7 +92,7 @@ class Pool(nn.Module):
         self.router = find_router(config.router, noise=config.noise)
         self.columns = Columns(in_features + config.context_features, noise=config.noise)
         self.experts = nn.ModuleList()
-        self._group = group_id(name)
+        self._group = word(group_id(name))
 
     def _check(self) -> None:
         if not self.projections or any("." in p or not p for p in self.projections):
@@ -259,7 +259,7 @@ class Pool(nn.Module):
             eps_TE = None
             if call.noisy and self.training and self.config.noise:
                 rows = h_TD.shape[0]
-                eps_TE = gaussian_noise(call.key, self._group, rows, view.count, h_TD.device)
+                eps_TE = gaussian_noise(call.seed, self._group, rows, view.count, h_TD.device)
             flat = self.router.route(h_TD, view.signal, view.noise, eps_TE)
         # With gate "one" the router still takes part, so that its gradient is zero and not absent.
         gate_T = flat.gate if self.config.gate == "softmax" else flat.gate * 0 + 1

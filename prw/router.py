@@ -15,6 +15,7 @@ from typing import ClassVar, final
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from prw.errors import ConfigError
 
@@ -146,7 +147,9 @@ class Router(ABC):
             By the signal and by the noise columns, ``[E, D]`` each.
         """
         count = len(seen.signal)
-        with torch.enable_grad():
+        # Hooks of its own: those of activation checkpointing would look for this graph once more
+        # when they recompute, and a recomputed forward is not observed.
+        with saved_tensors_hooks(_same, _same), torch.enable_grad():
             given = [c.detach().requires_grad_() for c in (*seen.signal, *seen.noise)]
             routing = self.route(seen.h_TD.detach(), given[:count], given[count:], seen.eps_TE)
             used_T = routing.probs[:, newest]
@@ -154,6 +157,10 @@ class Router(ABC):
             slopes = torch.autograd.grad(total, given, allow_unused=True, materialize_grads=True)
         signal_ED = torch.stack(slopes[:count])
         return signal_ED, torch.stack(slopes[count:]) if seen.noise else signal_ED.new_zeros(0)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 @final

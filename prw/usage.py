@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from prw.call import GroupRecord
+from prw.call import GroupRecord, is_first
 from prw.router import RouterPass, Routing
 
 
@@ -38,6 +38,9 @@ def observe(
     Returns:
         The record of this one forward.
     """
+    first = is_first(routing.probs) if torch.compiler.is_compiling() else None
+    if first is not None:
+        keep = first.expand(routing.expert.shape) if keep is None else keep & first
     used = routing.expert == newest
     count = torch.full((), used.numel(), dtype=torch.int64, device=used.device)
     keep_T = None
@@ -59,7 +62,17 @@ def observe(
                 columns.append(noise)
                 jacobian.append(noise_ED[index])
     kept = Routing(routing.expert, routing.gate.detach(), routing.probs.detach())
-    inputs = [replace(seen, h_TD=seen.h_TD.detach())] if keep_inputs and seen is not None else []
+    inputs: list[RouterPass] = []
+    if keep_inputs and seen is not None:
+        inputs = [replace(seen, h_TD=seen.h_TD.detach(), probs_TE=seen.probs_TE.detach())]
     return GroupRecord(
-        used.sum(), count, tuple(columns), tuple(jacobian), [kept], newest, [keep], inputs
+        used=used.sum(),
+        count=count,
+        columns=tuple(columns),
+        jacobian=tuple(jacobian),
+        routings=[kept],
+        newest=newest,
+        masks=[keep],
+        passes=inputs,
+        first=[first],
     )

@@ -14,6 +14,7 @@ from prw import checkpoint, exchange, merging
 from prw.call import Call, CallSlot, Recall, Record, spread
 from prw.config import Config
 from prw.consolidation import agreement, centred, fit, remembered
+from prw.distributed import whole
 from prw.errors import ConfigError, StageError
 from prw.ledger import Ledger, Stage
 from prw.linear import RoutedLinear
@@ -187,7 +188,12 @@ class Weave:
         self._ledger = ledger
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Unique names and parameters of what may learn now."""
+        """Unique names and parameters of what may learn now.
+
+        Raises:
+            StageError: FSDP2 has sharded them; see `prw.distributed`.
+        """
+        whole(self.pools)
         for group, pool in self.pools.items():
             for name, parameter in pool.learners():
                 yield f"{group}.{name}", parameter
@@ -359,6 +365,7 @@ class Weave:
         """
         if self.newest is not None:
             raise StageError(f"stage {self.newest!r} is open; close it before it is consolidated")
+        whole(self.pools)
         found = {}
         for group, pool in self.pools.items():
             known = remembered(pool.router, pool.columns, len(self._ledger))
@@ -380,7 +387,11 @@ class Weave:
         Args:
             path: the folder; an older checkpoint there is replaced in one step.
             extra: further text files to write beside them, by file name.
+
+        Raises:
+            StageError: FSDP2 has sharded the routed parameters; see `prw.distributed`.
         """
+        whole(self.pools)
         checkpoint.save(
             path, self.pools, self._ledger, self.config, self.fingerprint, extra=extra or {}
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prw_kernels import routed_lora
+from prw_kernels.routed_lora.per_token import fits
 
 # Sums of at most a few hundred products in fp64, in two orders: far below 1e-11.
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -83,7 +85,8 @@ class Case:
         generator = torch.Generator().manual_seed(1)
         loss = torch.zeros((), dtype=torch.float64)
         for y in outputs:
-            loss = loss + (y * torch.rand(y.shape, generator=generator, dtype=y.dtype)).sum()
+            weights = torch.rand(y.shape, generator=generator, dtype=torch.float64)
+            loss = loss + (y * weights.to(y.dtype)).sum()
         return list(torch.autograd.grad(loss, self.leaves, materialize_grads=absent))
 
 
@@ -214,6 +217,55 @@ def test_outputs_keep_their_dtype_and_autocast_is_off_inside(per_sample: bool) -
     for found, wanted in zip(cast, plain, strict=True):
         assert found.dtype == torch.bfloat16
         assert torch.equal(found, wanted)
+
+
+class Sorted(Case):
+    """The same in fp32 with widths that the sorted products take; the truth stays in fp64."""
+
+    def __init__(self, leading: tuple[int, ...], **options: object) -> None:
+        super().__init__(leading, outs=(8, 12), **options)  # type: ignore[arg-type]
+        self.x = self.leaf(*leading, 16)
+        self.A = [[self.leaf(A.shape[0], 16) for A in A_p] for A_p in self.A]
+
+    def lowered(self, dtype: torch.dtype) -> Sorted:
+        """Itself with every leaf rounded to another dtype."""
+        twin = copy.copy(self)
+        low = {id(leaf): leaf.detach().to(dtype).requires_grad_() for leaf in self.leaves}
+        twin.x, twin.gate = low[id(self.x)], low[id(self.gate)]
+        twin.results = [low[id(r)] for r in self.results]
+        twin.A, twin.B = ([[low[id(f)] for f in row] for row in side] for side in (self.A, self.B))
+        return twin
+
+
+@pytest.mark.parametrize("only", [None, 0, 2])
+@pytest.mark.parametrize("leading", [(1,), (63,), (3, 21), (2, 3, 4)], ids=str)
+def test_sorted_rows_are_the_formula(leading: tuple[int, ...], only: int | None) -> None:
+    case = Sorted(leading, rank=4, only=only)
+    low = case.lowered(torch.float32)
+    assert fits(low.x, low.A, low.B) and not fits(case.x, case.A, case.B)
+    outputs, expected = low.run("auto"), case.formula()
+    # fp32 sums of at most 63 products of normal numbers: 63 * 2**-24 of values below a thousand.
+    close = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}
+    torch.testing.assert_close(outputs, expected, **close)
+    torch.testing.assert_close(
+        low.gradients(outputs), case.gradients(expected, absent=True), **close
+    )
+
+
+def test_sorted_rows_keep_to_their_expert_and_to_shapes_that_fit() -> None:
+    case = Sorted((4, 6), rank=4, only=1).lowered(torch.float32)
+    before = case.run()
+    with torch.no_grad():
+        for factor in (case.A[0][0], case.B[1][2]):
+            factor.fill_(torch.nan)
+    assert all(map(torch.equal, case.run(), before))
+    case.A[0][0].requires_grad_(False)
+    sum(y.sum() for y in case.run()).backward()  # type: ignore[union-attr]
+    assert case.A[0][0].grad is None
+    for leading, rank in (((0,), 4), ((4, 6), 3)):
+        other = Sorted(leading, rank=rank).lowered(torch.float32)
+        assert not fits(other.x, other.A, other.B)
+        assert [y.shape for y in other.run()] == [r.shape for r in other.results]
 
 
 def test_mistakes_are_named() -> None:

@@ -5,13 +5,14 @@ Shape suffixes: D input width, O output width, R rank, ``...`` the leading axes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from prw_kernels.routed_lora.per_sample import per_sample
+from prw_kernels.routed_lora.per_token import fits, per_token
 from prw_kernels.routed_lora.reference import reference
 
 
@@ -44,8 +45,9 @@ def routed_lora(
         expert: int64 in ``[0, experts)``, shaped like a prefix of ``x.shape[:-1]``: all of it for
             one choice per token, the first axis for one per sample. May be None with one expert.
         gate: weight of the choice, shaped like ``expert``; None means 1.
-        backend: ``"reference"`` computes every expert on every token; ``"auto"`` takes the batched
-            products where there is one choice per sample.
+        backend: ``"reference"`` computes every expert on every token; ``"auto"`` takes batched
+            products where there is one choice per sample and, on a CPU, products of sorted rows
+            where there is one per token, both in the same numbers up to rounding.
 
     Returns:
         Per projection a tensor shaped and typed like its result.
@@ -59,10 +61,12 @@ def routed_lora(
         # On strides that do not fold, torch picks the product (and its bits) by requires_grad: a
         # veteran would differ from the expert that learnt.
         inputs = x.to(A[0][0].dtype).contiguous()
-        batched = backend == "auto" and x.dim() > 2 and _alike(A, scaling)
-        if batched and expert is not None and expert.dim() == 1 and len(scaling[0]) > 1:
+        way = None
+        if backend == "auto" and expert is not None and len(scaling[0]) > 1:
+            way = _faster(inputs, A, B, scaling, expert)
+        if way is not None and expert is not None:
             weight = torch.ones_like(expert, dtype=inputs.dtype) if gate is None else gate
-            deltas = per_sample(inputs, A, B, expert, weight * scaling[0][0])
+            deltas = way(inputs, A, B, expert, weight * scaling[0][0])
         else:
             deltas = reference(inputs, A, B, scaling, expert, gate)
         return tuple(
@@ -84,6 +88,21 @@ def _check(
                 f"{name} has shape {tuple(value.shape)}, which does not begin the shape of the "
                 f"input {tuple(x.shape)}"
             )
+
+
+def _faster(
+    x: Tensor,
+    A: Sequence[Sequence[Tensor]],
+    B: Sequence[Sequence[Tensor]],
+    scaling: Sequence[Sequence[float]],
+    expert: Tensor,
+) -> Callable[..., list[Tensor]] | None:
+    """The implementation that costs one LoRA, where there is one; shapes and dtypes decide."""
+    if not _alike(A, scaling):
+        return None
+    if x.dim() > 2 and expert.dim() == 1:
+        return per_sample
+    return per_token if expert.shape == x.shape[:-1] and fits(x, A, B) else None
 
 
 def _alike(A: Sequence[Sequence[Tensor]], scaling: Sequence[Sequence[float]]) -> bool:

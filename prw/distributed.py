@@ -1,0 +1,98 @@
+"""Data parallel training: routed parameters stay whole on every rank, their gradients are averaged.
+
+Under DDP nothing here is needed. FSDP2 shards the frozen base and is told to leave the routed
+parameters alone: they are small, a stage may add some at any time, and a checkpoint needs them
+whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from prw.errors import StageError
+from prw.pool import Pool
+
+if TYPE_CHECKING:
+    from prw.weaving import Weave
+
+
+def ranks() -> int:
+    """How many processes train together: 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def routed_parameters(weave: Weave) -> set[nn.Parameter]:
+    """All parameters of the pools, for ``fully_shard(..., ignored_params=...)``."""
+    return {parameter for pool in weave.pools.values() for parameter in pool.parameters()}
+
+
+@torch.no_grad()
+def broadcast(weave: Weave, source: int = 0) -> None:
+    """Give every rank the routed parameters that rank `source` holds.
+
+    Call it after `unlock`: each rank draws the new expert from its own generator. DDP does it
+    itself when it wraps the model. Does nothing without torch.distributed.
+    """
+    if ranks() > 1:
+        whole(weave.pools)
+        for pool in weave.pools.values():
+            for parameter in pool.parameters():
+                dist.broadcast(parameter.data, source)
+
+
+@torch.no_grad()
+def average_gradients(weave: Weave) -> None:
+    """Replace the gradient of every parameter that may learn by its mean over ranks.
+
+    For parameters that no wrapper looks after, as under FSDP2 with ``ignored_params``; call it once
+    per step, after the last backward and before clipping. A gradient that is absent counts as
+    zeros. The sums run in the dtype of the gradients, one collective per dtype and device. Does
+    nothing without torch.distributed.
+    """
+    if ranks() == 1:
+        return
+    learning = list(weave.parameters())
+    for parameter in learning:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    grads = [parameter.grad for parameter in learning if parameter.grad is not None]
+    for _, alike in groupby(sorted(grads, key=_kind), key=_kind):
+        _average(list(alike))
+
+
+def whole(pools: Mapping[str, Pool]) -> None:
+    """Refuse routed parameters that something has sharded.
+
+    Raises:
+        StageError: a parameter is a DTensor.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    from torch.distributed.tensor import DTensor  # costs a second to import, so only where needed
+
+    for group, pool in pools.items():
+        for name, parameter in pool.named_parameters():
+            if isinstance(parameter, DTensor):
+                raise StageError(
+                    f"{name!r} of the routed group {group!r} is sharded; call fully_shard(..., "
+                    "ignored_params=prw.distributed.routed_parameters(weave))"
+                )
+
+
+def _average(grads: Iterable[Tensor]) -> None:
+    grads = list(grads)
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    flat /= ranks()
+    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(mean.view_as(grad))
+
+
+def _kind(tensor: Tensor) -> tuple[str, str]:
+    return str(tensor.dtype), str(tensor.device)

@@ -1,0 +1,53 @@
+"""DDP and FSDP2 on two processes give the gradients of one process with the whole batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import prw
+import prw.distributed
+
+WORKER = Path(__file__).with_name("two_ranks.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two ranks wrote what they found."""
+    made = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), str(made)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    told = [rank.communicate(timeout=280)[0] for rank in ranks]
+    (made / "told.txt").write_text("\n".join(told), encoding="utf-8")
+    return made
+
+
+@pytest.mark.parametrize("scenario", ["ddp", "fsdp2", "sharded", "splits"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_ranks_are_one_process(folder: Path, scenario: str, rank: int) -> None:
+    found = folder / f"{scenario}-{rank}.txt"
+    assert found.is_file(), (folder / "told.txt").read_text(encoding="utf-8")
+    assert not found.read_text(encoding="utf-8")
+
+
+def test_alone_there_is_nothing_to_average() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    weave = prw.weave(net, prw.Config(target_modules=["0"], rank=2))
+    weave.unlock("one")
+    before = [p.clone() for p in weave.parameters()]
+    prw.distributed.broadcast(weave)
+    prw.distributed.average_gradients(weave)
+    assert all(map(torch.equal, weave.parameters(), before))
+    assert all(p.grad is None for p in weave.parameters())
+    assert prw.distributed.routed_parameters(weave) == set(weave.pools["0"].parameters())
