@@ -73,7 +73,7 @@ class MethodName(str):
 
 PRW = MethodName("PRW")
 
-_CORE = tuple(f.name for f in fields(Config) if f.name != "target_modules")
+_CORE = tuple(f.name for f in fields(Config) if not f.name.endswith("_modules"))
 # PEFT drops keys with a part that is another adapter's name, so ours must not be adapter names.
 _RESERVED = {"A", "B", "columns", "experts", "noise", "prw_pool", "signal", "snapshots"}
 
@@ -96,6 +96,7 @@ class PRWPeftConfig(PeftConfig):
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
     rank: int = 16
+    rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha: float | None = None
     granularity: str = "token"
     share_router: str = "module"
@@ -104,6 +105,7 @@ class PRWPeftConfig(PeftConfig):
     noise: bool = True
     router: str = "top1"
     context_features: int = 0
+    new_column: str = "zero"
     backend: str = "auto"
     stages: list[str] = field(default_factory=list)
     open: bool = True

@@ -294,7 +294,7 @@ def test_a_name_that_is_no_router_is_not_called() -> None:
     module.Other = Other  # type: ignore[attr-defined]
     sys.modules["module_of_test"] = module
     try:
-        with pytest.raises(prw.ConfigError, match="is a type, not a prw.Router"):
+        with pytest.raises(prw.ConfigError, match="is Other, not a prw.Router"):
             prw.router.find_router("module_of_test:Other", noise=False)
     finally:
         del sys.modules["module_of_test"]
