@@ -42,27 +42,36 @@ def remembered(router: Router, columns: Columns, stages: int) -> Remembered | No
     return Remembered(torch.cat(inputs), torch.cat(routings)) if inputs else None
 
 
-def fit(router: Router, known: Remembered, start_ED: Tensor, iterations: int) -> Tensor:
-    """The columns that route the remembered inputs as their stages did.
+def fit(
+    router: Router, known: Remembered, start_ED: Tensor, iterations: int, pull: float
+) -> Tensor:
+    """The columns that route the remembered inputs as their stages did, not far from `start_ED`.
 
-    Minimises ``mean_M KL(p || softmax(h W))`` over W by L-BFGS from `start_ED`. For the routers of
-    `prw.router` this is logistic regression with soft targets, so convex.
+    ``min_W  mean_M KL(p || softmax(h W)) + pull / 2 * mean_M |h|^2 * |W - start|^2``
+
+    by L-BFGS. For the routers of `prw.router` this is ridge regression of logits with soft targets,
+    so convex. The second term is what inputs beside the remembered ones are left with: without it
+    a few rows are fitted to the last bit, at the price of every other input of the stage just
+    closed.
 
     Returns:
         ``[E, D]`` in fp64.
     """
     with torch.enable_grad(), torch.autocast(start_ED.device.type, enabled=False):
-        columns_ED = start_ED.detach().double().clone().requires_grad_()
+        start_ED = start_ED.detach().double()
+        columns_ED = start_ED.clone().requires_grad_()
+        weight = pull / 2 * known.h_MD.square().sum(-1).mean()
         solver = torch.optim.LBFGS([columns_ED], max_iter=iterations, line_search_fn="strong_wolfe")
 
-        def divergence() -> Tensor:
+        def objective() -> Tensor:
             solver.zero_grad()
             log_q_ME = log_probabilities(router, known.h_MD, columns_ED)
-            loss = F.kl_div(log_q_ME, known.p_ME, reduction="batchmean")
+            divergence = F.kl_div(log_q_ME, known.p_ME, reduction="batchmean")
+            loss = divergence + weight * (columns_ED - start_ED).square().sum()
             loss.backward()
             return loss
 
-        solver.step(divergence)
+        solver.step(objective)
     return columns_ED.detach()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -343,26 +344,32 @@ class Weave:
         for group, pool in self.pools.items():
             pool.columns.remember(stage.index, spread(kept[group], rows))
 
-    def consolidate(self, iterations: int = 100) -> float:
+    def consolidate(self, iterations: int = 100, *, pull: float = 1e-3) -> float:
         """Fit the live routers to how every stage routed what it remembers. Not in the paper.
 
-        ``min_W mean_M KL(p_stage(h) || softmax(h W))`` per routed group, over the remembered inputs
-        h of all stages, without noise. The result is the router that the last stage ends with: the
-        free route, `at_stage` of the last stage, and where the next one begins. The snapshots of
-        earlier stages stay. Call it between stages, after `remember`. Under data parallelism every
-        rank must remember the same inputs, and FSDP2 must not have sharded the routers.
+        ``min_W mean_M KL(p_stage(h) || softmax(h W)) + pull / 2 * mean_M |h|^2 * |W - W_live|^2``
+        per routed group, over the remembered inputs h of all stages, without noise. The result is
+        the router that the last stage ends with: the free route, `at_stage` of the last stage, and
+        where the next one begins. The snapshots of earlier stages stay. Call it between stages,
+        after `remember`. Under data parallelism every rank must remember the same inputs, and FSDP2
+        must not have sharded the routers.
 
         Args:
             iterations: of L-BFGS, at most.
+            pull: how strongly columns are kept near where training left them; 0 fits the remembered
+                rows and nothing else.
 
         Returns:
             The share of the remembered inputs, over all groups, that the free route now sends where
             their stage did.
 
         Raises:
+            ConfigError: `pull` is negative or not finite.
             StageError: a stage is open, a group remembers nothing, or a fit is not finite; nothing
                 is changed then.
         """
+        if not 0 <= pull < math.inf:
+            raise ConfigError(f"pull must be at least 0 and finite, got {pull}")
         if self.newest is not None:
             raise StageError(f"stage {self.newest!r} is open; close it before it is consolidated")
         whole(self.pools)
@@ -371,7 +378,7 @@ class Weave:
             known = remembered(pool.router, pool.columns, len(self._ledger))
             if known is None:
                 raise StageError(f"{group!r} remembers nothing yet; run the model in remember()")
-            columns_ED = fit(pool.router, known, pool.columns.state()[0], iterations)
+            columns_ED = fit(pool.router, known, pool.columns.state()[0], iterations, pull)
             found[group] = known, centred(pool.router, known, columns_ED)
             if not found[group][1].isfinite().all():
                 raise StageError(f"the fit for {group!r} is not finite; nothing was changed")

@@ -182,13 +182,17 @@ def test_a_fit_that_fails_changes_no_router() -> None:
     assert torch.equal(weave.pools["0"].columns.state()[0], before)
 
 
-def test_the_fit_is_the_minimum() -> None:
-    """Convex: at the result, the gradient of the divergence is nearly zero."""
+@pytest.mark.parametrize("pull", [0.0, 3e-3])
+def test_the_fit_is_the_minimum(pull: float) -> None:
+    """Convex: at the result, the gradient of the objective is nearly zero."""
     torch.manual_seed(0)
     known = Remembered(inputs(50), torch.rand(50, 3, dtype=torch.float64).softmax(-1))
-    columns = fit(Top1(), known, torch.zeros(3, WIDTH, dtype=torch.float64), 100).requires_grad_()
+    start = torch.randn(3, WIDTH, dtype=torch.float64)
+    columns = fit(Top1(), known, start, 100, pull).requires_grad_()
     log_q = (known.h_MD @ columns.T).log_softmax(-1)
     loss = nn.functional.kl_div(log_q, known.p_ME, reduction="batchmean")
+    scale = known.h_MD.square().sum(-1).mean()
+    loss = loss + pull / 2 * scale * (columns - start).square().sum()
     loss.backward()
     assert columns.grad is not None
     assert float(columns.grad.abs().max()) < 1e-4
@@ -209,6 +213,8 @@ def test_bad_input_is_refused_in_one_sentence() -> None:
     net, weave = build()
     with pytest.raises(prw.StageError, match="'0' remembers nothing yet"):
         weave.consolidate()
+    with pytest.raises(prw.ConfigError, match="pull must be at least 0 and finite, got -1"):
+        weave.consolidate(pull=-1)
     weave.unlock("new")
     with pytest.raises(prw.StageError, match="'new' is open; close it before"):
         weave.consolidate()
