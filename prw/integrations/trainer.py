@@ -129,7 +129,7 @@ class PRWTrainer(Trainer):
         """
         mask = inputs.get("attention_mask")
         mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        prompts = any(pool.needs_mask for pool in self.weave.pools.values())
+        prompts = any(pool.prompted for pool in self.weave.pools.values())
         if self.weave.config.granularity == "token" or not prompts:
             return mask
         labels = inputs.get("labels")
