@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     if problem:
         print(f"no times: {problem}", file=sys.stderr)
         return 1
-    width, layers, tokens = (256, 2, 128) if args.quick else (768, 4, 512)
+    width, layers, tokens = (256, 2, 128) if args.quick else (512, 2, 512)
     model = base(width, layers).to(args.device)
     inputs = torch.randn(1, tokens, width, device=args.device)
     rounds = 3 if args.quick else 20

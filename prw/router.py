@@ -56,9 +56,12 @@ class RouterPass:
     probs_TE: Tensor
 
     def logits(self) -> Tensor:
-        """The logits once more, ``[T, E]``, with a graph that ends at the columns."""
+        """The logits once more, ``[T, E]``, with a graph that ends at the columns.
+
+        In the router's own precision, wherever it is asked: autocast is off.
+        """
         given = self.h_TD.detach(), self.signal, self.noise, self.eps_TE
-        with torch.autocast(self.h_TD.device.type, enabled=False):  # as in the pool
+        with torch.autocast(self.h_TD.device.type, enabled=False):
             return self.router.locked(*given)[:, : len(self.signal)]
 
 

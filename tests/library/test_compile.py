@@ -14,6 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 import prw
 
+# torch's own tracing makes an instance of every autograd function and warns of it.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
 X = torch.linspace(-2, 2, 3 * 5 * 8).sin().reshape(3, 5, 8)
 
 
@@ -118,7 +121,6 @@ def test_a_stage_compiles_each_kind_of_call_once() -> None:
 def test_checkpointing_around_a_compiled_module_counts_once() -> None:
     net, weave = build()
     compiled = torch.compile(net, backend=Graphs().backend, fullgraph=True)
-    wanted = step(net, weave, 5)
     for reentrant in (True, False):
         x = X.clone().requires_grad_()
         with weave.record(key=5, keep_inputs=True) as record:
@@ -130,10 +132,8 @@ def test_checkpointing_around_a_compiled_module_counts_once() -> None:
         assert int(next(iter(record.tally.groups.values())).count) == 15
         losses = [prw.load_balance_loss(r, 1.0) for r in (record, plain)]
         torch.testing.assert_close(losses[0], losses[1])
-        assert record.by_group()["to_k" if "to_k" in record.tally.groups else ""][
-            "expert"
-        ].shape == (15,)
-    assert wanted[2] == 30
+        (group,) = record.by_group().values()
+        assert group["expert"].shape == (15,)
 
 
 def test_checkpointing_inside_a_compiled_module_counts_once() -> None:

@@ -53,6 +53,31 @@ def per_token(
     return [delta.unflatten(0, x.shape[:-1]) for delta in deltas]
 
 
+@torch.library.custom_op("prw_kernels::segment_product", mutates_args=())
+def segment_product(rows_TK: Tensor, factor_EKN: Tensor, ends_E: Tensor) -> Tensor:
+    """`torch.nn.functional.grouped_mm` as an operator with shapes of its own, for compiled graphs.
+
+    The shape function of torch's (2.13) knows bf16 only.
+
+    Args:
+        rows_TK: sorted rows.
+        factor_EKN: one factor per segment.
+        ends_E: int32, where each segment ends.
+    """
+    return F.grouped_mm(rows_TK, factor_EKN, offs=ends_E)
+
+
+@segment_product.register_fake
+def _(rows_TK: Tensor, factor_EKN: Tensor, ends_E: Tensor) -> Tensor:
+    return rows_TK.new_empty(rows_TK.shape[0], factor_EKN.shape[2])
+
+
+def _product(rows_TK: Tensor, factor_EKN: Tensor, ends_E: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return segment_product(rows_TK, factor_EKN, ends_E)
+    return F.grouped_mm(rows_TK, factor_EKN, offs=ends_E)
+
+
 class _PerToken(torch.autograd.Function):
     """The two products of a low-rank pair and their derivatives, as in `_PerSample`.
 
@@ -75,10 +100,10 @@ class _PerToken(torch.autograd.Function):
         )
         index_E = torch.arange(experts, device=expert_T.device)
         ends_E = (expert_T[:, None] == index_E).sum(0).cumsum(0).to(torch.int32)
-        h_TQ = F.grouped_mm(x_TD.index_select(0, order_T), A_EQD.mT, offs=ends_E)
+        h_TQ = _product(x_TD.index_select(0, order_T), A_EQD.mT, ends_E)
         wh_TQ = (h_TQ * weight_T.index_select(0, order_T)[:, None]).to(h_TQ.dtype)
         deltas = tuple(
-            F.grouped_mm(wh_TR, b_EOR.mT, offs=ends_E).index_select(0, back_T)
+            _product(wh_TR, b_EOR.mT, ends_E).index_select(0, back_T)
             for wh_TR, b_EOR in zip(wh_TQ.chunk(count, dim=-1), B_EOR, strict=True)
         )
         h_TQ = h_TQ.index_select(0, back_T)
@@ -93,7 +118,7 @@ class _PerToken(torch.autograd.Function):
         dy = [grad.to(h_TQ.dtype) for grad in grads]
         s_TQ = torch.cat(
             [
-                F.grouped_mm(dy_TO.index_select(0, order_T), b_EOR, offs=ends_E)
+                _product(dy_TO.index_select(0, order_T), b_EOR, ends_E)
                 for dy_TO, b_EOR in zip(dy, B_EOR, strict=True)
             ],
             dim=-1,
@@ -104,7 +129,7 @@ class _PerToken(torch.autograd.Function):
         dx = None
         if needs_x:
             sorted_TQ = ws_TQ.index_select(0, order_T)
-            dx = F.grouped_mm(sorted_TQ, A_EQD, offs=ends_E).index_select(0, back_T)
+            dx = _product(sorted_TQ, A_EQD, ends_E).index_select(0, back_T)
         count, experts = len(B_EOR), A_EQD.shape[0]
         d_factors: list[Tensor | None] = [None] * len(needs)
         for e in [e for e in range(experts) if any(needs[e::experts])]:
