@@ -74,7 +74,8 @@ def _(rows_TK: Tensor, factor_EKN: Tensor, ends_E: Tensor) -> Tensor:
 
 def _product(rows_TK: Tensor, factor_EKN: Tensor, ends_E: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
-        return segment_product(rows_TK, factor_EKN, ends_E)
+        product: Tensor = segment_product(rows_TK, factor_EKN, ends_E)
+        return product
     return F.grouped_mm(rows_TK, factor_EKN, offs=ends_E)
 
 
