@@ -97,6 +97,7 @@ def test_a_recorded_step_is_one_graph_for_any_key_mask_and_micro_batch(granulari
         assert (graphs.forward, graphs.backward) == (2, 2)  # one more, because there is a mask now
 
 
+@pytest.mark.slow
 def test_a_stage_compiles_each_kind_of_call_once() -> None:
     net, weave = build()
     graphs = Graphs()
