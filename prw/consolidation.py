@@ -50,9 +50,8 @@ def fit(
     ``min_W  mean_M KL(p || softmax(h W)) + pull / 2 * mean_M |h|^2 * |W - start|^2``
 
     by L-BFGS. For the routers of `prw.router` this is ridge regression of logits with soft targets,
-    so convex. The second term is what inputs beside the remembered ones are left with: without it
-    a few rows are fitted to the last bit, at the price of every other input of the stage just
-    closed.
+    so convex. The second term leaves inputs beside the remembered ones nearer to where they went;
+    without it the remembered rows are fitted as well as the columns can.
 
     Returns:
         ``[E, D]`` in fp64.

@@ -344,7 +344,7 @@ class Weave:
         for group, pool in self.pools.items():
             pool.columns.remember(stage.index, spread(kept[group], rows))
 
-    def consolidate(self, iterations: int = 100, *, pull: float = 1e-3) -> float:
+    def consolidate(self, iterations: int = 100, *, pull: float = 0.0) -> float:
         """Fit the live routers to how every stage routed what it remembers. Not in the paper.
 
         ``min_W mean_M KL(p_stage(h) || softmax(h W)) + pull / 2 * mean_M |h|^2 * |W - W_live|^2``
@@ -357,7 +357,7 @@ class Weave:
         Args:
             iterations: of L-BFGS, at most.
             pull: how strongly columns are kept near where training left them; 0 fits the remembered
-                rows and nothing else.
+                rows and nothing else. What is best differs: see the log of 2026-11-21.
 
         Returns:
             The share of the remembered inputs, over all groups, that the free route now sends where
