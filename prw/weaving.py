@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -285,9 +286,20 @@ class Weave:
         return Call(stage=stage, force=force)
 
     @contextmanager
-    def at_stage(self, name: str) -> Iterator[Call]:
-        """Inside, the model is bit for bit what it was at the end of stage `name`."""
-        with self._bound(self.pinned(stage=name)) as call:
+    def at_stage(
+        self, name: str, *, mask: Tensor | None = None, context: Tensor | None = None
+    ) -> Iterator[Call]:
+        """Inside, the model is bit for bit what it was at the end of stage `name`.
+
+        Args:
+            name: of the stage.
+            mask, context: as in `record`, for the forwards inside.
+
+        Raises:
+            StageError: there is no such stage.
+        """
+        pin = self.pinned(stage=name)
+        with self._bound(replace(pin, mask=mask, context=context)) as call:
             yield call
 
     @contextmanager

@@ -260,3 +260,16 @@ def test_a_router_is_named_by_module_and_object(value: Any) -> None:
 def test_the_name_top1_means_noisy_or_plain() -> None:
     assert type(find_router("top1", noise=True)) is prw.NoisyTop1
     assert type(find_router("top1", noise=False)) is prw.Top1
+
+
+def test_pinned_calls_take_the_context_they_need() -> None:
+    model, weave = build(stages=2, context_features=2)
+    weave.call(context=CONTEXT, noisy=False)
+    free = model(X)
+    weave.close()
+    with weave.at_stage("s1", context=CONTEXT):
+        assert torch.equal(model(X), free)
+    with weave.at_stage("s1"), pytest.raises(prw.ConfigError, match="context_features=2"):
+        model(X)
+    with weave.force_route("s0"):
+        model(X)  # a forced route reads no context
