@@ -151,6 +151,7 @@ def test_checkpointing_inside_a_compiled_module_counts_once() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # inductor's own
 def test_inductor_agrees() -> None:
     net, weave = build()
     compiled = torch.compile(net, fullgraph=True)
