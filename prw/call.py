@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prw.errors import StageError
+from prw.errors import ConfigError, StageError
 from prw.noise import word
 from prw.prompt import Prompt
 from prw.router import RouterPass, Routing
@@ -44,6 +44,10 @@ class Call:
     seed: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        mask: Any = self.mask
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
+            what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise ConfigError(f"a mask is a bool tensor, got {what}; give mask.bool()")
         object.__setattr__(self, "seed", word(self.key))
 
     def __enter__(self) -> Call:

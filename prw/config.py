@@ -31,8 +31,12 @@ class RankPattern(Mapping[str, int]):
     def __len__(self) -> int:
         return len(self._ranks)
 
+    def __eq__(self, other: object) -> bool:
+        """Order counts, because the first pattern that matches does."""
+        return isinstance(other, Mapping) and self._ranks == tuple(other.items())
+
     def __hash__(self) -> int:
-        return hash(frozenset(self._ranks))
+        return hash(self._ranks)
 
     def __repr__(self) -> str:
         return repr(dict(self._ranks))

@@ -20,7 +20,9 @@ A cast to bfloat16 differs by about 0.002, another initialisation by about 1.4.
 
 # What a configuration says about how a base is stored or run, not about which base it is.
 _VOLATILE = frozenset(
-    {"transformers_version", "torch_dtype", "dtype", "use_cache", "quantization_config"}
+    """transformers_version torch_dtype dtype use_cache quantization_config architectures
+    problem_type output_attentions output_hidden_states return_dict bos_token_id eos_token_id
+    pad_token_id decoder_start_token_id sep_token_id id2label label2id""".split()
 )
 
 
@@ -61,6 +63,8 @@ def difference(stored: Mapping[str, Any], found: Mapping[str, Any]) -> str | Non
     """The first mismatch that makes a base another one, in words; None when it fits."""
     for key in sorted((set(stored) | set(found)) - {"samples"}):
         ours, theirs = (json.loads(json.dumps(side.get(key))) for side in (found, stored))
+        if key == "config" and isinstance(ours, dict) and isinstance(theirs, dict):
+            ours, theirs = _lasting(ours), _lasting(theirs)  # files of earlier versions hold more
         if ours != theirs:
             return f"its {key} is {_shorten(theirs, ours)}, this base has {_shorten(ours, theirs)}"
     return None
@@ -82,8 +86,12 @@ def _config(model: nn.Module) -> Any:
     data = to_dict() if callable(to_dict) else config
     if not isinstance(data, Mapping):
         return {}
-    kept = {k: v for k, v in data.items() if not str(k).startswith("_") and k not in _VOLATILE}
-    return json.loads(json.dumps(kept, default=str, sort_keys=True))
+    return _lasting(json.loads(json.dumps(dict(data), default=str, sort_keys=True)))
+
+
+def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that says which base it is."""
+    return {k: v for k, v in config.items() if not k.startswith("_") and k not in _VOLATILE}
 
 
 def _shorten(value: Any, other: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -14,6 +15,11 @@ class Kinds:
 
     def __init__(self) -> None:
         self._kinds = WeakIdKeyDictionary()
+        self._homes: WeakKeyDictionary[torch.optim.Optimizer, dict[str, int]] = WeakKeyDictionary()
+
+    def homes(self, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+        """By kind, the index of the group of `optimizer` that holds it, or held it last."""
+        return self._homes.setdefault(optimizer, {})
 
     def learn(self, named: Mapping[str, nn.Parameter]) -> None:
         """Take note of parameters, named as in a pool: ``experts...`` or ``columns...``."""
@@ -43,7 +49,7 @@ def sync(
     """
     wanted = {id(parameter) for _, parameter in learning}
     held: set[int] = set()
-    homes: dict[str, int] = {}
+    homes = kinds.homes(optimizer)
     for index, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
             kind = kinds[parameter]

@@ -298,14 +298,14 @@ class Weave:
         Raises:
             StageError: there is no such stage.
         """
-        pin = self.pinned(stage=name)
+        pin = self.pinned(stage=self._ledger[name].name)
         with self._bound(replace(pin, mask=mask, context=context)) as call:
             yield call
 
     @contextmanager
     def force_route(self, name: str) -> Iterator[Call]:
         """Inside, everything goes to the expert of stage `name` with gate 1."""
-        with self._bound(self.pinned(force=name)) as call:
+        with self._bound(self.pinned(force=self._ledger[name].name)) as call:
             yield call
 
     @contextmanager

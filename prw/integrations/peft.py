@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -45,6 +46,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from prw.config import Config
+from prw.decoding import follow
 from prw.errors import CheckpointError, ConfigError
 from prw.fingerprint import fingerprint
 from prw.injection import build_pools
@@ -116,8 +118,14 @@ class PRWPeftConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
+        self.rank_pattern = dict(self.rank_pattern)
         self.alpha = self.core(()).alpha
         Ledger(tuple(Stage(name, index, open=False) for index, name in enumerate(self.stages)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in PEFT; ranks as pairs, since PEFT's file sorts keys and the first match counts."""
+        data: dict[str, Any] = super().to_dict()
+        return data | {"rank_pattern": [list(pair) for pair in self.rank_pattern.items()]}
 
     def core(self, targets: Iterable[str]) -> Config:
         """The library's configuration for the given layers."""
@@ -192,7 +200,15 @@ class PRWModel(BaseTuner):
         config: PRWPeftConfig = self.peft_config[adapter_name]
         linears = {key: layer.get_base_layer() for key, layer in self._joining.items()}
         core = config.core(linears)
+        module = core.router.partition(":")[0]
+        if core.router != "top1" and module not in sys.modules:
+            raise ConfigError(
+                f"the adapter's router is {core.router!r}, and no file makes prw import a module; "
+                f"if you trust it, write `import {module}` first"
+            )
         pools = {pool.name: pool for pool in build_pools(model, linears, core)}
+        if any(pool.prompted for pool in pools.values()):
+            follow(model, pools.values())
         for pool in pools.values():
             pool.columns.persistent = True
         names, still_open = list(config.stages), config.open

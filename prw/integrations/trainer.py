@@ -187,6 +187,16 @@ class PRWTrainer(Trainer):
             self._records = []
         return (loss, outputs) if return_outputs else loss
 
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in `transformers.Trainer`, which without labels does not ask `compute_loss`."""
+        self.weave.call(self.routing_mask(inputs), key=0, noisy=False)
+        try:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        finally:
+            self._rest()
+
     def _divisor(self, num_items_in_batch: Tensor | int | None) -> int:
         """What `training_step` will divide the loss of one micro-batch by."""
         scaled = self.loss_is_scaled_for_ga

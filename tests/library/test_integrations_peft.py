@@ -608,3 +608,45 @@ print(type(model.base_model.model.to_k).__name__, torch.equal(model(x), wanted))
         command = [sys.executable, "-c", code, str(tmp_path), how]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         assert expected in result.stdout + result.stderr
+
+
+def test_generation_under_peft_follows_the_prompt() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=32, pad_token_id=0,
+    )  # fmt: skip
+    settings = PRWPeftConfig(target_modules=["q_proj"], rank=2, granularity="sample", stages=["a"])
+    model = get_peft_model(LlamaForCausalLM(config), settings)
+    weave = weave_of(model)
+    weave.unlock("b")
+    with torch.no_grad():
+        for parameter in weave.parameters():
+            parameter.normal_()
+    model.eval()
+    ids = torch.randint(1, 32, (2, 5))
+    prompt = torch.ones_like(ids).bool()
+    weave.call(mask=prompt, noisy=False)
+    made = model.generate(
+        input_ids=ids, attention_mask=prompt.long(), min_new_tokens=3, max_new_tokens=3,
+        do_sample=False, output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    whole = torch.cat([prompt, torch.zeros(2, 3, dtype=torch.bool)], 1)
+    weave.call(mask=whole, noisy=False)
+    with torch.no_grad():
+        logits = model(input_ids=made.sequences).logits
+    for step, found in enumerate(made.logits):  # sums in another order: fp32, a few layers
+        torch.testing.assert_close(found, logits[:, 4 + step].float(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_order_of_rank_patterns_survives_a_file(tmp_path: Path) -> None:
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)),
+        PRWPeftConfig(target_modules=["0", "1"], rank_pattern={"1": 4, ".*": 2}, stages=["a"]),
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(
+        nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), tmp_path / "adapter"
+    )
+    ranks = {name: pool.expert(0).A[0].shape[0] for name, pool in weave_of(again).pools.items()}
+    assert ranks == {"0": 2, "1": 4}

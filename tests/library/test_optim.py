@@ -159,3 +159,24 @@ def test_an_optimizer_with_names_keeps_them_in_step() -> None:
     state = optimizer.state_dict()
     other = torch.optim.AdamW(weave.named_parameters(), lr=0.05)
     assert len(state["state"]) == len(held(other))
+
+
+def test_new_parameters_find_the_group_of_their_kind_again() -> None:
+    """Also where nothing of that kind was left in between."""
+    model = torch.nn.Sequential(torch.nn.Linear(6, 6))
+    weave = prw.weave(model, prw.Config(target_modules=["0"], rank=2))
+    weave.unlock("a")
+    named = list(weave.named_parameters())
+    groups = [
+        {"params": [p for n, p in named if ".experts." in n], "lr": 1.0},
+        {"params": [p for n, p in named if ".columns." in n], "lr": 2.0},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    weave.close()
+    weave.sync(optimizer)
+    assert not any(group["params"] for group in optimizer.param_groups)
+    weave.unlock("b")
+    weave.sync(optimizer)
+    held = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
+    for name, parameter in weave.named_parameters():
+        assert id(parameter) in held[1 if ".columns." in name else 0], name

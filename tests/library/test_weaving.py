@@ -338,3 +338,22 @@ def test_a_stage_that_begins_inside_a_record_is_refused() -> None:
 def test_a_weave_over_no_pools_is_refused() -> None:
     with pytest.raises(prw.ConfigError, match="at least one pool"):
         prw.Weave({}, prw.Config(), fingerprint={})
+
+
+def test_masks_and_names_of_the_wrong_kind_are_refused() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 6))
+    weave = prw.weave(model, prw.Config(target_modules=["0"], rank=2))
+    weave.unlock("a")
+    weave.close()
+    mask = torch.ones(2, 3, dtype=torch.int64)
+    for use in (weave.record, weave.call):
+        with pytest.raises(prw.ConfigError, match=r"got torch.int64; give mask.bool"):
+            use(mask=mask)
+    with (
+        pytest.raises(prw.ConfigError, match="a bool tensor"),
+        weave.remember("a", mask=mask),
+    ):
+        raise AssertionError("not reached")
+    for pin in (weave.at_stage, weave.force_route):
+        with pytest.raises(prw.StageError, match="there is no stage None"), pin(weave.newest):
+            raise AssertionError("not reached")
