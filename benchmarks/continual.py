@@ -8,8 +8,8 @@ frozen, and learns to name 0 1 2, then 3 4 5, then 6 7 8, each group from a scan
 
 ``at stage``       PRW, every task answered by `at_stage` of its own stage (task known)
 ``free``           PRW, the router of the last stage chooses
-``consolidated``   the same with `remember` and `consolidate` at the end of every stage, and new router
-                   columns that begin at the mean of the others
+``consolidated``   the same with `remember` and `consolidate` at the end of every stage, and new
+                   router columns that begin at the mean of the others
 ``sequential``     one PEFT LoRA trained on the tasks one after the other
 ``wide``           the same with three times the rank: as many parameters as three experts
 ``replay``         as sequential, half of every later batch from 64 kept images per earlier task
