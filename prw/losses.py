@@ -176,7 +176,8 @@ def _listed(records: Record | Sequence[Record]) -> list[Record]:
         raise ConfigError("a loss needs at least one record")
     if not any(record.tally.groups for record in listed):
         raise StageError("nothing was routed: run the model inside `with weave.record()`")
-    if len({g.newest for record in listed for g in record.tally.groups.values()}) > 1:
+    groups = [group for record in listed for group in record.tally.groups.values()]
+    if len({group.newest for group in groups if group.columns}) > 1:
         raise StageError("a stage began between these records; give those of one stage")
     return listed
 

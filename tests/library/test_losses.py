@@ -235,3 +235,16 @@ def test_records_that_cannot_give_a_loss() -> None:
     assert 0 <= record.usage() <= 1
     with pytest.raises(prw.StageError, match="no router may learn now"):
         prw.veteran_gate_loss(record, 0.8, 0.5)
+
+
+def test_records_of_two_stages_are_not_mixed() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    weave = prw.weave(model, prw.Config(target_modules=["0"], rank=2))
+    records = []
+    for stage in ("a", "b"):
+        weave.unlock(stage)
+        with weave.record() as record:
+            model(torch.randn(3, 4))
+        records.append(record)
+    with pytest.raises(prw.StageError, match="a stage began between these records"):
+        prw.veteran_gate_loss(records, density=0.8, weight=0.5)
