@@ -178,7 +178,7 @@ def _listed(records: Record | Sequence[Record]) -> list[Record]:
         raise StageError("nothing was routed: run the model inside `with weave.record()`")
     groups = [group for record in listed for group in record.tally.groups.values()]
     if len({group.newest for group in groups if group.columns}) > 1:
-        raise StageError("a stage began between these records; give those of one stage")
+        raise StageError("a stage began between these records; begin a new record after unlock()")
     return listed
 
 

@@ -246,5 +246,5 @@ def test_records_of_two_stages_are_not_mixed() -> None:
         with weave.record() as record:
             model(torch.randn(3, 4))
         records.append(record)
-    with pytest.raises(prw.StageError, match="a stage began between these records"):
+    with pytest.raises(prw.StageError, match="began between these records; begin a new record"):
         prw.veteran_gate_loss(records, density=0.8, weight=0.5)
