@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -36,6 +36,7 @@ Pairs: TypeAlias = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
 SCHEMA_VERSION = 1
 INDEX = "prw.json"
 ROUTER = "router.safetensors"
+_OURS = frozenset({INDEX, ROUTER, "experts"})
 
 
 def expert_folder(stage: Stage) -> str:
@@ -58,22 +59,40 @@ def save(
     Without `memories` the remembered router inputs, which can be data, are left out.
 
     Raises:
-        CheckpointError: `path` is something else, which is left alone, or cannot be written.
+        CheckpointError: `path` is something else or holds something else, which is left alone, or
+            cannot be written.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link to a folder stays one
     taken = path.is_file() or (path.is_dir() and any(path.iterdir()))
     if taken and not (path / INDEX).is_file():
         raise CheckpointError(f"{path} exists and is not a weave; choose another folder")
     for name in extra:
-        if Path(name).name != name or name in (INDEX, ROUTER, "experts"):
+        if Path(name).name != name or name in _OURS:
             raise CheckpointError(f"{name!r} cannot name a file beside {INDEX}")
+    _check_nothing_is_lost(path, extra)
     try:
         with replace_folder(path) as folder:
-            _write(folder, pools, ledger, config, fingerprint, memories)
+            _write(folder, pools, ledger, config, fingerprint, memories, sorted(extra))
             for name, text in extra.items():
                 (folder / name).write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} could not be written, nothing changed: {error}") from error
+
+
+def _check_nothing_is_lost(path: Path, extra: Mapping[str, str]) -> None:
+    """Refuse to replace a folder that holds what no save put there."""
+    if not path.is_dir():
+        return
+    try:
+        written = json.loads((path / INDEX).read_text(encoding="utf-8")).get("extra", ())
+    except (OSError, ValueError, AttributeError):
+        written = ()
+    foreign = {entry.name for entry in path.iterdir()} - _OURS - set(extra) - set(written)
+    if foreign:
+        raise CheckpointError(
+            f"{path} holds {min(foreign)!r} beside the weave, which would be lost; choose another "
+            "folder or move it"
+        )
 
 
 def _write(
@@ -83,6 +102,7 @@ def _write(
     config: Config,
     fingerprint: Mapping[str, Any],
     memories: bool,
+    extra: Sequence[str],
 ) -> None:
     save_file(_router_tensors(pools, ledger, memories), folder / ROUTER)
     files = [ROUTER]
@@ -99,6 +119,7 @@ def _write(
         "stages": [_entry(stage) for stage in ledger.stages],
         "fingerprint": dict(fingerprint),
         "sha256": {name: _sha256(folder / name) for name in files},
+        "extra": list(extra),
     }
     (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
 

@@ -5,6 +5,7 @@ Shape suffixes: M remembered inputs, D input width, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prw.columns import Columns
+from prw.errors import StageError
+from prw.pool import Pool
 from prw.router import Router
+
+
+def consolidate(pools: Mapping[str, Pool], stages: int, iterations: int, pull: float) -> float:
+    """Fit the live columns of all pools, or of none; see `Weave.consolidate`.
+
+    Args:
+        pools: the routed groups, between stages.
+        stages: how many there are; the snapshot of the last one is renewed.
+        iterations, pull: as in `fit`.
+
+    Returns:
+        The share of the remembered inputs that go where their stage sent them, mean over groups.
+
+    Raises:
+        StageError: a group remembers nothing, or a fit is not finite; nothing is changed then.
+    """
+    found = {}
+    for group, pool in pools.items():
+        known = remembered(pool.router, pool.columns, stages)
+        if known is None:
+            raise StageError(f"{group!r} remembers nothing yet; run the model in remember()")
+        fitted_ED = fit(pool.router, known, pool.columns.state()[0], iterations, pull)
+        found[group] = known, centred(pool.router, known, fitted_ED)
+        if not found[group][1].isfinite().all():
+            raise StageError(f"the fit for {group!r} is not finite; nothing was changed")
+    for group, (_, columns_ED) in found.items():
+        pools[group].columns.set_signal(columns_ED)
+        pools[group].columns.renew_snapshot(stages - 1)
+    shares = [agreement(pools[group].router, *fitted) for group, fitted in found.items()]
+    return sum(shares) / len(shares)
 
 
 @dataclass(frozen=True)

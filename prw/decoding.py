@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -60,31 +60,33 @@ def needs_prompt(model: nn.Module, linears: Mapping[str, nn.Module]) -> bool:
     return False
 
 
-def follow(model: nn.Module, pools: Iterable[Pool]) -> Callable[[], None]:
-    """Let calls know where a sequence begins and where its cache goes on; returns what undoes it.
+def follow(model: nn.Module, pools: Iterable[Pool]) -> Following:
+    """Let calls know where a sequence begins and where its cache goes on.
 
     The model's own forward is watched, because only there the cache is seen.
     """
-    watching = FollowDecoding(next(iter(pools)))
-    before = model.register_forward_pre_hook(watching.before, with_kwargs=True)
-    after = model.register_forward_hook(watching.after, with_kwargs=True, always_call=True)
-
-    def stop() -> None:
-        before.remove()
-        after.remove()
-
-    return stop
+    return Following(model, next(iter(pools)))
 
 
-class FollowDecoding:
+class Following:
     """Forward hooks of a decoder that tell the bound call where a sequence begins and goes on.
 
     Args:
+        model: to watch.
         pool: any pool of the weave, which knows the bound call.
     """
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, model: nn.Module, pool: Pool) -> None:
         self.pool = pool
+        self._handles = (
+            model.register_forward_pre_hook(self.before, with_kwargs=True),
+            model.register_forward_hook(self.after, with_kwargs=True, always_call=True),
+        )
+
+    def stop(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Runs before the model's forward; raises like `Prompt.begin`."""

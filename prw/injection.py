@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from prw import checkpoint
 from prw.config import Config
-from prw.decoding import follow, needs_prompt
+from prw.decoding import Following, follow, needs_prompt
 from prw.errors import CheckpointError, ConfigError
 from prw.fingerprint import fingerprint
 from prw.linear import RoutedLinear, linear_size, where_it_lives
@@ -47,21 +47,43 @@ def weave(model: nn.Module, config: Config) -> Weave:
         for pool in pools
         for p, target in pool.targets.items()
     }
-    undo = [_replace(model, layer) for layer in layers.values()]
-    undo += _called(model)
-    if any(pool.prompted for pool in pools):
-        undo.append(follow(model, pools))
+    places = [place for layer in layers.values() for place in _replace(model, layer)]
+    nested = _leave_fast_path(model)
+    following = follow(model, pools) if any(pool.prompted for pool in pools) else None
     for parameter, _ in had_grad:
         parameter.requires_grad_(False)
-
-    def detach() -> None:
-        for put_back in undo:
-            put_back()
-        for parameter, flag in had_grad:
-            parameter.requires_grad_(flag)
-
+    undo = _Undo(places, nested, had_grad, following)
     named = {pool.name: pool for pool in pools}
-    return Weave(named, config, fingerprint=identity, detach=detach, layers=layers)
+    return Weave(named, config, fingerprint=identity, detach=undo, layers=layers)
+
+
+@dataclass(frozen=True)
+class _Undo:
+    """What `weave` changed; calling it puts everything back.
+
+    Plain data, so that the copy of a woven model and its weave refers to the copy.
+
+    Attributes:
+        places: parent, attribute and the layer that was there.
+        nested: encoders and what their ``use_nested_tensor`` was.
+        had_grad: parameters and what their ``requires_grad`` was.
+        following: the hooks on the model.
+    """
+
+    places: list[tuple[nn.Module, str, nn.Module]]
+    nested: list[tuple[nn.TransformerEncoder, bool]]
+    had_grad: list[tuple[nn.Parameter, bool]]
+    following: Following | None
+
+    def __call__(self) -> None:
+        for parent, leaf, base in self.places:
+            setattr(parent, leaf, base)
+        for encoder, flag in self.nested:
+            encoder.use_nested_tensor = flag
+        for parameter, flag in self.had_grad:
+            parameter.requires_grad_(flag)
+        if self.following is not None:
+            self.following.stop()
 
 
 def load(model: nn.Module, path: str | Path) -> Weave:
@@ -72,7 +94,7 @@ def load(model: nn.Module, path: str | Path) -> Weave:
             names a router whose module is not imported yet.
     """
     stored = checkpoint.read(path)
-    _check_imported(stored.config.router, path)
+    check_imported(stored.config.router, str(path))
     try:
         woven = weave(model, stored.config)
     except ConfigError as error:
@@ -85,12 +107,16 @@ def load(model: nn.Module, path: str | Path) -> Weave:
     return woven
 
 
-def _check_imported(router: str, path: str | Path) -> None:
-    """A folder may name a router, but what it names is never imported for it."""
+def check_imported(router: str, source: str) -> None:
+    """A file may name a router, but what it names is never imported for it.
+
+    Raises:
+        CheckpointError: the module of `router` is not imported yet; `source` says who names it.
+    """
     module, colon, _ = router.partition(":")
     if colon and module not in sys.modules:
         raise CheckpointError(
-            f"{path} was made with the router {router!r}, and no file makes prw import a module; "
+            f"{source} was made with the router {router!r}, and no file makes prw import a module; "
             f"if you trust it, write `import {module}` before you load"
         )
 
@@ -123,8 +149,8 @@ def build_pools(model: nn.Module, linears: Mapping[str, nn.Module], config: Conf
     return pools
 
 
-def _replace(model: nn.Module, routed: RoutedLinear) -> Callable[[], None]:
-    """Put a routed layer wherever its base sits in the model; returns what undoes it."""
+def _replace(model: nn.Module, routed: RoutedLinear) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Put a routed layer wherever its base sits in the model; returns where that was."""
     base = routed.base
     routed.train(base.training)
     places = [
@@ -135,30 +161,25 @@ def _replace(model: nn.Module, routed: RoutedLinear) -> Callable[[], None]:
     ]
     for parent, leaf in places:
         setattr(parent, leaf, routed)
-
-    def put_back() -> None:
-        for parent, leaf in places:
-            setattr(parent, leaf, base)
-
-    return put_back
+    return [(parent, leaf, base) for parent, leaf in places]
 
 
-def _called(model: nn.Module) -> list[Callable[[], None]]:
-    """Make torch's transformer encoder call its linears in eval mode; returns what undoes it.
+def _leave_fast_path(model: nn.Module) -> list[tuple[nn.TransformerEncoder, bool]]:
+    """Make torch's transformer encoder call its linears in eval mode; returns the flags it had.
 
     Its fast path reads the weights instead. A layer leaves it where a module inside has a hook; the
     stack of layers must also be kept from giving them nested tensors, which only that path takes.
     """
-    undo: list[Callable[[], None]] = []
+    nested: list[tuple[nn.TransformerEncoder, bool]] = []
     for module in list(model.modules()):
         routed = [part for part in module.modules() if isinstance(part, RoutedLinear)]
         if isinstance(module, nn.TransformerEncoderLayer):
             for part in routed:
                 part.register_forward_pre_hook(_be_called)
         elif isinstance(module, nn.TransformerEncoder) and routed:
-            undo.append(partial(setattr, module, "use_nested_tensor", module.use_nested_tensor))
+            nested.append((module, module.use_nested_tensor))
             module.use_nested_tensor = False
-    return undo
+    return nested
 
 
 def _be_called(_module: nn.Module, _inputs: object) -> None:

@@ -124,7 +124,7 @@ class RoutedLinear(nn.Module):
         else:
             super().__setattr__(name, value)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # named as in nn.Linear, for calls by keyword
         """``base(x) + gate * alpha / rank * B_e A_e x``, shaped and typed like ``base(x)``."""
-        outputs, _ = self.pool.add({self.projection: self.base(x)}, x)
+        outputs, _ = self.pool.add({self.projection: self.base(input)}, input)
         return outputs[self.projection]

@@ -294,7 +294,7 @@ class Pool(nn.Module):
                 return F.pad(mask, (0, x.shape[1] - mask.shape[1]))
         raise ConfigError(
             f"the mask of the call is {list(mask.shape)}, but pool {self.name!r} was given tokens "
-            f"{list(x.shape[:-1])}"
+            f"{list(x.shape[:-1])}; bind a call for these inputs, weave.call(mask=...)"
         )
 
     def _recall(self, x: Tensor, call: Call, view: View, asking: str) -> Routing:

@@ -3,8 +3,6 @@
 With a key-value cache a decoder sees the prompt once and then one token at a time. The routing of
 a sample is the one of its prompt, so the call keeps it for the forwards that continue the very
 cache that the prompt began.
-
-Shape suffixes: B samples, P tokens of the prompt.
 """
 
 from __future__ import annotations
@@ -32,7 +30,6 @@ class Prompt:
             model itself says which it is.
         routings: what each place decided, detached, one for each time it was called.
         calls: how often each place was called in this forward.
-        length: P, tokens of the prompt's forward.
         cache: the cache that the prompt began.
     """
 

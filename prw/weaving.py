@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prw import checkpoint, exchange, merging
 from prw.call import Call, CallSlot, Recall, Record, spread
 from prw.config import Config
-from prw.consolidation import agreement, centred, fit, remembered
+from prw.consolidation import consolidate
 from prw.distributed import whole
 from prw.errors import ConfigError, StageError
 from prw.ledger import Ledger, Stage
@@ -385,20 +385,7 @@ class Weave:
         if self.newest is not None:
             raise StageError(f"stage {self.newest!r} is open; close it before it is consolidated")
         whole(self.pools)
-        found = {}
-        for group, pool in self.pools.items():
-            known = remembered(pool.router, pool.columns, len(self._ledger))
-            if known is None:
-                raise StageError(f"{group!r} remembers nothing yet; run the model in remember()")
-            columns_ED = fit(pool.router, known, pool.columns.state()[0], iterations, pull)
-            found[group] = known, centred(pool.router, known, columns_ED)
-            if not found[group][1].isfinite().all():
-                raise StageError(f"the fit for {group!r} is not finite; nothing was changed")
-        for group, (_, columns_ED) in found.items():
-            self.pools[group].columns.set_signal(columns_ED)
-            self.pools[group].columns.renew_snapshot(len(self._ledger) - 1)
-        shares = [agreement(self.pools[g].router, *fitted) for g, fitted in found.items()]
-        return sum(shares) / len(shares)
+        return consolidate(self.pools, len(self._ledger), iterations, pull)
 
     def save(self, path: str | Path, *, extra: Mapping[str, str] | None = None) -> None:
         """Write the folder: configuration, ledger, routers, experts, hashes. All or nothing.

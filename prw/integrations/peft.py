@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -49,7 +48,7 @@ from prw.config import Config
 from prw.decoding import follow
 from prw.errors import CheckpointError, ConfigError
 from prw.fingerprint import fingerprint
-from prw.injection import build_pools
+from prw.injection import build_pools, check_imported
 from prw.integrations.peft_layer import PeftWeave, PRWLinear, Seat
 from prw.ledger import Ledger, Stage
 from prw.weaving import Weave
@@ -200,15 +199,8 @@ class PRWModel(BaseTuner):
         config: PRWPeftConfig = self.peft_config[adapter_name]
         linears = {key: layer.get_base_layer() for key, layer in self._joining.items()}
         core = config.core(linears)
-        module = core.router.partition(":")[0]
-        if core.router != "top1" and module not in sys.modules:
-            raise ConfigError(
-                f"the adapter's router is {core.router!r}, and no file makes prw import a module; "
-                f"if you trust it, write `import {module}` first"
-            )
+        check_imported(core.router, f"adapter {adapter_name!r}")  # it may come from a file
         pools = {pool.name: pool for pool in build_pools(model, linears, core)}
-        if any(pool.prompted for pool in pools.values()):
-            follow(model, pools.values())
         for pool in pools.values():
             pool.columns.persistent = True
         names, still_open = list(config.stages), config.open
@@ -225,6 +217,15 @@ class PRWModel(BaseTuner):
                 self._joining[target].place(adapter_name, seat, owner=index == 0)
             if not trains:
                 pool.requires_grad_(False)
+        if any(pool.prompted for pool in pools.values()):
+            weave.following = follow(model, pools.values())
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        weaves = [weave_of(self.model, name) for name in self.peft_config]
+        found = super()._unload_and_optionally_merge(*args, **kwargs)
+        for weave in weaves:
+            weave.leave()
+        return found
 
     @classmethod
     def _get_adapter_state_dict(

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from prw.config import Config
+from prw.decoding import Following
 from prw.errors import ConfigError, StageError
 from prw.ledger import Ledger
 from prw.optim import Kinds
@@ -29,6 +30,9 @@ class PeftWeave(Weave):
     Args:
         pools, config, fingerprint: as in `Weave`.
         adapter: the `prw.integrations.peft.PRWPeftConfig` that PEFT saves for this adapter.
+
+    Attributes:
+        following: the hooks on a decoder whose samples are routed by their prompt.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class PeftWeave(Weave):
         adapter: Any,
     ) -> None:
         self.adapter = adapter
+        self.following: Following | None = None
         super().__init__(pools, config, fingerprint=fingerprint, detach=_refuse_unload)
 
     def _follow(self, ledger: Ledger, *, fresh: bool = True) -> None:
@@ -56,6 +61,11 @@ class PeftWeave(Weave):
         """As `Weave.sync`, whatever parameters PEFT has replaced by new objects since."""
         self._learn()
         super().sync(optimizer, parameters)
+
+    def leave(self) -> None:
+        """Take the hooks of this adapter off the model; its pools are taken out by PEFT."""
+        if self.following is not None:
+            self.following.stop()
 
     def _learn(self) -> None:
         for pool in self.pools.values():
@@ -168,6 +178,12 @@ class PRWLinear(nn.Module, BaseTunerLayer):
             if name in self.seats:
                 y = self.seats[name].add(y, x)
         return y
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As in PEFT; hooks on the model go, too."""
+        if adapter_name in self.seats:
+            self.seats[adapter_name].weave.leave()
+        super().delete_adapter(adapter_name)
 
     def _freeze_non_trainable_peft_weights(
         self, adapter_names: str | Sequence[str] | None = None

@@ -335,3 +335,23 @@ def test_links_into_a_hub_cache_are_followed(tmp_path: Path) -> None:
         (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
         (snapshot / name).symlink_to(blobs / str(index))
     assert prw.load(base(), snapshot).stages == weave.stages
+
+
+def test_a_save_loses_nothing_that_no_save_wrote(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    weave = prw.weave(model, prw.Config(target_modules=["0"], rank=1))
+    weave.unlock("a")
+    weave.save(tmp_path / "run", extra={"notes.json": "{}"})
+    weave.save(tmp_path / "run")  # what the save before wrote may go
+    assert not (tmp_path / "run" / "notes.json").exists()
+    (tmp_path / "run" / "diary.txt").write_text("mine")
+    before = (tmp_path / "run" / "prw.json").read_bytes()
+    with pytest.raises(prw.CheckpointError, match="'diary.txt' beside the weave, which would be"):
+        weave.save(tmp_path / "run")
+    assert (tmp_path / "run" / "diary.txt").read_text() == "mine"
+    assert (tmp_path / "run" / "prw.json").read_bytes() == before
+    (tmp_path / "run" / "diary.txt").unlink()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    weave.save(tmp_path / "link")  # a link stays one, and what it leads to is replaced
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "run" / "prw.json").is_file()

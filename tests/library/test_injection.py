@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 import types
@@ -299,3 +300,30 @@ def test_a_name_that_is_no_router_is_not_called() -> None:
     finally:
         del sys.modules["module_of_test"]
     assert not called
+
+
+def test_a_copy_of_model_and_weave_is_on_its_own() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    weave = prw.weave(model, prw.Config(target_modules=["0", "2"], rank=1))
+    weave.unlock("a")
+    with torch.no_grad():
+        for parameter in weave.parameters():
+            parameter.normal_()
+    weave.close()
+    other, woven = copy.deepcopy((model, weave))
+    x = torch.randn(3, 4)
+    trained = model(x)
+    assert torch.equal(other(x), trained)
+    woven.unload()
+    assert type(other[0]) is nn.Linear and not torch.equal(other(x), trained)
+    assert torch.equal(model(x), trained)
+    weave.unload()
+    assert torch.equal(model(x), other(x))
+
+
+def test_a_woven_layer_takes_its_input_by_keyword() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    prw.weave(model, prw.Config(target_modules=["0"], rank=1)).unlock("a")
+    x = torch.randn(3, 4)
+    assert torch.equal(model[0](input=x), model[0](x))

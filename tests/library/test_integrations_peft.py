@@ -637,6 +637,10 @@ def test_generation_under_peft_follows_the_prompt() -> None:
         logits = model(input_ids=made.sequences).logits
     for step, found in enumerate(made.logits):  # sums in another order: fp32, a few layers
         torch.testing.assert_close(found, logits[:, 4 + step].float(), rtol=1e-4, atol=1e-4)
+    inner = model.get_base_model()
+    assert inner._forward_hooks and inner._forward_pre_hooks
+    model.delete_adapter("default")
+    assert not inner._forward_hooks and not inner._forward_pre_hooks
 
 
 def test_the_order_of_rank_patterns_survives_a_file(tmp_path: Path) -> None:
