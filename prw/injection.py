@@ -11,7 +11,7 @@ from torch import nn
 
 from prw import checkpoint
 from prw.config import Config
-from prw.decoding import Following, follow, needs_prompt
+from prw.decoding import Decoder, Following, find_decoder
 from prw.errors import CheckpointError, ConfigError
 from prw.fingerprint import fingerprint
 from prw.linear import RoutedLinear, linear_size, where_it_lives
@@ -39,7 +39,8 @@ def weave(model: nn.Module, config: Config) -> Weave:
             adapted, a rank is above a layer's size, or the model is woven already.
     """
     linears = find_linears(model, config)
-    pools = build_pools(model, linears, config)
+    decoder = find_decoder(model, linears) if config.granularity == "sample" else None
+    pools = build_pools(model, linears, config, decoder)
     identity = fingerprint(model, linears)
     had_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     layers = {
@@ -49,7 +50,7 @@ def weave(model: nn.Module, config: Config) -> Weave:
     }
     places = [place for layer in layers.values() for place in _replace(model, layer)]
     nested = _leave_fast_path(model)
-    following = follow(model, pools) if any(pool.prompted for pool in pools) else None
+    following = None if decoder is None else Following(decoder, pools[0])
     for parameter, _ in had_grad:
         parameter.requires_grad_(False)
     undo = _Undo(places, nested, had_grad, following)
@@ -121,11 +122,16 @@ def check_imported(router: str, source: str) -> None:
         )
 
 
-def build_pools(model: nn.Module, linears: Mapping[str, nn.Module], config: Config) -> list[Pool]:
+def build_pools(
+    model: nn.Module,
+    linears: Mapping[str, nn.Module],
+    config: Config,
+    decoder: Decoder | None = None,
+) -> list[Pool]:
     """One pool per layer, or per parent and input width, in the order of the model."""
     sizes = {name: linear_size(linear) or (0, 0) for name, linear in linears.items()}
     ranks = ranks_of(linears, config)
-    prompted = config.granularity == "sample" and needs_prompt(model, linears)
+    prompted = frozenset() if decoder is None else decoder.layers
     groups: dict[tuple[str, int], dict[str, str]] = {}
     for name in linears:
         parent, _, leaf = name.rpartition(".")
@@ -143,7 +149,7 @@ def build_pools(model: nn.Module, linears: Mapping[str, nn.Module], config: Conf
             config,
             targets=targets,
             ranks={leaf: ranks[target] for leaf, target in targets.items()},
-            needs_mask=prompted,
+            needs_mask=not prompted.isdisjoint(targets.values()),
         )
         pools.append(pool.to(device, dtype).train(model.training))
     return pools

@@ -45,7 +45,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from prw.config import Config
-from prw.decoding import follow
+from prw.decoding import Following, find_decoder
 from prw.errors import CheckpointError, ConfigError
 from prw.fingerprint import fingerprint
 from prw.injection import build_pools, check_imported
@@ -200,7 +200,8 @@ class PRWModel(BaseTuner):
         linears = {key: layer.get_base_layer() for key, layer in self._joining.items()}
         core = config.core(linears)
         check_imported(core.router, f"adapter {adapter_name!r}")  # it may come from a file
-        pools = {pool.name: pool for pool in build_pools(model, linears, core)}
+        decoder = find_decoder(model, linears) if core.granularity == "sample" else None
+        pools = {pool.name: pool for pool in build_pools(model, linears, core, decoder)}
         for pool in pools.values():
             pool.columns.persistent = True
         names, still_open = list(config.stages), config.open
@@ -217,8 +218,8 @@ class PRWModel(BaseTuner):
                 self._joining[target].place(adapter_name, seat, owner=index == 0)
             if not trains:
                 pool.requires_grad_(False)
-        if any(pool.prompted for pool in pools.values()):
-            weave.following = follow(model, pools.values())
+        if decoder is not None:
+            weave.following = Following(decoder, next(iter(pools.values())))
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         weaves = [weave_of(self.model, name) for name in self.peft_config]

@@ -470,3 +470,65 @@ def test_a_pooler_sees_samples() -> None:
     with weave.record(mask=torch.ones_like(TOKENS).bool()) as routing:
         model(TOKENS)
     assert routing.by_group()["pooler.dense"]["expert"].shape == (2,)
+
+
+class Wrapped(nn.Module):
+    """A decoder inside a module of one's own, beside a layer that is no part of it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.before = nn.Linear(16, 16).double()
+        self.inner = inner
+
+    def forward(self, **given: Any) -> Any:
+        return self.inner(**given)
+
+
+def steps(decoder: nn.Module, sequences: Tensor, start: int) -> Tensor:
+    """Hidden states after a prompt of `start` tokens, then one token at a time from the cache."""
+    with torch.no_grad():
+        out = decoder(input_ids=sequences[:, :start], use_cache=True)
+        found = [out.last_hidden_state]
+        for index in range(start, sequences.shape[1]):
+            out = decoder(
+                input_ids=sequences[:, index : index + 1],
+                past_key_values=out.past_key_values,
+                use_cache=True,
+            )
+            found.append(out.last_hidden_state)
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("where", ["bare", "inside"])
+def test_a_decoder_is_found_wherever_it_is(where: str) -> None:
+    torch.manual_seed(0)
+    body = FAMILIES["llama"].build().double().eval().model
+    model = Wrapped(body) if where == "inside" else body
+    targets = ["q_proj", "v_proj", *(["before"] if where == "inside" else [])]
+    weave = prw.weave(model, prw.Config(target_modules=targets, rank=2, granularity="sample"))
+    for stage in ("one", "two"):
+        weave.unlock(stage)
+        for parameter in weave.parameters():
+            nn.init.normal_(parameter, std=0.5)
+    weave.close()
+    sequences = torch.cat([PROMPT, PROMPT.flip(1)], 1)
+    with pytest.raises(prw.ConfigError, match="give the prompt's tokens as mask="):
+        body(input_ids=sequences)
+    prompt = torch.ones_like(PROMPT).bool()
+    weave.call(mask=prompt)
+    cached = steps(body, sequences, PROMPT.shape[1])
+    weave.call(mask=torch.nn.functional.pad(prompt, (0, PROMPT.shape[1])))
+    with torch.no_grad():
+        full = body(input_ids=sequences, use_cache=False).last_hidden_state
+    torch.testing.assert_close(cached, full, rtol=1e-5, atol=1e-5)
+    assert not weave.pools[next(iter(weave.pools))].prompted == (where == "inside")
+    weave.unload()
+    assert not body._forward_hooks
+
+
+def test_two_decoders_are_not_followed_at_once() -> None:
+    model = nn.ModuleDict({"a": FAMILIES["llama"].build(), "b": FAMILIES["gpt2"].build()})
+    fields: Any = {"rank": 2, "granularity": "sample"}
+    with pytest.raises(prw.ConfigError, match="of one decoder, but 'a.*' and 'b.*' are in two"):
+        prw.weave(model, prw.Config(target_modules=["q_proj", "c_attn"], **fields))
+    assert prw.weave(model, prw.Config(target_modules=["c_attn"], **fields)).pools
