@@ -8,8 +8,7 @@ frozen, and learns to name 0 1 2, then 3 4 5, then 6 7 8, each group from a scan
 
 ``at stage``       PRW, every task answered by `at_stage` of its own stage (task known)
 ``free``           PRW, the router of the last stage chooses
-``consolidated``   the same with `remember` and `consolidate` at the end of every stage, and new
-                   router columns that begin at the mean of the others
+``consolidated``   the same with `remember` and `consolidate` at the end of every stage
 ``sequential``     one PEFT LoRA trained on the tasks one after the other
 ``wide``           the same with three times the rank: as many parameters as three experts
 ``replay``         as sequential, half of every later batch from 64 kept images per earlier task
@@ -17,9 +16,7 @@ frozen, and learns to name 0 1 2, then 3 4 5, then 6 7 8, each group from a scan
 
 All share base, data, order of tasks, batch size, steps and AdamW. The learning rate of each arm is
 the one of three with the best mean accuracy over the tasks after the last stage, on images kept for
-that choice, with a seed of its own; test images are touched once. The pull of `consolidate` (0,
-1e-3, 3e-3, 1e-2) and the first column (zero, mean) were chosen at rate 5e-3 on the same kind of
-images of seeds 0 and 1.
+that choice, with a seed of its own; test images are touched once.
 Forgetting is the accuracy on a task after its own stage minus that after the last stage, mean over
 all tasks but the last.
 
@@ -50,7 +47,6 @@ LINEARS = ("q", "k", "v", "out", "up", "down")
 RANK = 4
 BATCH = 32
 KEPT = 64
-PULL = 1e-3
 DENSITY, WEIGHT = 0.8, 0.5
 RATES = (2e-3, 5e-3, 1e-2)
 CHOICE_SEED = 1000
@@ -190,7 +186,6 @@ def woven(
             rank=RANK,
             granularity="sample",
             share_router="parent",
-            new_column="mean" if consolidate else "zero",
         ),
     )
     pinned, free, kept = Course(), Course(), {}
@@ -219,7 +214,7 @@ def woven(
         if consolidate:
             with weave.remember(name, rows=KEPT):
                 model(given.train[stage].x_BHH[:KEPT])
-            free.agreement = pinned.agreement = weave.consolidate(pull=PULL)
+            free.agreement = pinned.agreement = weave.consolidate()
         free.matrix.append([accuracy(model, part) for part in given.ask])
         with weave.at_stage(name):
             kept[name] = answers(model, given.ask[stage])

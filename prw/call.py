@@ -62,17 +62,27 @@ class Recall(Call):
     """A call that keeps what the routers of a finished stage read; see `Weave.remember`.
 
     Attributes:
-        rows: how many inputs are kept per group and forward, evenly spread over the rows.
-        inputs: by group, the inputs ``[rows, D]`` of each forward.
+        rows: how many inputs are kept per layer and forward, evenly spread over the rows.
+        inputs: by group and layer, the inputs ``[rows, D]`` of each forward.
     """
 
     rows: int
-    inputs: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
+    inputs: dict[str, dict[str, list[Tensor]]] = field(default_factory=dict, repr=False)
 
-    def keep(self, name: str, h_TD: Tensor, counted_T: Tensor | None) -> None:
+    def keep(self, group: str, layer: str, h_TD: Tensor, counted_T: Tensor | None) -> None:
         """Keep some of the rows that count."""
         rows_TD = h_TD.detach() if counted_T is None else h_TD.detach()[counted_T.flatten()]
-        self.inputs.setdefault(name, []).append(spread(rows_TD, self.rows))
+        layers = self.inputs.setdefault(group, {})
+        layers.setdefault(layer, []).append(spread(rows_TD, self.rows))
+
+    def kept(self, group: str) -> Tensor | None:
+        """``[M, D]``: what each layer of the group read, once where several read the same."""
+        found: list[Tensor] = []
+        for forwards in self.inputs.get(group, {}).values():
+            rows_MD = spread(torch.cat(forwards), self.rows)
+            if len(rows_MD) and not any(torch.equal(rows_MD, other) for other in found):
+                found.append(rows_MD)
+        return torch.cat(found) if found else None
 
 
 def spread(rows_TD: Tensor, count: int) -> Tensor:

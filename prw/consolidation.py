@@ -18,13 +18,13 @@ from prw.pool import Pool
 from prw.router import Router
 
 
-def consolidate(pools: Mapping[str, Pool], stages: int, iterations: int, pull: float) -> float:
+def consolidate(pools: Mapping[str, Pool], stages: int, iterations: int) -> float:
     """Fit the live columns of all pools, or of none; see `Weave.consolidate`.
 
     Args:
         pools: the routed groups, between stages.
         stages: how many there are; the snapshot of the last one is renewed.
-        iterations, pull: as in `fit`.
+        iterations: of L-BFGS, at most.
 
     Returns:
         The share of the remembered inputs that go where their stage sent them, mean over groups.
@@ -37,7 +37,7 @@ def consolidate(pools: Mapping[str, Pool], stages: int, iterations: int, pull: f
         known = remembered(pool.router, pool.columns, stages)
         if known is None:
             raise StageError(f"{group!r} remembers nothing yet; run the model in remember()")
-        fitted_ED = fit(pool.router, known, pool.columns.state()[0], iterations, pull)
+        fitted_ED = fit(pool.router, known, pool.columns.state()[0], iterations)
         found[group] = known, centred(pool.router, known, fitted_ED)
         if not found[group][1].isfinite().all():
             raise StageError(f"the fit for {group!r} is not finite; nothing was changed")
@@ -75,31 +75,23 @@ def remembered(router: Router, columns: Columns, stages: int) -> Remembered | No
     return Remembered(torch.cat(inputs), torch.cat(routings)) if inputs else None
 
 
-def fit(
-    router: Router, known: Remembered, start_ED: Tensor, iterations: int, pull: float
-) -> Tensor:
-    """The columns that route the remembered inputs as their stages did, not far from `start_ED`.
+def fit(router: Router, known: Remembered, start_ED: Tensor, iterations: int) -> Tensor:
+    """The columns that route the remembered inputs as their stages did, found from `start_ED`.
 
-    ``min_W  mean_M KL(p || softmax(h W)) + pull / 2 * mean_M |h|^2 * |W - start|^2``
-
-    by L-BFGS. For the routers of `prw.router` this is ridge regression of logits with soft targets,
-    so convex. The second term leaves inputs beside the remembered ones nearer to where they went;
-    without it the remembered rows are fitted as well as the columns can.
+    ``min_W  mean_M KL(p || softmax(h W))`` by L-BFGS: for the routers of `prw.router` multinomial
+    logistic regression with soft targets, so convex.
 
     Returns:
         ``[E, D]`` in fp64.
     """
     with torch.enable_grad(), torch.autocast(start_ED.device.type, enabled=False):
-        start_ED = start_ED.detach().double()
-        columns_ED = start_ED.clone().requires_grad_()
-        weight = pull / 2 * known.h_MD.square().sum(-1).mean()
+        columns_ED = start_ED.detach().to(torch.float64, copy=True).requires_grad_()
         solver = torch.optim.LBFGS([columns_ED], max_iter=iterations, line_search_fn="strong_wolfe")
 
         def objective() -> Tensor:
             solver.zero_grad()
             log_q_ME = log_probabilities(router, known.h_MD, columns_ED)
-            divergence = F.kl_div(log_q_ME, known.p_ME, reduction="batchmean")
-            loss = divergence + weight * (columns_ED - start_ED).square().sum()
+            loss = F.kl_div(log_q_ME, known.p_ME, reduction="batchmean")
             loss.backward()
             return loss
 

@@ -210,9 +210,13 @@ class Pool(nn.Module):
         view = self._view(call)
         if view.count == 0:
             return dict(outputs), None
-        routing, inputs = self._route(x, call, view, next(iter(outputs)))
-        if next(iter(self.projections)) in outputs and not call.prompt.continues:
-            self._observe(call, routing, inputs, view)
+        asking = next(iter(outputs))
+        routing, inputs = self._route(x, call, view, asking)
+        if not call.prompt.continues:
+            if isinstance(call, Recall) and inputs is not None:
+                call.keep(self.name, asking, inputs.h_TD, self._counted(call))
+            if next(iter(self.projections)) in outputs:
+                self._observe(call, routing, inputs, view)
         forced = view.forced is not None
         indices = [view.forced] if view.forced is not None else list(range(view.count))
         experts = [self.expert(index) for index in indices]
@@ -324,25 +328,21 @@ class Pool(nn.Module):
             )
 
     def _observe(self, call: Call, routing: Routing, inputs: RouterPass | None, view: View) -> None:
-        """Tell a record or a recall of this forward; a plain call hears nothing."""
-        if not isinstance(call, Recall) and not (isinstance(call, Record) and call.listening):
-            return
-        keep = call.mask
-        if keep is not None and self.config.granularity == "sample" and keep.dim() > 1:
-            keep = keep.flatten(1).any(1)
-        if isinstance(call, Recall) and inputs is not None:
-            call.keep(self.name, inputs.h_TD, keep)
-        if isinstance(call, Record):
+        """Tell a record of this forward; another call hears nothing."""
+        if isinstance(call, Record) and call.listening:
             pairs = () if view.pinned else self.columns.pairs(self.learning.columns)
+            counted = self._counted(call)
             seen = observe(
-                routing,
-                inputs,
-                view.newest,
-                keep,
-                pairs,
-                keep_inputs=call.keep_inputs,
+                routing, inputs, view.newest, counted, pairs, keep_inputs=call.keep_inputs
             )
             call.tally.add(self.name, seen)
+
+    def _counted(self, call: Call) -> Tensor | None:
+        """Which routed rows the mask lets count; None means all."""
+        counted = call.mask
+        if counted is not None and self.config.granularity == "sample" and counted.dim() > 1:
+            return counted.flatten(1).any(1)
+        return counted
 
 
 def _forced(shape: torch.Size, expert: int, count: int, x: Tensor) -> Routing:

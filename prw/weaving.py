@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prw import checkpoint, exchange, merging
-from prw.call import Call, CallSlot, Recall, Record, spread
+from prw.call import Call, CallSlot, Recall, Record
 from prw.config import Config
 from prw.consolidation import consolidate
 from prw.distributed import whole
@@ -330,7 +329,8 @@ class Weave:
 
         Args:
             name: a closed stage.
-            rows: how many inputs each routed group keeps: tokens, or means of samples.
+            rows: how many inputs are kept of each routed layer: tokens, or means of samples. Layers
+                of a group that read the same ones keep them once.
             mask: bool ``[batch, tokens]``, the tokens that count.
             context: ``[batch, K]``, appended to what every router reads.
 
@@ -347,45 +347,41 @@ class Weave:
         recall = Recall(stage=name, rows=rows, mask=mask, context=context)
         with self._bound(recall):
             yield recall
-        kept = {g: torch.cat(recall.inputs.get(g, [torch.empty(0, 0)])) for g in self.pools}
-        for group, rows_MD in kept.items():
-            if not len(rows_MD):
+        kept = {}
+        for group in self.pools:
+            rows_MD = recall.kept(group)
+            if rows_MD is None:
                 raise StageError(f"nothing was routed by {group!r} while it was to remember")
             if not rows_MD.isfinite().all():
                 raise ConfigError(f"an input of {group!r} is not finite and cannot be remembered")
+            kept[group] = rows_MD
         for group, pool in self.pools.items():
-            pool.columns.remember(stage.index, spread(kept[group], rows))
+            pool.columns.remember(stage.index, kept[group])
 
-    def consolidate(self, iterations: int = 100, *, pull: float = 0.0) -> float:
+    def consolidate(self, iterations: int = 100) -> float:
         """Fit the live routers to how every stage routed what it remembers. Not in the paper.
 
-        ``min_W mean_M KL(p_stage(h) || softmax(h W)) + pull / 2 * mean_M |h|^2 * |W - W_live|^2``
-        per routed group, over the remembered inputs h of all stages, without noise. The result is
-        the router that the last stage ends with: the free route, `at_stage` of the last stage, and
-        where the next one begins. The snapshots of earlier stages stay. Call it between stages,
-        after `remember`. Under data parallelism every rank must remember the same inputs, and FSDP2
-        must not have sharded the routers.
+        ``min_W mean_M KL(p_stage(h) || softmax(h W))`` per routed group, over the remembered inputs
+        h of all stages, without noise. The result is the router that the last stage ends with: the
+        free route, `at_stage` of the last stage, and where the next one begins. The snapshots of
+        earlier stages stay. Call it between stages, after `remember`. Under data parallelism every
+        rank must remember the same inputs, and FSDP2 must not have sharded the routers.
 
         Args:
             iterations: of L-BFGS, at most.
-            pull: how strongly columns are kept near where training left them; 0 fits the remembered
-                rows and nothing else. What is best differs: see the log of 2026-11-21.
 
         Returns:
             The share of the remembered inputs, over all groups, that the free route now sends where
             their stage did.
 
         Raises:
-            ConfigError: `pull` is negative or not finite.
             StageError: a stage is open, a group remembers nothing, or a fit is not finite; nothing
                 is changed then.
         """
-        if not 0 <= pull < math.inf:
-            raise ConfigError(f"pull must be at least 0 and finite, got {pull}")
         if self.newest is not None:
             raise StageError(f"stage {self.newest!r} is open; close it before it is consolidated")
         whole(self.pools)
-        return consolidate(self.pools, len(self._ledger), iterations, pull)
+        return consolidate(self.pools, len(self._ledger), iterations)
 
     def save(self, path: str | Path, *, extra: Mapping[str, str] | None = None) -> None:
         """Write the folder: configuration, ledger, routers, experts, hashes. All or nothing.
