@@ -102,6 +102,40 @@ def test_strided_inputs_have_the_same_bits_when_the_expert_is_a_veteran() -> Non
         assert torch.equal(model(x), learning)
 
 
+@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
+def test_bitsandbytes_weights(kind: str, tmp_path: Path) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    options = {"Linear4bit": {"quant_type": "nf4"}, "Linear8bitLt": {"has_fp16_weights": False}}
+    plain = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+    model = nn.Sequential(
+        getattr(bnb.nn, kind)(64, 64, **options[kind]),
+        nn.Tanh(),
+        getattr(bnb.nn, kind)(64, 64, **options[kind]),
+    )
+    model.load_state_dict(plain.state_dict())
+    model = model.to("cpu")  # in training mode: on a CPU its inference kernels give no gradient
+    x = torch.randn(3, 5, 64)
+    base = model(x)
+    assert not torch.equal(base, plain(x)), "the weights are quantised"
+
+    woven = weave(model, "all-linear", noise=False)
+    woven.unlock("one")
+    assert torch.equal(model(x), base)
+    shake(woven)
+    x.requires_grad_()
+    model(x).square().mean().backward()
+    assert x.grad is not None and all(p.grad is not None for p in woven.parameters())
+    learners = {id(p) for p in woven.parameters()}
+    assert {id(p) for p in model.parameters() if p.grad is not None} == learners
+
+    now = model(x)
+    woven.save(tmp_path / "weave")
+    woven.unload()
+    assert torch.equal(model(x), base)
+    prw.load(model, tmp_path / "weave")
+    assert torch.equal(model(x), now)
+
+
 def test_torchao_int8_weights(tmp_path: Path) -> None:
     torchao = pytest.importorskip("torchao.quantization")
     model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 64)).eval()
