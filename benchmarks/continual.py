@@ -9,6 +9,7 @@ frozen, and learns to name 0 1 2, then 3 4 5, then 6 7 8, each group from a scan
 ``at stage``       PRW, every task answered by `at_stage` of its own stage (task known)
 ``free``           PRW, the router of the last stage chooses
 ``consolidated``   the same with `remember` and `consolidate` at the end of every stage
+``tokens``         as consolidated, with one choice per token instead of one per image
 ``sequential``     one PEFT LoRA trained on the tasks one after the other
 ``wide``           the same with three times the rank: as many parameters as three experts
 ``replay``         as sequential, half of every later batch from 64 kept images per earlier task
@@ -32,7 +33,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ KEPT = 64
 DENSITY, WEIGHT = 0.8, 0.5
 RATES = (2e-3, 5e-3, 1e-2)
 CHOICE_SEED = 1000
-ARMS = ("at stage", "free", "consolidated", "sequential", "wide", "replay", "per task")
+ARMS = ("at stage", "free", "consolidated", "tokens", "sequential", "wide", "replay", "per task")
 
 
 class Wrong(Exception):
@@ -162,8 +163,10 @@ def school(seed: int, size: Size, device: str, asked: str) -> School:
 
 def course(arm: str, seed: int, rate: float, size: Size, device: str, asked: str) -> Course:
     """One arm on one seed."""
-    if arm in ("at stage", "free", "consolidated"):
-        pinned, free = woven(seed, rate, size, device, asked, arm == "consolidated")
+    if arm in ("at stage", "free", "consolidated", "tokens"):
+        granularity = "token" if arm == "tokens" else "sample"
+        consolidate = arm in ("consolidated", "tokens")
+        pinned, free = woven(seed, rate, size, device, asked, consolidate, granularity)
         return pinned if arm == "at stage" else free
     given = school(seed, size, device, asked)
     if arm == "per task":
@@ -173,7 +176,13 @@ def course(arm: str, seed: int, rate: float, size: Size, device: str, asked: str
 
 @cache
 def woven(
-    seed: int, rate: float, size: Size, device: str, asked: str, consolidate: bool
+    seed: int,
+    rate: float,
+    size: Size,
+    device: str,
+    asked: str,
+    consolidate: bool,
+    granularity: Literal["sample", "token"],
 ) -> tuple[Course, Course]:
     """PRW: the course with stages pinned, and the one with the router free."""
     given = school(seed, size, device, asked)
@@ -184,7 +193,7 @@ def woven(
         prw.Config(
             target_modules=targets,
             rank=RANK,
-            granularity="sample",
+            granularity=granularity,
             share_router="parent",
         ),
     )
