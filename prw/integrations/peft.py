@@ -14,9 +14,9 @@ but their files reload as plain LoRA without a word.
 
 Files. PEFT saves one tensor per expert and projection, the router columns and their snapshots
 (``prw_pool.experts.0.A.0``, ``prw_pool.columns.signal.0``, ...) and in ``adapter_config.json`` the
-names of the stages, so ``at_stage`` has the same bits after a reload. Remembered inputs, base
-fingerprint and hashes are only in the folder that ``Weave.save`` writes, and only that can hold an
-expert whose rank or alpha is not the configuration's.
+state of the stages: their names, which is open, what was frozen or thawed, and the rank and alpha
+of imported experts. So ``at_stage`` has the same bits after a reload. Remembered inputs, base
+fingerprint and hashes are only in the folder that ``Weave.save`` writes.
 
 Not possible from outside PEFT: ``mixed=True`` and diffusers' ``load_lora_adapter``; for its files
 there is `load_adapter`.
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -86,8 +87,12 @@ class PRWPeftConfig(PeftConfig):
     Attributes:
         target_modules: as in PEFT: name endings, an expression, or ``"all-linear"``.
         exclude_modules: as in PEFT.
-        stages: the stages to begin with; afterwards those of the adapter's weave.
+        stages: the stages to begin with; afterwards those of the adapter's weave, which keeps this
+            and what follows up to date.
         open: whether the last stage is open.
+        exempt: the stages whose expert `Weave.freeze` or `Weave.thaw` took out of the rule.
+        sizes: by stage and layer, rank and alpha of experts that have others than the
+            configuration says, as imported ones may.
 
     Raises:
         ConfigError: a value that cannot work.
@@ -110,6 +115,8 @@ class PRWPeftConfig(PeftConfig):
     backend: str = "auto"
     stages: list[str] = field(default_factory=list)
     open: bool = True
+    exempt: list[str] = field(default_factory=list)
+    sizes: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,7 +126,32 @@ class PRWPeftConfig(PeftConfig):
                 setattr(self, name, set(getattr(self, name)))
         self.rank_pattern = dict(self.rank_pattern)
         self.alpha = self.core(()).alpha
-        Ledger(tuple(Stage(name, index, open=False) for index, name in enumerate(self.stages)))
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        for field_name in ("stages", "exempt"):
+            names = getattr(self, field_name)
+            if not isinstance(names, (list, tuple)):
+                raise ConfigError(
+                    f"{field_name} must be a list of names, got {names!r}; give [{names!r}]"
+                )
+            setattr(self, field_name, list(names))
+        if not isinstance(self.open, bool):
+            raise ConfigError(f"open must be True or False, got {self.open!r}")
+        ledger = self.ledger()
+        for name in self.exempt:
+            ledger[name]
+        _check_sizes(self.sizes)
+
+    def ledger(self) -> Ledger:
+        """The stages as a ledger."""
+        last = len(self.stages) - 1
+        return Ledger(
+            tuple(
+                Stage(name, index, self.open and index == last, name in self.exempt)
+                for index, name in enumerate(self.stages)
+            )
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As in PEFT; ranks as pairs, since PEFT's file sorts keys and the first match counts."""
@@ -129,6 +161,20 @@ class PRWPeftConfig(PeftConfig):
     def core(self, targets: Iterable[str]) -> Config:
         """The library's configuration for the given layers."""
         return Config(target_modules=list(targets), **{name: getattr(self, name) for name in _CORE})
+
+
+def _check_sizes(sizes: object) -> None:
+    """Raise ConfigError for what is not rank and alpha by stage and layer."""
+    try:
+        pairs = [pair for layers in dict(sizes).values() for pair in layers.values()]  # type: ignore[call-overload]
+        valid = all(int(rank) == rank >= 1 and math.isfinite(alpha) for rank, alpha in pairs)
+    except (TypeError, ValueError, AttributeError):
+        valid = False
+    if not valid:
+        raise ConfigError(
+            "sizes must map stages to layers to [rank, alpha], as a weave writes it; "
+            f"got {sizes!r}, leave it out"
+        )
 
 
 class PRWModel(BaseTuner):
@@ -203,13 +249,9 @@ class PRWModel(BaseTuner):
         pools = {pool.name: pool for pool in build_pools(model, linears, core)}
         for pool in pools.values():
             pool.columns.persistent = True
-        names, still_open = list(config.stages), config.open
         identity = fingerprint(model, linears)
         weave = PeftWeave(pools, core, fingerprint=identity, adapter=config)
-        for name in names:
-            weave.unlock(name)
-        if not still_open:
-            weave.close()
+        weave.begin(config.ledger(), config.sizes)
         trains = adapter_name in self.active_adapters and not config.inference_mode
         for pool in pools.values():
             for index, (projection, target) in enumerate(pool.targets.items()):
@@ -236,7 +278,7 @@ class PRWModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        _check_uniform(weave_of(model, adapter_name))
+        weave_of(model, adapter_name).describe()
         found: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
@@ -268,6 +310,14 @@ class PRWModel(BaseTuner):
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, _with_snapshots(state_dict, ledger)
         )
+        own = dict(model.named_parameters())
+        for key, tensor in remapped.items():
+            if ".prw_pool." in key and key in own and own[key].shape != tensor.shape:
+                raise CheckpointError(
+                    f"the file's {key!r} is {list(tensor.shape)}, but that of adapter "
+                    f"{adapter_name!r} is {list(own[key].shape)}; load it under another adapter "
+                    "name, or into a fresh model"
+                )
         return remapped
 
 
@@ -285,21 +335,6 @@ def _with_snapshots(state_dict: dict[str, Tensor], ledger: Ledger) -> dict[str, 
                 empty = state_dict[key].new_zeros(0, len(state_dict[key]))
                 added[f"{wanted}.{kind}"] = torch.stack(rows) if rows else empty
     return state_dict | added
-
-
-def _check_uniform(weave: Weave) -> None:
-    """Refuse to let PEFT save an expert that its file cannot describe."""
-    for stage in weave.stages:
-        for pool in weave.pools.values():
-            expert = pool.expert(stage.index)
-            for projection, rank in pool.ranks.items():
-                usual = rank, weave.config.scaling * rank
-                if (expert.rank(projection), expert.alpha(projection)) != usual:
-                    raise CheckpointError(
-                        f"expert {stage.name!r} has rank {expert.rank(projection)} and alpha "
-                        f"{expert.alpha(projection)}, the configuration {usual[0]} and {usual[1]}: "
-                        "PEFT's file cannot say so; use save() of its weave"
-                    )
 
 
 def weave_of(model: nn.Module, adapter: str = "default") -> PeftWeave:

@@ -50,8 +50,57 @@ class PeftWeave(Weave):
     def _follow(self, ledger: Ledger, *, fresh: bool = True) -> None:
         self._learn()
         super()._follow(ledger, fresh=fresh)
-        self.adapter.stages = list(ledger.names)
-        self.adapter.open = ledger.newest is not None
+        self.describe()
+
+    def begin(self, ledger: Ledger, sizes: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+        """Go through the stages of a ledger, with fresh experts of the sizes they should have.
+
+        Args:
+            ledger: of a configuration.
+            sizes: rank and alpha by stage and layer, where they are not the usual ones.
+
+        Raises:
+            ConfigError: a stage or layer with a size that is not there.
+        """
+        for stage in ledger.stages:
+            self.unlock(stage.name)
+        places = {t: (pool, p) for pool in self.pools.values() for p, t in pool.targets.items()}
+        for name, layers in sizes.items():
+            for target, (rank, alpha) in layers.items():
+                if name not in ledger.names or target not in places:
+                    raise ConfigError(
+                        f"sizes gives {target!r} in stage {name!r} a rank, but the adapter has the "
+                        f"stages {list(ledger.names)} and the layers {list(places)}"
+                    )
+                pool, projection = places[target]
+                A_RD, B_OR = pool.expert(ledger[name].index).pair(projection)
+                resized = (
+                    A_RD.new_zeros(int(rank), A_RD.shape[1]),
+                    B_OR.new_zeros(len(B_OR), int(rank)),
+                )
+                pool.expert(ledger[name].index).put(projection, *resized, alpha)
+        self._follow(ledger)
+
+    def describe(self) -> None:
+        """Write the state of the stages into the adapter's configuration."""
+        self.adapter.stages = list(self.ledger.names)
+        self.adapter.open = self.newest is not None
+        self.adapter.exempt = [stage.name for stage in self.stages if stage.exempt]
+        self.adapter.sizes = {
+            stage.name: unusual for stage in self.stages if (unusual := self._unusual(stage.index))
+        }
+
+    def _unusual(self, index: int) -> dict[str, list[float]]:
+        """Rank and alpha of an expert's layers, where they are not the configuration's."""
+        found = {}
+        for pool in self.pools.values():
+            expert = pool.expert(index)
+            for projection, target in pool.targets.items():
+                rank, usual = expert.rank(projection), pool.ranks[projection]
+                size = [rank, expert.alpha(projection)]
+                if size != [usual, self.config.scaling * usual]:
+                    found[target] = size
+        return found
 
     def sync(
         self,

@@ -412,6 +412,12 @@ def test_what_cannot_work_leaves_no_trace() -> None:
         PRWPeftConfig(target_modules=TARGETS, rank=0)
     with pytest.raises(prw.StageError, match="cannot name a stage"):
         config(stages=["a/b"])
+    with pytest.raises(prw.ConfigError, match=r"stages must be a list of names, got 'ab'; give \["):
+        config(stages="ab")
+    with pytest.raises(prw.ConfigError, match="open must be True or False, got 'no'"):
+        config(stages=["ab"], open="no")
+    with pytest.raises(prw.StageError, match="there is no stage 'a'"):
+        config(stages=["ab"], exempt=["a"])
 
 
 def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
@@ -421,10 +427,86 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     small = get_peft_model(net(), config(stages=["one"]))
     with pytest.raises(prw.CheckpointError, match="holds 2 experts, but adapter 'default' has 1"):
         small.load_adapter(tmp_path, "default")
+    grow(weave_of(small), "two")
     expert = weave_of(model).pools["to_k"].expert(1)
-    expert.put("to_k", *expert.pair("to_k"), alpha=1.0)
-    with pytest.raises(prw.CheckpointError, match=r"'two' has rank 2 and alpha 1\.0"):
-        model.save_pretrained(tmp_path)
+    expert.put("to_k", torch.zeros(3, 8), torch.zeros(8, 3), alpha=1.0)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(prw.CheckpointError, match=r"experts\.1\.A\.0' is \[3, 8\], but that of"):
+        small.load_adapter(tmp_path, "default")
+    place = tmp_path / "adapter_config.json"
+    settings = json.loads(place.read_text())
+    assert settings["sizes"] == {"two": {"to_k": [3, 1.0]}}
+    for sizes, message in (
+        ({"two": {"to_k": [0, 1.0]}}, "sizes must map stages to layers"),
+        ({"two": {"to_q": [2, 1.0]}}, "sizes gives 'to_q' in stage 'two' a rank, but"),
+        ({"six": {"to_k": [2, 1.0]}}, "sizes gives 'to_k' in stage 'six' a rank, but"),
+    ):
+        place.write_text(json.dumps(settings | {"sizes": sizes}))
+        with pytest.raises(prw.ConfigError, match=message):
+            PeftModel.from_pretrained(net(), tmp_path)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_what_was_frozen_or_thawed_stays_so_in_a_file(
+    tmp_path: Path, low_cpu_mem_usage: bool
+) -> None:
+    model = get_peft_model(net(), config())
+    weave = weave_of(model)
+    for name in ("one", "two", "three"):
+        weave.unlock(name)
+        shake(weave)
+    weave.freeze("three")
+    weave.thaw("one")
+    wanted = trainable(model)
+    assert wanted == learning(model) and any(".experts.0." in name for name in wanted)
+    assert not any(".experts.2." in name for name in wanted)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(
+        net(), tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert weave_of(again).ledger == weave.ledger
+    assert trainable(again) == learning(again) == wanted
+    with again.disable_adapter():
+        pass
+    assert trainable(again) == wanted
+    again.save_pretrained(tmp_path / "again")
+    settings = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert settings["exempt"] == ["one", "three"]
+    weave_of(again).close()
+    assert again.peft_config["default"].exempt == []
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_an_imported_expert_of_another_rank_is_in_the_file(
+    tmp_path: Path, low_cpu_mem_usage: bool
+) -> None:
+    lora = LoraConfig(
+        r=3, lora_alpha=5, use_rslora=True, rank_pattern={"to_v": 1}, target_modules=TARGETS,
+        init_lora_weights=False,
+    )  # fmt: skip
+    stock = get_peft_model(net(), lora)
+    stock.save_pretrained(tmp_path / "lora")
+    model = get_peft_model(net(), config(share_router="parent", backend="reference"))
+    weave = weave_of(model)
+    grow(weave, "one")
+    weave.import_expert(tmp_path / "lora", "style")
+    weave.rename("style", "rain")
+    weave.unlock("two")
+    shake(weave)
+    with weave.force_route("rain"):
+        assert torch.equal(model(X), stock(X))
+    weave.call(noisy=False)
+    wanted, pinned = model(X), stages_of(model)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(
+        net(), tmp_path / "adapter", is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert torch.equal(again(X), wanted) and trainable(again) == trainable(model)
+    torch.testing.assert_close(stages_of(again), pinned, rtol=0, atol=0)
+    with weave_of(again).force_route("rain"):
+        assert torch.equal(again(X), stock(X))
+    assert again.peft_config["default"].sizes == model.peft_config["default"].sizes
+    assert set(again.peft_config["default"].sizes) == {"rain"}
 
 
 def llama() -> LlamaForCausalLM:
