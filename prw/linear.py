@@ -24,16 +24,22 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
     """
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    kinds = [(kind.__module__, kind.__name__) for kind in type(module).__mro__]
-    if ("transformers.pytorch_utils", "Conv1D") in kinds:
+    if is_transposed(module):
         width, size = module.get_parameter("weight").shape
         return width, size
-    if "Linear" not in kinds[0][1] or kinds[0][0].startswith("torch."):
+    kind = type(module)
+    if "Linear" not in kind.__name__ or kind.__module__.startswith("torch."):
         return None
     sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
     if not all(isinstance(size, int) for size in sizes) or not _takes_one_tensor(module):
         return None
     return int(sizes[0] or 0), int(sizes[1] or 0)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight is ``[D, O]``: transformers' ``Conv1D`` and its subclasses."""
+    kinds = [(kind.__module__, kind.__name__) for kind in type(module).__mro__]
+    return ("transformers.pytorch_utils", "Conv1D") in kinds
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -26,14 +26,12 @@ from __future__ import annotations
 
 import copy
 import json
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, set_peft_model_state_dict
+from peft import set_peft_model_state_dict
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -45,136 +43,20 @@ from peft.utils.integrations import skip_init_on_device
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from prw.config import Config
 from prw.decoding import follow
 from prw.errors import CheckpointError, ConfigError
 from prw.fingerprint import fingerprint
-from prw.injection import build_pools, check_imported
+from prw.injection import build_pools, check_imported, leave_fast_path
+from prw.integrations.peft_config import PRW, PRWPeftConfig
 from prw.integrations.peft_layer import PeftWeave, PRWLinear, Seat
-from prw.ledger import Ledger, Stage
-from prw.weaving import Weave
+from prw.ledger import Ledger
+from prw.linear import linear_size
 
 __all__ = ["PRWLinear", "PRWModel", "PRWPeftConfig", "load_adapter", "weave_of"]
 
 
-class MethodName(str):
-    """A string that answers like a member of `peft.PeftType`."""
-
-    __slots__ = ()
-
-    @property
-    def name(self) -> str:
-        """The string itself."""
-        return str(self)
-
-    @property
-    def value(self) -> str:
-        """The string itself."""
-        return str(self)
-
-
-PRW = MethodName("PRW")
-
-_CORE = tuple(f.name for f in fields(Config) if not f.name.endswith("_modules"))
 # PEFT drops keys with a part that is another adapter's name, so ours must not be adapter names.
 _RESERVED = {"A", "B", "columns", "experts", "noise", "prw_pool", "signal", "snapshots"}
-
-
-@dataclass
-class PRWPeftConfig(PeftConfig):
-    """Configuration of a PRW adapter; every field of `prw.Config` means what it means there.
-
-    Attributes:
-        target_modules: as in PEFT: name endings, an expression, or ``"all-linear"``.
-        exclude_modules: as in PEFT.
-        stages: the stages to begin with; afterwards those of the adapter's weave, which keeps this
-            and what follows up to date.
-        open: whether the last stage is open.
-        exempt: the stages whose expert `Weave.freeze` or `Weave.thaw` took out of the rule.
-        sizes: by stage and layer, rank and alpha of experts that have others than the
-            configuration says, as imported ones may.
-
-    Raises:
-        ConfigError: a value that cannot work.
-        StageError: names that cannot be stages.
-    """
-
-    target_modules: list[str] | set[str] | str | None = None
-    exclude_modules: list[str] | set[str] | str | None = None
-    rank: int = 16
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha: float | None = None
-    granularity: str = "token"
-    share_router: str = "module"
-    router_train: str = "all"
-    gate: str = "softmax"
-    noise: bool = True
-    router: str = "top1"
-    context_features: int = 0
-    new_column: str = "zero"
-    backend: str = "auto"
-    stages: list[str] = field(default_factory=list)
-    open: bool = True
-    exempt: list[str] = field(default_factory=list)
-    sizes: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PRW
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), (list, tuple)):
-                setattr(self, name, set(getattr(self, name)))
-        self.rank_pattern = dict(self.rank_pattern)
-        self.alpha = self.core(()).alpha
-        self._check_stages()
-
-    def _check_stages(self) -> None:
-        for field_name in ("stages", "exempt"):
-            names = getattr(self, field_name)
-            if not isinstance(names, (list, tuple)):
-                raise ConfigError(
-                    f"{field_name} must be a list of names, got {names!r}; give [{names!r}]"
-                )
-            setattr(self, field_name, list(names))
-        if not isinstance(self.open, bool):
-            raise ConfigError(f"open must be True or False, got {self.open!r}")
-        ledger = self.ledger()
-        for name in self.exempt:
-            ledger[name]
-        _check_sizes(self.sizes)
-
-    def ledger(self) -> Ledger:
-        """The stages as a ledger."""
-        last = len(self.stages) - 1
-        return Ledger(
-            tuple(
-                Stage(name, index, self.open and index == last, name in self.exempt)
-                for index, name in enumerate(self.stages)
-            )
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """As in PEFT; ranks as pairs, since PEFT's file sorts keys and the first match counts."""
-        data: dict[str, Any] = super().to_dict()
-        return data | {"rank_pattern": [list(pair) for pair in self.rank_pattern.items()]}
-
-    def core(self, targets: Iterable[str]) -> Config:
-        """The library's configuration for the given layers."""
-        return Config(target_modules=list(targets), **{name: getattr(self, name) for name in _CORE})
-
-
-def _check_sizes(sizes: object) -> None:
-    """Raise ConfigError for what is not rank and alpha by stage and layer."""
-    try:
-        pairs = [pair for layers in dict(sizes).values() for pair in layers.values()]  # type: ignore[call-overload]
-        valid = all(int(rank) == rank >= 1 and math.isfinite(alpha) for rank, alpha in pairs)
-    except (TypeError, ValueError, AttributeError):
-        valid = False
-    if not valid:
-        raise ConfigError(
-            "sizes must map stages to layers to [rank, alpha], as a weave writes it; "
-            f"got {sizes!r}, leave it out"
-        )
 
 
 class PRWModel(BaseTuner):
@@ -190,8 +72,8 @@ class PRWModel(BaseTuner):
         """Wrap the targets and open the configuration's stages; a failure leaves no trace.
 
         Raises:
-            ConfigError: an adapter name that PEFT would confuse with a key, a target that is no
-                linear layer, or a rank above a layer's size.
+            ConfigError: an adapter name that PEFT would confuse with a key, a target that cannot be
+                adapted (see `prw.linear.linear_size`), or a rank above a layer's size.
         """
         if adapter_name in _RESERVED or adapter_name.isdigit():
             raise ConfigError(
@@ -229,15 +111,28 @@ class PRWModel(BaseTuner):
             self._joining[current_key] = target
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not isinstance(base, nn.Linear) or "NonDynamically" in type(base).__name__:
+        if linear_size(base) is None:
             raise ConfigError(
-                f"target {current_key!r} is a {type(base).__name__}; only nn.Linear layers that "
-                "their model calls can be adapted"
+                f"target {current_key!r} is a {type(base).__name__}; only linear layers "
+                "(nn.Linear, Conv1D, quantised ones) can be adapted"
+            )
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ConfigError(
+                f"target {current_key!r} is part of an nn.MultiheadAttention, which reads its "
+                "weight without calling it, so experts there would do nothing; put it into "
+                "exclude_modules"
             )
         layer = PRWLinear(target).train(target.training)
         self._undo.append((parent, target_name, target))
         self._replace_module(parent, target_name, layer, target)
         self._joining[current_key] = layer
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        # PEFT also moves what is new to the device of the layer's weight, which a quantised layer
+        # may not have; pools are built where they belong.
+        setattr(parent, child_name, new_module)
 
     @skip_init_on_device  # pools are small, and stay real where PEFT puts new layers on meta
     def _seat(self, model: nn.Module, adapter_name: str) -> None:
@@ -261,12 +156,15 @@ class PRWModel(BaseTuner):
                 pool.requires_grad_(False)
         if any(pool.prompted for pool in pools.values()):
             weave.following = follow(model, pools.values())
+        weave.nested = leave_fast_path(model, PRWLinear)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         weaves = [weave_of(self.model, name) for name in self.peft_config]
         found = super()._unload_and_optionally_merge(*args, **kwargs)
-        for weave in weaves:
+        for weave in reversed(weaves):
             weave.leave()
+            for encoder, flag in weave.nested:
+                encoder.use_nested_tensor = flag
         return found
 
     @classmethod

@@ -19,6 +19,7 @@ from prw.config import Config
 from prw.decoding import Following
 from prw.errors import ConfigError, StageError
 from prw.ledger import Ledger
+from prw.linear import is_transposed, linear_size, plain_weight, where_it_lives
 from prw.optim import Kinds
 from prw.pool import Pool
 from prw.weaving import Weave
@@ -33,6 +34,7 @@ class PeftWeave(Weave):
 
     Attributes:
         following: the hooks on a decoder whose samples are routed by their prompt.
+        nested: torch's encoders among the adapted modules, and their ``use_nested_tensor`` before.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class PeftWeave(Weave):
     ) -> None:
         self.adapter = adapter
         self.following: Following | None = None
+        self.nested: list[tuple[nn.TransformerEncoder, bool]] = []
         super().__init__(pools, config, fingerprint=fingerprint, detach=_refuse_unload)
 
     def _follow(self, ledger: Ledger, *, fresh: bool = True) -> None:
@@ -162,7 +165,7 @@ class Seat:
         return y + self.weight * residual
 
     def delta(self) -> Tensor | None:
-        """``weight * alpha / rank * B A`` ``[O, D]`` of the only expert; None without expert.
+        """``weight * alpha / rank * B A`` of the only expert, ``[O, D]``; None without expert.
 
         Raises:
             ConfigError: there are several experts, which no single weight can replace.
@@ -185,7 +188,8 @@ class PRWLinear(nn.Module, BaseTunerLayer):
     that every parameter has one name.
 
     Args:
-        base_layer: a linear layer, or a layer of another tuner around one.
+        base_layer: a linear layer as `prw.linear.linear_size` knows them, or a layer of another
+            tuner around one.
     """
 
     adapter_layer_names = ("prw_pool",)
@@ -196,7 +200,6 @@ class PRWLinear(nn.Module, BaseTunerLayer):
     disable_adapters: bool
     merged: bool
     get_base_layer: Callable[[], Any]
-    get_base_weight: Callable[[], Tensor]
     set_base_weight: Callable[[Tensor], None]
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -206,8 +209,7 @@ class PRWLinear(nn.Module, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.seats: dict[str, Seat] = {}
         self.merged_adapters: list[str] = []
-        self.in_features = self.get_base_layer().in_features
-        self.out_features = self.get_base_layer().out_features
+        self.in_features, self.out_features = linear_size(self.get_base_layer()) or (0, 0)
 
     def place(self, adapter: str, seat: Seat, *, owner: bool) -> None:
         """Give an adapter its seat; the owner of a pool registers it."""
@@ -253,9 +255,8 @@ class PRWLinear(nn.Module, BaseTunerLayer):
     ) -> None:
         """Follow the base layer's device; experts and routers keep their own precision."""
         if adapter_name in self.prw_pool:
-            self.prw_pool[adapter_name].to(
-                self.get_base_layer().weight.device if device is None else device
-            )
+            base_device = where_it_lives(self.get_base_layer())[0]
+            self.prw_pool[adapter_name].to(base_device if device is None else device)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the weight of an adapter (diffusers)."""
@@ -279,16 +280,13 @@ class PRWLinear(nn.Module, BaseTunerLayer):
         """Add the residuals of adapters with one expert, whose gate is 1, to the base's weight.
 
         Raises:
-            ConfigError: an adapter has several experts.
+            ConfigError: an adapter has several experts, or the weight is quantised.
             ValueError: `safe_merge` is set and the result is not finite.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.seats]
-        deltas = [self.seats[name].delta() for name in names]
-        weight = self.get_base_weight()
-        for delta in deltas:
-            weight = (
-                weight if delta is None else (weight + delta.to(weight.device)).to(weight.dtype)
-            )
+        weight = self._plain_weight()
+        for name in names:
+            weight = self._shifted(weight, self.seats[name].delta(), 1)
         if safe_merge and not weight.isfinite().all():
             raise ValueError(f"merging {names} gives weights that are not finite; nothing changed")
         self.set_base_weight(weight)
@@ -298,9 +296,24 @@ class PRWLinear(nn.Module, BaseTunerLayer):
         """Subtract what `merge` added."""
         while self.merged_adapters:
             delta = self.seats[self.merged_adapters.pop()].delta()
-            if delta is not None:
-                weight = self.get_base_weight()
-                self.set_base_weight((weight - delta.to(weight.device)).to(weight.dtype))
+            self.set_base_weight(self._shifted(self._plain_weight(), delta, -1))
+
+    def _plain_weight(self) -> Tensor:
+        weight = plain_weight(self.get_base_layer())
+        if weight is None:
+            target = next(seat.pool.targets[seat.projection] for seat in self.seats.values())
+            raise ConfigError(
+                f"the weight of {target!r} is quantised or distributed, and merging would round it "
+                "anew; load the base in 16 or 32 bits on one device first"
+            )
+        return weight.data
+
+    def _shifted(self, weight: Tensor, delta_OD: Tensor | None, sign: int) -> Tensor:
+        """``weight + sign * delta``, typed like the weight."""
+        if delta_OD is None:
+            return weight
+        delta = delta_OD.T if is_transposed(self.get_base_layer()) else delta_OD
+        return (weight + sign * delta.to(weight.device)).to(weight.dtype)
 
     def __repr__(self) -> str:
         return "prw." + super().__repr__()

@@ -156,7 +156,7 @@ class PRWTrainer(Trainer):
         """
         return inputs.get(CONTEXT)
 
-    def _told(self, inputs: Mapping[str, Any]) -> dict[str, Tensor | None]:
+    def _told(self, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
         """Mask and context of the call for these inputs."""
         context, width = self.routing_context(inputs), self.weave.config.context_features
         if width and context is None:
@@ -164,7 +164,7 @@ class PRWTrainer(Trainer):
                 f"the routers read a context of {width} numbers: give every row of the data a "
                 f"column {CONTEXT!r}, or override routing_context()"
             )
-        return {"mask": self.routing_mask(inputs), "context": context}
+        return self.routing_mask(inputs), context
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -186,7 +186,7 @@ class PRWTrainer(Trainer):
         """The record of one micro-batch."""
         place = self.args.seed, self.state.global_step, len(self._records), self.args.process_index
         key = group_id("/".join(map(str, place)))
-        return self.weave.record(**self._told(inputs), key=key)
+        return self.weave.record(*self._told(inputs), key=key)
 
     def compute_loss(
         self,
@@ -227,7 +227,7 @@ class PRWTrainer(Trainer):
         if self._evaluating:
             yield dict(inputs)
             return
-        self.weave.call(**self._told(inputs), key=0, noisy=False)
+        self.weave.call(*self._told(inputs), key=0, noisy=False)
         self._evaluating = True
         try:
             yield _for_model(inputs)
@@ -281,7 +281,7 @@ class PRWTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         self.model.eval()
         try:
-            with self.weave.record(**self._told(inputs), key=0) as record:
+            with self.weave.record(*self._told(inputs), key=0) as record:
                 self.model(**_for_model(inputs))
         finally:
             self.model.train(training)

@@ -18,7 +18,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 import prw
 from prw.integrations.peft import PRWLinear, PRWPeftConfig, load_adapter, weave_of
@@ -507,6 +508,90 @@ def test_an_imported_expert_of_another_rank_is_in_the_file(
         assert torch.equal(again(X), stock(X))
     assert again.peft_config["default"].sizes == model.peft_config["default"].sizes
     assert set(again.peft_config["default"].sizes) == {"rain"}
+
+
+class ForeignLinear(nn.Module):
+    """As a quantisation library has them: packed, and no relative of nn.Linear."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.register_buffer("codes", (base.weight.detach() * 100).round().to(torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.codes.to(x.dtype) / 100).T
+
+
+@pytest.mark.parametrize("kind", ["conv1d", "foreign"])
+def test_layers_that_are_no_linear_of_torch(tmp_path: Path, kind: str) -> None:
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        if kind == "conv1d":
+            return nn.Sequential(Conv1D(6, 8), Conv1D(5, 6))
+        return nn.Sequential(ForeignLinear(nn.Linear(8, 6)), ForeignLinear(nn.Linear(6, 5)))
+
+    settings = PRWPeftConfig(target_modules=["0", "1"], rank=2)
+    model, plain = get_peft_model(fresh(), settings), fresh()
+    assert torch.equal(model(X), plain(X))
+    twin = prw.weave(plain, prw.Config(target_modules=["0", "1"], rank=2))
+    torch.manual_seed(1)
+    grow(weave_of(model), "one")
+    torch.manual_seed(1)
+    grow(twin, "one")
+    assert torch.equal(model(X), plain(X)) and not torch.equal(model(X), fresh()(X))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(fresh(), tmp_path)
+    assert torch.equal(again(X), model(X))
+    if kind == "foreign":
+        with pytest.raises(prw.ConfigError, match="the weight of '0' is quantised or distributed"):
+            model.merge_adapter()
+        assert torch.equal(again(X), model(X))
+        assert type(model.unload()[0]) is ForeignLinear
+        return
+    model.merge_adapter()
+    # (W + BA) x against W x + B (A x) in fp32, sums of 8 and 2 terms of size 1
+    torch.testing.assert_close(model(X), again(X), rtol=0, atol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(X), again(X), rtol=0, atol=1e-5)
+    assert type(model.unload()[0]) is Conv1D
+
+
+def test_gpt2_by_transformers_own_adapters(tmp_path: Path) -> None:
+    def gpt2() -> GPT2LMHeadModel:
+        torch.manual_seed(0)
+        sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 32, "n_positions": 16}
+        return GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+
+    model = gpt2()
+    model.add_adapter(PRWPeftConfig(target_modules=["c_attn", "c_proj"], rank=2))
+    assert torch.equal(model(IDS).logits, gpt2()(IDS).logits)
+    grow(weave_of(model), "one", "two")
+    model.save_pretrained(tmp_path)
+    again = gpt2()
+    again.load_adapter(tmp_path)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert not torch.equal(again(IDS).logits, gpt2()(IDS).logits)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # the base uses them
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_fast_path_of_torchs_encoder_does_not_skip_experts(padded: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    mask = torch.tensor([[False] * 5, [False] * 4 + [True], [False] * 3 + [True] * 2])
+    given = {"src_key_padding_mask": mask} if padded else {}
+    with torch.no_grad():
+        base = encoder(X, **given)
+        model = get_peft_model(encoder, PRWPeftConfig(target_modules=["linear1"], rank=2))
+        grow(weave_of(model), "one", "two")
+        with weave_of(model).force_route("two"):
+            found = model(X, **given)
+        assert (found - base)[~mask].abs().max() > 0.1
+        plain = model.unload()
+        assert torch.equal(plain(X, **given), base)
+    with pytest.raises(prw.ConfigError, match=r"'self_attn.out_proj' is part of an nn.MultiheadAt"):
+        get_peft_model(layer, PRWPeftConfig(target_modules=["out_proj"], rank=2))
 
 
 def llama() -> LlamaForCausalLM:
