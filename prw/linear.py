@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
@@ -77,8 +78,16 @@ def _takes_one_tensor(module: nn.Module) -> bool:
     return sum(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters) == 1
 
 
+_OWN = ("base", "owned_pool")
+"""The submodules of a `RoutedLinear`."""
+
+
 class RoutedLinear(nn.Module):
     """``base(x)`` plus the residual of the routed expert; the base layer itself stays untouched.
+
+    In a ``state_dict()`` the tensors of the base keep their names, ``weight`` and not
+    ``base.weight``, so what is saved of a woven model loads into the bare one, and the other way
+    round. A state without any tensor of the pool leaves the pool as it is.
 
     Siblings that share a router share one pool; only the first registers it as a submodule, so
     that every parameter has one name.
@@ -97,6 +106,13 @@ class RoutedLinear(nn.Module):
         if owner:
             self.owned_pool = pool
         self._pool = (pool,)  # a tuple keeps a shared pool out of the module tree
+        self.register_state_dict_post_hook(_drop_base)
+        self.register_load_state_dict_pre_hook(_insert_base)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """For torch.distributed.checkpoint: names that the state has without ``base.``."""
+        names = chain(self.base.named_parameters(), self.base.named_buffers())
+        return {name: "base" for name, _ in names}
 
     @property
     def pool(self) -> Pool:
@@ -134,3 +150,30 @@ class RoutedLinear(nn.Module):
         """``base(x) + gate * alpha / rank * B_e A_e x``, shaped and typed like ``base(x)``."""
         outputs, _ = self.pool.add({self.projection: self.base(input)}, input)
         return outputs[self.projection]
+
+
+def _drop_base(
+    module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Mapping[str, Any]
+) -> None:
+    """Take ``base.`` out of the names in a state that is being made.
+
+    Not under FSDP1, which looks for the names of its parameters.
+    """
+    if "_fsdp_wrapped_module." in prefix:
+        return
+    for name in [name for name in state if name.startswith(prefix)]:
+        value = state.pop(name)  # every one, so that the order stays
+        state[prefix + name.removeprefix(prefix).removeprefix("base.")] = value
+
+
+def _insert_base(
+    module: nn.Module, state: dict[str, Any], prefix: str, *_of_the_load: object
+) -> None:
+    """Put ``base.`` into the names of a state that is loaded."""
+    names = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
+    for name in names:
+        if name.split(".")[0] not in _OWN:
+            state[f"{prefix}base.{name}"] = state.pop(prefix + name)
+    if not any(name.startswith("owned_pool.") for name in names):
+        kept = module.state_dict(prefix=prefix, keep_vars=True)
+        state.update({n: t for n, t in kept.items() if n.startswith(f"{prefix}owned_pool.")})
