@@ -106,8 +106,8 @@ class RoutedLinear(nn.Module):
         if owner:
             self.owned_pool = pool
         self._pool = (pool,)  # a tuple keeps a shared pool out of the module tree
-        self.register_state_dict_post_hook(_drop_base)
-        self.register_load_state_dict_pre_hook(_insert_base)
+        self.register_state_dict_post_hook(_drop_base)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_insert_base)  # type: ignore[no-untyped-call]
 
     def _fqn_modifiers(self) -> dict[str, str]:
         """For torch.distributed.checkpoint: names that the state has without ``base.``."""
