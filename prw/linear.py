@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from prw.errors import ConfigError
 from prw.pool import Pool
+from prw.precision import at_least_fp32
 
 
 def linear_size(module: nn.Module) -> tuple[int, int] | None:
@@ -145,6 +146,15 @@ class RoutedLinear(nn.Module):
             setattr(self.base, name, value)
         else:
             super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts; a cast below fp32 is for the base, as if that had been woven after it.
+
+        Experts are cast by ``pool.to(dtype)``, routers never.
+        """
+        for name, module in self.named_children() if recurse else ():
+            module._apply(at_least_fp32(fn) if name == "owned_pool" else fn)
+        return super()._apply(fn, recurse=False)
 
     def forward(self, input: Tensor) -> Tensor:  # named as in nn.Linear, for calls by keyword
         """``base(x) + gate * alpha / rank * B_e A_e x``, shaped and typed like ``base(x)``."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -22,6 +22,7 @@ from prw.ledger import Ledger
 from prw.linear import is_transposed, linear_size, plain_weight, where_it_lives
 from prw.optim import Kinds
 from prw.pool import Pool
+from prw.precision import at_least_fp32
 from prw.weaving import Weave
 
 
@@ -257,6 +258,12 @@ class PRWLinear(nn.Module, BaseTunerLayer):
         if adapter_name in self.prw_pool:
             base_device = where_it_lives(self.get_base_layer())[0]
             self.prw_pool[adapter_name].to(base_device if device is None else device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts; a cast below fp32 leaves experts and routers as they are."""
+        for name, module in self.named_children() if recurse else ():
+            module._apply(at_least_fp32(fn) if name == "prw_pool" else fn)
+        return super()._apply(fn, recurse=False)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the weight of an adapter (diffusers)."""
