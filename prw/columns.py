@@ -41,7 +41,8 @@ class Columns(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts; a cast below fp32 leaves columns and snapshots as they are."""
-        return super()._apply(at_least_fp32(fn), recurse)
+        super()._apply(at_least_fp32(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def grow(self, first_D: Tensor | None = None) -> None:
         """Append a column that begins with `first_D`, or with zero: logit 0 for every input."""

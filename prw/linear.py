@@ -154,7 +154,8 @@ class RoutedLinear(nn.Module):
         """
         for name, module in self.named_children() if recurse else ():
             module._apply(at_least_fp32(fn) if name == "owned_pool" else fn)
-        return super()._apply(fn, recurse=False)
+        super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]
+        return self
 
     def forward(self, input: Tensor) -> Tensor:  # named as in nn.Linear, for calls by keyword
         """``base(x) + gate * alpha / rank * B_e A_e x``, shaped and typed like ``base(x)``."""

@@ -263,7 +263,8 @@ class PRWLinear(nn.Module, BaseTunerLayer):
         """Moves and casts; a cast below fp32 leaves experts and routers as they are."""
         for name, module in self.named_children() if recurse else ():
             module._apply(at_least_fp32(fn) if name == "prw_pool" else fn)
-        return super()._apply(fn, recurse=False)
+        super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]
+        return self
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the weight of an adapter (diffusers)."""
