@@ -244,7 +244,7 @@ class Weave:
             The record, for `veteran_gate_loss`; it stays bound until the next call.
         """
         record = Record(**self._fields(mask, context, key, noisy=True), keep_inputs=keep_inputs)
-        self._slot.call = record
+        self._bind(record)
         return record
 
     def call(
@@ -256,8 +256,15 @@ class Weave:
         noisy: bool = True,
     ) -> Call:
         """Bind a call like `record` does, without observing; ``noisy=False`` for a quiet one."""
-        self._slot.call = Call(**self._fields(mask, context, key, noisy=noisy))
-        return self._slot.call
+        call = Call(**self._fields(mask, context, key, noisy=noisy))
+        self._bind(call)
+        return call
+
+    def _bind(self, call: Call) -> None:
+        """Bind a call; a record that was bound until now hears nothing more."""
+        if isinstance(self._slot.call, Record):
+            self._slot.call.tally.listening = False
+        self._slot.call = call
 
     def _fields(
         self, mask: Tensor | None, context: Tensor | None, key: int | None, *, noisy: bool
