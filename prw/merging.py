@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prw.call import Call, Record
+from prw.checks import check_number
 from prw.errors import ConfigError, StageError
 from prw.ledger import Ledger
 from prw.linear import RoutedLinear, is_transposed
@@ -205,8 +206,7 @@ def _relative(error: float, size: float) -> float:
 
 def check_tolerance(tolerance: float) -> None:
     """Raise ConfigError for what is no relative error."""
-    if not (math.isfinite(tolerance) and tolerance >= 0):
-        raise ConfigError(f"tolerance is a relative error of at least 0, got {tolerance}")
+    check_number("tolerance, a relative error,", tolerance, 0)
 
 
 def check_price(fidelity: Fidelity, tolerance: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from prw import checkpoint, exchange, merging
 from prw.call import Call, CallSlot, Recall, Record, spread
+from prw.checks import check_number, check_whole
 from prw.config import Config
 from prw.consolidation import consolidate
 from prw.distributed import whole
@@ -349,8 +349,7 @@ class Weave:
         stage = self._ledger[name]
         if stage.open:
             raise StageError(f"stage {name!r} is still open; close it before it is remembered")
-        if rows < 1:
-            raise ConfigError(f"rows must be at least 1, got {rows}")
+        check_whole("rows", rows, 1)
         recall = Recall(stage=name, rows=rows, mask=mask, context=context)
         with self._bound(recall):
             yield recall
@@ -383,12 +382,12 @@ class Weave:
             their stage did.
 
         Raises:
-            ConfigError: `pull` is negative or not finite.
+            ConfigError: no iteration, or a `pull` that is negative or not finite.
             StageError: a stage is open, a group remembers nothing, or a fit is not finite; nothing
                 is changed then.
         """
-        if not 0 <= pull < math.inf:
-            raise ConfigError(f"pull must be at least 0 and finite, got {pull}")
+        check_whole("iterations", iterations, 1)
+        check_number("pull", pull, 0)
         if self.newest is not None:
             raise StageError(f"stage {self.newest!r} is open; close it before it is consolidated")
         whole(self.pools)
@@ -459,7 +458,13 @@ class Weave:
         return report(self, summary)
 
     def unload(self) -> None:
-        """Take the pools out of the model: the untouched base again."""
+        """Take the pools out of the model: the untouched base again.
+
+        Raises:
+            StageError: that was done already, or the weave was built over bare pools.
+        """
+        if self._detach is None and self._layers:
+            raise StageError("this weave is unloaded already; weave or load the model again")
         if self._detach is None:
             raise StageError("this weave was built over bare pools; there is nothing to unload")
         self._detach()

@@ -249,7 +249,11 @@ def weave_of(model: nn.Module, adapter: str = "default") -> PeftWeave:
         if isinstance(module, PRWLinear):
             found |= {name: seat.weave for name, seat in module.seats.items()}
     if adapter not in found:
-        there = f"its PRW adapters are: {', '.join(found)}" if found else "it has no PRW adapter"
+        there = (
+            f"its PRW adapters are: {', '.join(found)}"
+            if found
+            else ("it has no PRW adapter: add one with get_peft_model(model, PRWPeftConfig(...))")
+        )
         raise ConfigError(f"this model has no PRW adapter {adapter!r}; {there}")
     return found[adapter]
 

@@ -82,7 +82,15 @@ class PRWPeftConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
-        self.rank_pattern = dict(self.rank_pattern)
+        try:
+            self.rank_pattern = dict(self.rank_pattern)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"rank_pattern must map patterns to ranks, got {self.rank_pattern!r}"
+            ) from None
+        for name in ("target_modules", "exclude_modules"):
+            if getattr(self, name) is not None:
+                Config(**{name: getattr(self, name)})  # as picky as the library
         self.alpha = self.core(()).alpha
         self._check_stages()
 
@@ -90,9 +98,8 @@ class PRWPeftConfig(PeftConfig):
         for field_name in ("stages", "exempt"):
             names = getattr(self, field_name)
             if not isinstance(names, (list, tuple)):
-                raise ConfigError(
-                    f"{field_name} must be a list of names, got {names!r}; give [{names!r}]"
-                )
+                fix = f"; give [{names!r}]" if isinstance(names, str) else ""
+                raise ConfigError(f"{field_name} must be a list of names, got {names!r}{fix}")
             setattr(self, field_name, list(names))
         if not isinstance(self.open, bool):
             raise ConfigError(f"open must be True or False, got {self.open!r}")

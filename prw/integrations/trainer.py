@@ -25,10 +25,12 @@ from torch.utils.data import ConcatDataset, Sampler
 from transformers import Trainer
 
 from prw.call import Record, totals
+from prw.checks import check_number
 from prw.errors import CheckpointError, ConfigError
 from prw.integrations.peft import weave_of
 from prw.integrations.peft_layer import PeftWeave
 from prw.integrations.stages import StageCallback, StageSampler
+from prw.linear import RoutedLinear
 from prw.losses import veteran_gate_loss
 from prw.noise import group_id
 from prw.weaving import Weave
@@ -60,8 +62,8 @@ class PRWTrainer(Trainer):
         **kwargs: as in `transformers.Trainer`.
 
     Raises:
-        ConfigError: datasets that do not match the stages, ``DataParallel``, or a density or
-            weight out of range.
+        ConfigError: a model without a weave, datasets that do not match the stages,
+            ``DataParallel``, or a density or weight out of range.
     """
 
     def __init__(
@@ -75,12 +77,11 @@ class PRWTrainer(Trainer):
         callbacks: list[Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not 0 <= density <= 1 or not gate_weight >= 0:
-            raise ConfigError(
-                f"density must lie in [0, 1] and gate_weight be at least 0, got {density} and "
-                f"{gate_weight}"
-            )
-        self.weave = weave_of(model) if weave is None else weave
+        check_number("density", density, 0, 1)
+        check_number("gate_weight", gate_weight, 0)
+        if isinstance(train_dataset, Mapping) and not train_dataset:
+            raise ConfigError("train_dataset names no stage, got {}; give each stage its rows")
+        self.weave = _weave_of(model, weave)
         self.density = density
         self.gate_weight = gate_weight
         self._records: list[Record] = []
@@ -336,6 +337,20 @@ class PRWTrainer(Trainer):
             )
         for group, members in zip(self.optimizer.param_groups, wanted, strict=True):
             group["params"] = members
+
+
+def _weave_of(model: nn.Module, weave: Weave | None) -> Weave:
+    """The weave to train: the given one, or that of the adapter ``"default"``."""
+    if weave is None:
+        if any(isinstance(module, RoutedLinear) for module in model.modules()):
+            raise ConfigError(
+                "prw.weave wove this model, which does not know its weave; give what it returned, "
+                "PRWTrainer(model, weave=weave)"
+            )
+        return weave_of(model)
+    if not isinstance(weave, Weave):
+        raise ConfigError(f"weave must be a prw.Weave, got a {type(weave).__name__}")
+    return weave
 
 
 def _for_model(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -213,14 +213,14 @@ def test_bad_input_is_refused_in_one_sentence() -> None:
     net, weave = build()
     with pytest.raises(prw.StageError, match="'0' remembers nothing yet"):
         weave.consolidate()
-    with pytest.raises(prw.ConfigError, match="pull must be at least 0 and finite, got -1"):
+    with pytest.raises(prw.ConfigError, match="pull must be a finite number of at least 0, got -1"):
         weave.consolidate(pull=-1)
     weave.unlock("new")
     with pytest.raises(prw.StageError, match="'new' is open; close it before"):
         weave.consolidate()
     with pytest.raises(prw.StageError, match="'new' is still open"), weave.remember("new"):
         net(inputs(2, 3))
-    with pytest.raises(prw.ConfigError, match="rows must be at least 1, got 0"):
+    with pytest.raises(prw.ConfigError, match="rows must be a whole number of at least 1, got 0"):
         with weave.remember("s0", rows=0):
             net(inputs(2, 3))
     with pytest.raises(prw.StageError, match="nothing was routed by '0'"), weave.remember("s0"):

@@ -417,6 +417,10 @@ def test_what_cannot_work_leaves_no_trace() -> None:
         config(stages="ab")
     with pytest.raises(prw.ConfigError, match="open must be True or False, got 'no'"):
         config(stages=["ab"], open="no")
+    with pytest.raises(prw.ConfigError, match=r"rank_pattern must map patterns .*, got \[1\]"):
+        config(rank_pattern=[1])
+    with pytest.raises(prw.ConfigError, match="target_modules must be a list of names .* got 3"):
+        PRWPeftConfig(target_modules=3)  # type: ignore[arg-type]
     with pytest.raises(prw.StageError, match="there is no stage 'a'"):
         config(stages=["ab"], exempt=["a"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -436,7 +437,9 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
     cases: list[tuple[str, dict[str, Any]]] = [
         ("datasets .'up', 'down'. and stages .'up'.", {"callbacks": [callback]}),
         ("and no StageCallback in steps", {}),
-        ("density must lie", {"density": 2.0}),
+        ("density must be a finite number from 0 to 1, got 2.0", {"density": 2.0}),
+        ("gate_weight must be a finite number of at least 0, got inf", {"gate_weight": math.inf}),
+        ("weave must be a prw.Weave, got a str", {"weave": "default"}),
     ]
     for message, fields in cases:
         with pytest.raises(prw.ConfigError, match=message):
@@ -444,6 +447,23 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(prw.ConfigError, match="max_steps is 9, but the stages last 1 steps"):
         args = arguments(tmp_path, max_steps=9)
         PRWTrainer(model, args=args, train_dataset={"up": rows(1)}, callbacks=[callback])
+    for other, message in (
+        (["up", "down"], r"such as .'first': 100., got \['up', 'down'\]"),
+        ("up", "got 'up'"),
+        (None, "got None"),
+    ):
+        with pytest.raises(prw.ConfigError, match=message):
+            StageCallback(weave, other)  # type: ignore[arg-type]
+    with pytest.raises(prw.ConfigError, match="weave must be a prw.Weave, got a PeftModel"):
+        StageCallback(model, {"up": 1})  # type: ignore[arg-type]
+    with pytest.raises(prw.ConfigError, match="train_dataset names no stage"):
+        PRWTrainer(model, args=arguments(tmp_path), train_dataset={})
+    plain = llama()
+    with pytest.raises(prw.ConfigError, match="no PRW adapter: add one with get_peft_model"):
+        PRWTrainer(plain, args=arguments(tmp_path), train_dataset=rows(1))
+    prw.weave(plain, prw.Config(target_modules=TARGETS, rank=2))
+    with pytest.raises(prw.ConfigError, match=r"give what it returned, PRWTrainer\(model, weave=w"):
+        PRWTrainer(plain, args=arguments(tmp_path), train_dataset=rows(1))
     args = arguments(tmp_path)
     args._n_gpu = 2
     with pytest.raises(prw.ConfigError, match="DataParallel"):
