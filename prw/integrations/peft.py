@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from peft import set_peft_model_state_dict
+from peft.functional import delete_adapter
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -270,7 +271,8 @@ def load_adapter(model: nn.Module, file: str | Path, adapter: str = "default") -
         Its weave.
 
     Raises:
-        CheckpointError: the file cannot be read or holds no PRW adapter, or does not fit.
+        CheckpointError: the file cannot be read or holds no PRW adapter, is damaged, or does not
+            fit. The model then has no such adapter.
     """
     try:
         with safe_open(file, framework="pt") as opened:
@@ -285,11 +287,19 @@ def load_adapter(model: nn.Module, file: str | Path, adapter: str = "default") -
     known = {f.name for f in fields(PRWPeftConfig)}
     config = PRWPeftConfig(**{name: value for name, value in settings.items() if name in known})
     model.add_adapter(config, adapter)  # type: ignore[operator]
-    result = set_peft_model_state_dict(model, tensors, adapter_name=adapter)
-    if result.unexpected_keys:
-        raise CheckpointError(
-            f"{file} does not fit this model: it has no {result.unexpected_keys[0]!r}"
-        )
+    try:
+        result = set_peft_model_state_dict(model, tensors, adapter_name=adapter)
+        lost = [key for key in result.missing_keys if f".prw_pool.{adapter}." in key]
+        if result.unexpected_keys:
+            raise CheckpointError(
+                f"{file} does not fit this model, which has no {result.unexpected_keys[0]!r}"
+            )
+        if lost:
+            raise CheckpointError(f"{file} is damaged: it lacks {lost[0]!r}")
+    except BaseException:
+        delete_adapter(model, adapter, PRWModel.prefix)
+        model.peft_config.pop(adapter)  # type: ignore[operator, union-attr]
+        raise
     return weave_of(model, adapter)
 
 

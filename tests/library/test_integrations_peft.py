@@ -15,6 +15,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -738,6 +739,7 @@ def test_diffusers_adapters(tmp_path: Path) -> None:
     assert torch.equal(paint(again), base)
 
 
+@pytest.mark.filterwarnings(SECOND)
 def test_load_adapter_refuses_other_files(tmp_path: Path) -> None:
     place = tmp_path / "file.safetensors"
     with pytest.raises(prw.CheckpointError, match="cannot be read"):
@@ -747,6 +749,31 @@ def test_load_adapter_refuses_other_files(tmp_path: Path) -> None:
     )
     with pytest.raises(prw.CheckpointError, match="holds no PRW adapter, its type is 'LORA'"):
         load_adapter(flux(), place)
+    source = flux()
+    source.add_adapter(PRWPeftConfig(target_modules=["to_k"], rank=2, stages=["one"]))
+    source.save_lora_adapter(tmp_path)
+    whole = tmp_path / "pytorch_lora_weights.safetensors"
+    with safe_open(whole, framework="pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(whole)
+    name = next(name for name in tensors if ".experts.0.A." in name)
+    key = name.removeprefix("transformer.").replace("prw_pool.", "prw_pool.default.")
+    for changed, message in (
+        ({n: t for n, t in tensors.items() if n != name}, f"damaged: it lacks '{key}'"),
+        (
+            tensors | {f"{name[:-1]}9": tensors[name].clone()},
+            "does not fit this model, which has no",
+        ),
+        (tensors | {name: tensors[name][:1]}, r"is \[1, 32\], but that of adapter 'default' is"),
+    ):
+        save_file(changed, place, metadata=metadata)
+        model = flux()
+        with pytest.raises(prw.CheckpointError, match=message):
+            load_adapter(model, place)
+        assert torch.equal(paint(model), paint(flux()))
+        with pytest.raises(prw.ConfigError, match="it has no PRW adapter"):
+            weave_of(model)
+        assert load_adapter(model, whole).ledger.names == ("one",)
 
 
 @pytest.mark.slow
