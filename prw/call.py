@@ -157,7 +157,7 @@ class Heard:
 
 
 class Tally:
-    """The mutable part of a record: sums per group, and whether it still listens.
+    """The mutable part of a record: sums per group, whether it was entered and still listens.
 
     A forward is heard by putting it in front of a chain, and added up later. A compiled graph can
     do that without looking at the chain, so that it is the same graph for every micro-batch.
@@ -165,6 +165,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.listening = True
+        self.entered = False
         self._heard = Heard()
         self._groups: dict[str, GroupRecord] = {}
 
@@ -196,7 +197,9 @@ class Tally:
 class Record(Call):
     """A call that also observes routing, until its ``with`` block ends.
 
-    A forward that activation checkpointing repeats inside backward is not counted again.
+    A forward that activation checkpointing repeats inside backward is not counted again. A record
+    is entered once: it may span many forwards, but when its block has ended, or another call was
+    bound since, it would count nothing, and says so.
 
     Attributes:
         keep_inputs: whether it holds what the routers read, without graph, for losses that need
@@ -207,6 +210,11 @@ class Record(Call):
     tally: Tally = field(default_factory=Tally, repr=False)
 
     def __enter__(self) -> Record:
+        if self.tally.entered or not self.tally.listening:
+            raise StageError(
+                "this record has ended and would count nothing; make a new one with weave.record()"
+            )
+        self.tally.entered = True
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -5,8 +5,13 @@ Shape suffixes: D width of what the router reads, E experts, M remembered inputs
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
+
+from prw.precision import at_least_fp32
 
 
 class Columns(nn.Module):
@@ -33,6 +38,11 @@ class Columns(nn.Module):
         self.noise = nn.ParameterList()
         self.snapshots = nn.ModuleDict()
         self.register_buffer("anchor", torch.empty(0), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts; a cast below fp32 leaves columns and snapshots as they are."""
+        super()._apply(at_least_fp32(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def grow(self, first_D: Tensor | None = None) -> None:
         """Append a column that begins with `first_D`, or with zero: logit 0 for every input."""

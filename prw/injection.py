@@ -49,7 +49,7 @@ def weave(model: nn.Module, config: Config) -> Weave:
         for p, target in pool.targets.items()
     }
     places = [place for layer in layers.values() for place in _replace(model, layer)]
-    nested = _leave_fast_path(model)
+    nested = leave_fast_path(model, RoutedLinear)
     following = None if decoder is None else Following(decoder, pools[0])
     for parameter, _ in had_grad:
         parameter.requires_grad_(False)
@@ -170,15 +170,19 @@ def _replace(model: nn.Module, routed: RoutedLinear) -> list[tuple[nn.Module, st
     return [(parent, leaf, base) for parent, leaf in places]
 
 
-def _leave_fast_path(model: nn.Module) -> list[tuple[nn.TransformerEncoder, bool]]:
-    """Make torch's transformer encoder call its linears in eval mode; returns the flags it had.
+def leave_fast_path(
+    model: nn.Module, kind: type[nn.Module]
+) -> list[tuple[nn.TransformerEncoder, bool]]:
+    """Make torch's transformer encoder call its layers of a kind in eval mode too.
+
+    Returns the ``use_nested_tensor`` that each encoder had.
 
     Its fast path reads the weights instead. A layer leaves it where a module inside has a hook; the
     stack of layers must also be kept from giving them nested tensors, which only that path takes.
     """
     nested: list[tuple[nn.TransformerEncoder, bool]] = []
     for module in list(model.modules()):
-        routed = [part for part in module.modules() if isinstance(part, RoutedLinear)]
+        routed = [part for part in module.modules() if isinstance(part, kind)]
         if isinstance(module, nn.TransformerEncoderLayer):
             for part in routed:
                 part.register_forward_pre_hook(_be_called)

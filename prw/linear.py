@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from prw.errors import ConfigError
 from prw.pool import Pool
+from prw.precision import at_least_fp32
 
 
 def linear_size(module: nn.Module) -> tuple[int, int] | None:
@@ -24,16 +26,22 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
     """
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    kinds = [(kind.__module__, kind.__name__) for kind in type(module).__mro__]
-    if ("transformers.pytorch_utils", "Conv1D") in kinds:
+    if is_transposed(module):
         width, size = module.get_parameter("weight").shape
         return width, size
-    if "Linear" not in kinds[0][1] or kinds[0][0].startswith("torch."):
+    kind = type(module)
+    if "Linear" not in kind.__name__ or kind.__module__.startswith("torch."):
         return None
     sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
     if not all(isinstance(size, int) for size in sizes) or not _takes_one_tensor(module):
         return None
     return int(sizes[0] or 0), int(sizes[1] or 0)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight is ``[D, O]``: transformers' ``Conv1D`` and its subclasses."""
+    kinds = [(kind.__module__, kind.__name__) for kind in type(module).__mro__]
+    return ("transformers.pytorch_utils", "Conv1D") in kinds
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -71,8 +79,16 @@ def _takes_one_tensor(module: nn.Module) -> bool:
     return sum(p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD for p in parameters) == 1
 
 
+_OWN = ("base", "owned_pool")
+"""The submodules of a `RoutedLinear`."""
+
+
 class RoutedLinear(nn.Module):
     """``base(x)`` plus the residual of the routed expert; the base layer itself stays untouched.
+
+    In a ``state_dict()`` the tensors of the base keep their names, ``weight`` and not
+    ``base.weight``, so what is saved of a woven model loads into the bare one, and the other way
+    round. A state without any tensor of the pool leaves the pool as it is.
 
     Siblings that share a router share one pool; only the first registers it as a submodule, so
     that every parameter has one name.
@@ -91,6 +107,13 @@ class RoutedLinear(nn.Module):
         if owner:
             self.owned_pool = pool
         self._pool = (pool,)  # a tuple keeps a shared pool out of the module tree
+        self.register_state_dict_post_hook(_drop_base)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_insert_base)  # type: ignore[no-untyped-call]
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """For torch.distributed.checkpoint: names that the state has without ``base.``."""
+        names = chain(self.base.named_parameters(), self.base.named_buffers())
+        return {name: "base" for name, _ in names}
 
     @property
     def pool(self) -> Pool:
@@ -124,7 +147,44 @@ class RoutedLinear(nn.Module):
         else:
             super().__setattr__(name, value)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts; a cast below fp32 is for the base, as if that had been woven after it.
+
+        Experts are cast by ``pool.to(dtype)``, routers never.
+        """
+        for name, module in self.named_children() if recurse else ():
+            module._apply(at_least_fp32(fn) if name == "owned_pool" else fn)
+        super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]
+        return self
+
     def forward(self, input: Tensor) -> Tensor:  # named as in nn.Linear, for calls by keyword
         """``base(x) + gate * alpha / rank * B_e A_e x``, shaped and typed like ``base(x)``."""
         outputs, _ = self.pool.add({self.projection: self.base(input)}, input)
         return outputs[self.projection]
+
+
+def _drop_base(
+    module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Mapping[str, Any]
+) -> None:
+    """Take ``base.`` out of the names in a state that is being made.
+
+    Not under FSDP1, which looks for the names of its parameters.
+    """
+    if "_fsdp_wrapped_module." in prefix:
+        return
+    for name in [name for name in state if name.startswith(prefix)]:
+        value = state.pop(name)  # every one, so that the order stays
+        state[prefix + name.removeprefix(prefix).removeprefix("base.")] = value
+
+
+def _insert_base(
+    module: nn.Module, state: dict[str, Any], prefix: str, *_of_the_load: object
+) -> None:
+    """Put ``base.`` into the names of a state that is loaded."""
+    names = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
+    for name in names:
+        if name.split(".")[0] not in _OWN:
+            state[f"{prefix}base.{name}"] = state.pop(prefix + name)
+    if not any(name.startswith("owned_pool.") for name in names):
+        kept = module.state_dict(prefix=prefix, keep_vars=True)
+        state.update({n: t for n, t in kept.items() if n.startswith(f"{prefix}owned_pool.")})

@@ -60,6 +60,9 @@ def settings(pools: Mapping[str, Pool], index: int, only: Collection[str] | None
     """The text of ``adapter_config.json``; the first layer gives ``r`` and ``lora_alpha``.
 
     Layers that differ from it stand in ``rank_pattern`` and ``alpha_pattern``, by full name.
+
+    ``target_modules`` is one expression, because PEFT matches expressions with whole names and the
+    names of a list with endings: ``["0"]`` would adapt ``layers.0`` as well, with a random A.
     """
     ranks, alphas = {}, {}
     for target, projection, expert in _layers(pools, index, only):
@@ -79,7 +82,7 @@ def settings(pools: Mapping[str, Pool], index: int, only: Collection[str] | None
             "lora_dropout": 0.0,
             "bias": "none",
             "fan_in_fan_out": False,
-            "target_modules": sorted(ranks),
+            "target_modules": "|".join(re.escape(target) for target in sorted(ranks)),
         },
         indent=2,
     )

@@ -10,7 +10,6 @@ Shape suffixes: T routed rows, E experts, S samples.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prw.call import GroupRecord, Record, totals
+from prw.checks import check_number
 from prw.distributed import ranks
 from prw.errors import ConfigError, StageError
 from prw.router import RouterPass, Routing
@@ -53,10 +53,8 @@ def veteran_gate_loss(
         StageError: no router column may learn, nothing was routed under a record, or the inputs
             that ``per="sample"`` needs were not kept.
     """
-    if not 0 <= density <= 1:
-        raise ConfigError(f"density must lie in [0, 1], got {density}")
-    if not (math.isfinite(weight) and weight >= 0):
-        raise ConfigError(f"weight must be at least 0, got {weight}")
+    check_number("density", density, 0, 1)
+    check_number("weight", weight, 0)
     if per not in ("batch", "sample"):
         raise ConfigError(f'per must be "batch" or "sample", got {per!r}')
     records = _listed(records)
@@ -170,8 +168,10 @@ def _per_sample(records: Sequence[Record], density: float, weight: float) -> Ten
     return weight * total / _over_ranks(counted_S.sum()).clamp(min=1)
 
 
-def _listed(records: Record | Sequence[Record]) -> list[Record]:
-    listed = [records] if isinstance(records, Record) else list(records)
+def _listed(records: Record | Sequence[Record]) -> Sequence[Record]:
+    listed = [records] if isinstance(records, Record) else records
+    if not isinstance(listed, (list, tuple)) or not all(isinstance(r, Record) for r in listed):
+        raise ConfigError(f"a loss takes records, which weave.record() makes, got {records!r}")
     if not listed:
         raise ConfigError("a loss needs at least one record")
     if not any(record.tally.groups for record in listed):
@@ -184,8 +184,7 @@ def _listed(records: Record | Sequence[Record]) -> list[Record]:
 
 def _groups(records: Record | Sequence[Record], weight: float) -> list[GroupRecord]:
     """Each group with its forwards in all records, known to have kept what its routers read."""
-    if not math.isfinite(weight):
-        raise ConfigError(f"weight must be finite, got {weight}")
+    check_number("weight", weight)
     merged: dict[str, GroupRecord] = {}
     for record in _listed(records):
         for name, group in record.tally.groups.items():

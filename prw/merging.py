@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from prw.call import Call, Record
+from prw.checks import check_number
 from prw.errors import ConfigError, StageError
 from prw.ledger import Ledger
-from prw.linear import RoutedLinear
+from prw.linear import RoutedLinear, is_transposed
 
 Shares = Mapping[str, tuple[float, ...]]
 
@@ -44,7 +45,7 @@ def check_mergeable(layers: Mapping[str, RoutedLinear]) -> None:
     for target, layer in layers.items():
         weight = dict(layer.base.named_parameters(recurse=False)).get("weight")
         kind = type(layer.base).__name__
-        if not isinstance(layer.base, nn.Linear) and not _transposed(layer.base):
+        if not isinstance(layer.base, nn.Linear) and not is_transposed(layer.base):
             raise StageError(f"{target!r} is a {kind}, into which nothing can be merged")
         if weight is None:
             raise StageError(f"the weight of {target!r} is computed, not stored; nothing can merge")
@@ -75,7 +76,7 @@ def merged_weights(layers: Mapping[str, RoutedLinear], shares: Shares) -> dict[s
                 expert = layer.pool.expert(index)
                 A_RD, B_OR = (factor.to(total) for factor in expert.pair(layer.projection))
                 delta_OD = B_OR @ A_RD * (expert.scaling(layer.projection) * share)
-                total = total + (delta_OD.T if _transposed(layer.base) else delta_OD)
+                total = total + (delta_OD.T if is_transposed(layer.base) else delta_OD)
         rounded = total.to(weight.dtype)
         if not rounded.isfinite().all():
             raise StageError(f"the merged weight of {target!r} does not fit into {weight.dtype}")
@@ -205,8 +206,7 @@ def _relative(error: float, size: float) -> float:
 
 def check_tolerance(tolerance: float) -> None:
     """Raise ConfigError for what is no relative error."""
-    if not (math.isfinite(tolerance) and tolerance >= 0):
-        raise ConfigError(f"tolerance is a relative error of at least 0, got {tolerance}")
+    check_number("tolerance, a relative error,", tolerance, 0)
 
 
 def check_price(fidelity: Fidelity, tolerance: float) -> None:
@@ -219,8 +219,3 @@ def check_price(fidelity: Fidelity, tolerance: float) -> None:
         f"the tolerance of {tolerance:.2%} (worst layer: {worst!r}, {fidelity.layers[worst]:.2%}); "
         "nothing was changed: keep the routed model, or merge() one expert"
     )
-
-
-def _transposed(base: nn.Module) -> bool:
-    """Whether the weight is ``[D, O]``, as in transformers' Conv1D."""
-    return type(base).__name__ == "Conv1D" and type(base).__module__ == "transformers.pytorch_utils"

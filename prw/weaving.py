@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prw import checkpoint, exchange, merging
 from prw.call import Call, CallSlot, Recall, Record
+from prw.checks import check_whole
 from prw.config import Config
 from prw.consolidation import consolidate
 from prw.distributed import whole
@@ -243,7 +244,7 @@ class Weave:
             The record, for `veteran_gate_loss`; it stays bound until the next call.
         """
         record = Record(**self._fields(mask, context, key, noisy=True), keep_inputs=keep_inputs)
-        self._slot.call = record
+        self._bind(record)
         return record
 
     def call(
@@ -255,8 +256,15 @@ class Weave:
         noisy: bool = True,
     ) -> Call:
         """Bind a call like `record` does, without observing; ``noisy=False`` for a quiet one."""
-        self._slot.call = Call(**self._fields(mask, context, key, noisy=noisy))
-        return self._slot.call
+        call = Call(**self._fields(mask, context, key, noisy=noisy))
+        self._bind(call)
+        return call
+
+    def _bind(self, call: Call) -> None:
+        """Bind a call; a record that was bound until now hears nothing more."""
+        if isinstance(self._slot.call, Record):
+            self._slot.call.tally.listening = False
+        self._slot.call = call
 
     def _fields(
         self, mask: Tensor | None, context: Tensor | None, key: int | None, *, noisy: bool
@@ -342,8 +350,7 @@ class Weave:
         stage = self._ledger[name]
         if stage.open:
             raise StageError(f"stage {name!r} is still open; close it before it is remembered")
-        if rows < 1:
-            raise ConfigError(f"rows must be at least 1, got {rows}")
+        check_whole("rows", rows, 1)
         recall = Recall(stage=name, rows=rows, mask=mask, context=context)
         with self._bound(recall):
             yield recall
@@ -375,9 +382,11 @@ class Weave:
             their stage did.
 
         Raises:
+            ConfigError: no iteration.
             StageError: a stage is open, a group remembers nothing, or a fit is not finite; nothing
                 is changed then.
         """
+        check_whole("iterations", iterations, 1)
         if self.newest is not None:
             raise StageError(f"stage {self.newest!r} is open; close it before it is consolidated")
         whole(self.pools)
@@ -448,7 +457,13 @@ class Weave:
         return report(self, summary)
 
     def unload(self) -> None:
-        """Take the pools out of the model: the untouched base again."""
+        """Take the pools out of the model: the untouched base again.
+
+        Raises:
+            StageError: that was done already, or the weave was built over bare pools.
+        """
+        if self._detach is None and self._layers:
+            raise StageError("this weave is unloaded already; weave or load the model again")
         if self._detach is None:
             raise StageError("this weave was built over bare pools; there is nothing to unload")
         self._detach()

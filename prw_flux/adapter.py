@@ -10,7 +10,7 @@ import difflib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -287,24 +287,6 @@ class PRWAdapter(ModelMixin, ConfigMixin):
             adapter.to(dtype)
         adapter.eval()
         return adapter
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves and casts; a cast below float32 leaves the routers as they are."""
-        routers = [module for pool in self.pools for module in pool.columns.modules()]
-        kept = [
-            (store, name, tensor.data)
-            for module in routers
-            for store in (module._parameters, module._buffers)
-            for name, tensor in store.items()
-            if tensor is not None
-        ]
-        super()._apply(fn, recurse)
-        for store, name, data in kept:
-            tensor = store[name]
-            assert tensor is not None
-            if tensor.is_floating_point() and tensor.itemsize < min(data.itemsize, 4):
-                tensor.data = data.to(tensor.device)
-        return self
 
 
 # model_index.json records this name: the class may move to another file, the name may not

@@ -14,9 +14,9 @@ but their files reload as plain LoRA without a word.
 
 Files. PEFT saves one tensor per expert and projection, the router columns and their snapshots
 (``prw_pool.experts.0.A.0``, ``prw_pool.columns.signal.0``, ...) and in ``adapter_config.json`` the
-names of the stages, so ``at_stage`` has the same bits after a reload. Remembered inputs, base
-fingerprint and hashes are only in the folder that ``Weave.save`` writes, and only that can hold an
-expert whose rank or alpha is not the configuration's.
+state of the stages: their names, which is open, what was frozen or thawed, and the rank and alpha
+of imported experts. So ``at_stage`` has the same bits after a reload. Remembered inputs, base
+fingerprint and hashes are only in the folder that ``Weave.save`` writes.
 
 Not possible from outside PEFT: ``mixed=True`` and diffusers' ``load_lora_adapter``; for its files
 there is `load_adapter`.
@@ -26,13 +26,13 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, set_peft_model_state_dict
+from peft import set_peft_model_state_dict
+from peft.functional import delete_adapter
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -44,91 +44,20 @@ from peft.utils.integrations import skip_init_on_device
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from prw.config import Config
 from prw.decoding import Following, find_decoder
 from prw.errors import CheckpointError, ConfigError
 from prw.fingerprint import fingerprint
-from prw.injection import build_pools, check_imported
+from prw.injection import build_pools, check_imported, leave_fast_path
+from prw.integrations.peft_config import PRW, PRWPeftConfig
 from prw.integrations.peft_layer import PeftWeave, PRWLinear, Seat
-from prw.ledger import Ledger, Stage
-from prw.weaving import Weave
+from prw.ledger import Ledger
+from prw.linear import linear_size
 
 __all__ = ["PRWLinear", "PRWModel", "PRWPeftConfig", "load_adapter", "weave_of"]
 
 
-class MethodName(str):
-    """A string that answers like a member of `peft.PeftType`."""
-
-    __slots__ = ()
-
-    @property
-    def name(self) -> str:
-        """The string itself."""
-        return str(self)
-
-    @property
-    def value(self) -> str:
-        """The string itself."""
-        return str(self)
-
-
-PRW = MethodName("PRW")
-
-_CORE = tuple(f.name for f in fields(Config) if not f.name.endswith("_modules"))
 # PEFT drops keys with a part that is another adapter's name, so ours must not be adapter names.
 _RESERVED = {"A", "B", "columns", "experts", "noise", "prw_pool", "signal", "snapshots"}
-
-
-@dataclass
-class PRWPeftConfig(PeftConfig):
-    """Configuration of a PRW adapter; every field of `prw.Config` means what it means there.
-
-    Attributes:
-        target_modules: as in PEFT: name endings, an expression, or ``"all-linear"``.
-        exclude_modules: as in PEFT.
-        stages: the stages to begin with; afterwards those of the adapter's weave.
-        open: whether the last stage is open.
-
-    Raises:
-        ConfigError: a value that cannot work.
-        StageError: names that cannot be stages.
-    """
-
-    target_modules: list[str] | set[str] | str | None = None
-    exclude_modules: list[str] | set[str] | str | None = None
-    rank: int = 16
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha: float | None = None
-    granularity: str = "token"
-    share_router: str = "module"
-    router_train: str = "all"
-    gate: str = "softmax"
-    noise: bool = True
-    router: str = "top1"
-    context_features: int = 0
-    new_column: str = "zero"
-    backend: str = "auto"
-    stages: list[str] = field(default_factory=list)
-    open: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = PRW
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), (list, tuple)):
-                setattr(self, name, set(getattr(self, name)))
-        self.rank_pattern = dict(self.rank_pattern)
-        self.alpha = self.core(()).alpha
-        Ledger(tuple(Stage(name, index, open=False) for index, name in enumerate(self.stages)))
-
-    def to_dict(self) -> dict[str, Any]:
-        """As in PEFT; ranks as pairs, since PEFT's file sorts keys and the first match counts."""
-        data: dict[str, Any] = super().to_dict()
-        return data | {"rank_pattern": [list(pair) for pair in self.rank_pattern.items()]}
-
-    def core(self, targets: Iterable[str]) -> Config:
-        """The library's configuration for the given layers."""
-        return Config(target_modules=list(targets), **{name: getattr(self, name) for name in _CORE})
 
 
 class PRWModel(BaseTuner):
@@ -144,8 +73,8 @@ class PRWModel(BaseTuner):
         """Wrap the targets and open the configuration's stages; a failure leaves no trace.
 
         Raises:
-            ConfigError: an adapter name that PEFT would confuse with a key, a target that is no
-                linear layer, or a rank above a layer's size.
+            ConfigError: an adapter name that PEFT would confuse with a key, a target that cannot be
+                adapted (see `prw.linear.linear_size`), or a rank above a layer's size.
         """
         if adapter_name in _RESERVED or adapter_name.isdigit():
             raise ConfigError(
@@ -183,15 +112,28 @@ class PRWModel(BaseTuner):
             self._joining[current_key] = target
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not isinstance(base, nn.Linear) or "NonDynamically" in type(base).__name__:
+        if linear_size(base) is None:
             raise ConfigError(
-                f"target {current_key!r} is a {type(base).__name__}; only nn.Linear layers that "
-                "their model calls can be adapted"
+                f"target {current_key!r} is a {type(base).__name__}; only linear layers "
+                "(nn.Linear, Conv1D, quantised ones) can be adapted"
+            )
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ConfigError(
+                f"target {current_key!r} is part of an nn.MultiheadAttention, which reads its "
+                "weight without calling it, so experts there would do nothing; put it into "
+                "exclude_modules"
             )
         layer = PRWLinear(target).train(target.training)
         self._undo.append((parent, target_name, target))
         self._replace_module(parent, target_name, layer, target)
         self._joining[current_key] = layer
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        # PEFT also moves what is new to the device of the layer's weight, which a quantised layer
+        # may not have; pools are built where they belong.
+        setattr(parent, child_name, new_module)
 
     @skip_init_on_device  # pools are small, and stay real where PEFT puts new layers on meta
     def _seat(self, model: nn.Module, adapter_name: str) -> None:
@@ -204,13 +146,9 @@ class PRWModel(BaseTuner):
         pools = {pool.name: pool for pool in build_pools(model, linears, core, decoder)}
         for pool in pools.values():
             pool.columns.persistent = True
-        names, still_open = list(config.stages), config.open
         identity = fingerprint(model, linears)
         weave = PeftWeave(pools, core, fingerprint=identity, adapter=config)
-        for name in names:
-            weave.unlock(name)
-        if not still_open:
-            weave.close()
+        weave.begin(config.ledger(), config.sizes)
         trains = adapter_name in self.active_adapters and not config.inference_mode
         for pool in pools.values():
             for index, (projection, target) in enumerate(pool.targets.items()):
@@ -220,12 +158,15 @@ class PRWModel(BaseTuner):
                 pool.requires_grad_(False)
         if decoder is not None:
             weave.following = Following(decoder, next(iter(pools.values())))
+        weave.nested = leave_fast_path(model, PRWLinear)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         weaves = [weave_of(self.model, name) for name in self.peft_config]
         found = super()._unload_and_optionally_merge(*args, **kwargs)
-        for weave in weaves:
+        for weave in reversed(weaves):
             weave.leave()
+            for encoder, flag in weave.nested:
+                encoder.use_nested_tensor = flag
         return found
 
     @classmethod
@@ -237,7 +178,7 @@ class PRWModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        _check_uniform(weave_of(model, adapter_name))
+        weave_of(model, adapter_name).describe()
         found: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
@@ -269,6 +210,14 @@ class PRWModel(BaseTuner):
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, _with_snapshots(state_dict, ledger)
         )
+        own = dict(model.named_parameters())
+        for key, tensor in remapped.items():
+            if ".prw_pool." in key and key in own and own[key].shape != tensor.shape:
+                raise CheckpointError(
+                    f"the file's {key!r} is {list(tensor.shape)}, but that of adapter "
+                    f"{adapter_name!r} is {list(own[key].shape)}; load it under another adapter "
+                    "name, or into a fresh model"
+                )
         return remapped
 
 
@@ -288,21 +237,6 @@ def _with_snapshots(state_dict: dict[str, Tensor], ledger: Ledger) -> dict[str, 
     return state_dict | added
 
 
-def _check_uniform(weave: Weave) -> None:
-    """Refuse to let PEFT save an expert that its file cannot describe."""
-    for stage in weave.stages:
-        for pool in weave.pools.values():
-            expert = pool.expert(stage.index)
-            for projection, rank in pool.ranks.items():
-                usual = rank, weave.config.scaling * rank
-                if (expert.rank(projection), expert.alpha(projection)) != usual:
-                    raise CheckpointError(
-                        f"expert {stage.name!r} has rank {expert.rank(projection)} and alpha "
-                        f"{expert.alpha(projection)}, the configuration {usual[0]} and {usual[1]}: "
-                        "PEFT's file cannot say so; use save() of its weave"
-                    )
-
-
 def weave_of(model: nn.Module, adapter: str = "default") -> PeftWeave:
     """The weave of an adapter, wherever it was added: PEFT, transformers or diffusers.
 
@@ -317,7 +251,11 @@ def weave_of(model: nn.Module, adapter: str = "default") -> PeftWeave:
         if isinstance(module, PRWLinear):
             found |= {name: seat.weave for name, seat in module.seats.items()}
     if adapter not in found:
-        there = f"its PRW adapters are: {', '.join(found)}" if found else "it has no PRW adapter"
+        there = (
+            f"its PRW adapters are: {', '.join(found)}"
+            if found
+            else ("it has no PRW adapter: add one with get_peft_model(model, PRWPeftConfig(...))")
+        )
         raise ConfigError(f"this model has no PRW adapter {adapter!r}; {there}")
     return found[adapter]
 
@@ -334,7 +272,8 @@ def load_adapter(model: nn.Module, file: str | Path, adapter: str = "default") -
         Its weave.
 
     Raises:
-        CheckpointError: the file cannot be read or holds no PRW adapter, or does not fit.
+        CheckpointError: the file cannot be read or holds no PRW adapter, is damaged, or does not
+            fit. The model then has no such adapter.
     """
     try:
         with safe_open(file, framework="pt") as opened:
@@ -349,11 +288,19 @@ def load_adapter(model: nn.Module, file: str | Path, adapter: str = "default") -
     known = {f.name for f in fields(PRWPeftConfig)}
     config = PRWPeftConfig(**{name: value for name, value in settings.items() if name in known})
     model.add_adapter(config, adapter)  # type: ignore[operator]
-    result = set_peft_model_state_dict(model, tensors, adapter_name=adapter)
-    if result.unexpected_keys:
-        raise CheckpointError(
-            f"{file} does not fit this model: it has no {result.unexpected_keys[0]!r}"
-        )
+    try:
+        result = set_peft_model_state_dict(model, tensors, adapter_name=adapter)
+        lost = [key for key in result.missing_keys if f".prw_pool.{adapter}." in key]
+        if result.unexpected_keys:
+            raise CheckpointError(
+                f"{file} does not fit this model, which has no {result.unexpected_keys[0]!r}"
+            )
+        if lost:
+            raise CheckpointError(f"{file} is damaged: it lacks {lost[0]!r}")
+    except BaseException:
+        delete_adapter(model, adapter, PRWModel.prefix)
+        model.peft_config.pop(adapter)  # type: ignore[operator, union-attr]
+        raise
     return weave_of(model, adapter)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -19,8 +19,10 @@ from prw.config import Config
 from prw.decoding import Following
 from prw.errors import ConfigError, StageError
 from prw.ledger import Ledger
+from prw.linear import is_transposed, linear_size, plain_weight, where_it_lives
 from prw.optim import Kinds
 from prw.pool import Pool
+from prw.precision import at_least_fp32
 from prw.weaving import Weave
 
 
@@ -33,6 +35,7 @@ class PeftWeave(Weave):
 
     Attributes:
         following: the hooks on a decoder whose samples are routed by their prompt.
+        nested: torch's encoders among the adapted modules, and their ``use_nested_tensor`` before.
     """
 
     def __init__(
@@ -45,13 +48,63 @@ class PeftWeave(Weave):
     ) -> None:
         self.adapter = adapter
         self.following: Following | None = None
+        self.nested: list[tuple[nn.TransformerEncoder, bool]] = []
         super().__init__(pools, config, fingerprint=fingerprint, detach=_refuse_unload)
 
     def _follow(self, ledger: Ledger, *, fresh: bool = True) -> None:
         self._learn()
         super()._follow(ledger, fresh=fresh)
-        self.adapter.stages = list(ledger.names)
-        self.adapter.open = ledger.newest is not None
+        self.describe()
+
+    def begin(self, ledger: Ledger, sizes: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+        """Go through the stages of a ledger, with fresh experts of the sizes they should have.
+
+        Args:
+            ledger: of a configuration.
+            sizes: rank and alpha by stage and layer, where they are not the usual ones.
+
+        Raises:
+            ConfigError: a stage or layer with a size that is not there.
+        """
+        for stage in ledger.stages:
+            self.unlock(stage.name)
+        places = {t: (pool, p) for pool in self.pools.values() for p, t in pool.targets.items()}
+        for name, layers in sizes.items():
+            for target, (rank, alpha) in layers.items():
+                if name not in ledger.names or target not in places:
+                    raise ConfigError(
+                        f"sizes gives {target!r} in stage {name!r} a rank, but the adapter has the "
+                        f"stages {list(ledger.names)} and the layers {list(places)}"
+                    )
+                pool, projection = places[target]
+                A_RD, B_OR = pool.expert(ledger[name].index).pair(projection)
+                resized = (
+                    A_RD.new_zeros(int(rank), A_RD.shape[1]),
+                    B_OR.new_zeros(len(B_OR), int(rank)),
+                )
+                pool.expert(ledger[name].index).put(projection, *resized, alpha)
+        self._follow(ledger)
+
+    def describe(self) -> None:
+        """Write the state of the stages into the adapter's configuration."""
+        self.adapter.stages = list(self.ledger.names)
+        self.adapter.open = self.newest is not None
+        self.adapter.exempt = [stage.name for stage in self.stages if stage.exempt]
+        self.adapter.sizes = {
+            stage.name: unusual for stage in self.stages if (unusual := self._unusual(stage.index))
+        }
+
+    def _unusual(self, index: int) -> dict[str, list[float]]:
+        """Rank and alpha of an expert's layers, where they are not the configuration's."""
+        found = {}
+        for pool in self.pools.values():
+            expert = pool.expert(index)
+            for projection, target in pool.targets.items():
+                rank, usual = expert.rank(projection), pool.ranks[projection]
+                size = [rank, expert.alpha(projection)]
+                if size != [usual, self.config.scaling * usual]:
+                    found[target] = size
+        return found
 
     def sync(
         self,
@@ -113,7 +166,7 @@ class Seat:
         return y + self.weight * residual
 
     def delta(self) -> Tensor | None:
-        """``weight * alpha / rank * B A`` ``[O, D]`` of the only expert; None without expert.
+        """``weight * alpha / rank * B A`` of the only expert, ``[O, D]``; None without expert.
 
         Raises:
             ConfigError: there are several experts, which no single weight can replace.
@@ -136,7 +189,8 @@ class PRWLinear(nn.Module, BaseTunerLayer):
     that every parameter has one name.
 
     Args:
-        base_layer: a linear layer, or a layer of another tuner around one.
+        base_layer: a linear layer as `prw.linear.linear_size` knows them, or a layer of another
+            tuner around one.
     """
 
     adapter_layer_names = ("prw_pool",)
@@ -147,7 +201,6 @@ class PRWLinear(nn.Module, BaseTunerLayer):
     disable_adapters: bool
     merged: bool
     get_base_layer: Callable[[], Any]
-    get_base_weight: Callable[[], Tensor]
     set_base_weight: Callable[[Tensor], None]
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -157,8 +210,7 @@ class PRWLinear(nn.Module, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.seats: dict[str, Seat] = {}
         self.merged_adapters: list[str] = []
-        self.in_features = self.get_base_layer().in_features
-        self.out_features = self.get_base_layer().out_features
+        self.in_features, self.out_features = linear_size(self.get_base_layer()) or (0, 0)
 
     def place(self, adapter: str, seat: Seat, *, owner: bool) -> None:
         """Give an adapter its seat; the owner of a pool registers it."""
@@ -204,9 +256,15 @@ class PRWLinear(nn.Module, BaseTunerLayer):
     ) -> None:
         """Follow the base layer's device; experts and routers keep their own precision."""
         if adapter_name in self.prw_pool:
-            self.prw_pool[adapter_name].to(
-                self.get_base_layer().weight.device if device is None else device
-            )
+            base_device = where_it_lives(self.get_base_layer())[0]
+            self.prw_pool[adapter_name].to(base_device if device is None else device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts; a cast below fp32 leaves experts and routers as they are."""
+        for name, module in self.named_children() if recurse else ():
+            module._apply(at_least_fp32(fn) if name == "prw_pool" else fn)
+        super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]
+        return self
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the weight of an adapter (diffusers)."""
@@ -230,16 +288,13 @@ class PRWLinear(nn.Module, BaseTunerLayer):
         """Add the residuals of adapters with one expert, whose gate is 1, to the base's weight.
 
         Raises:
-            ConfigError: an adapter has several experts.
+            ConfigError: an adapter has several experts, or the weight is quantised.
             ValueError: `safe_merge` is set and the result is not finite.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.seats]
-        deltas = [self.seats[name].delta() for name in names]
-        weight = self.get_base_weight()
-        for delta in deltas:
-            weight = (
-                weight if delta is None else (weight + delta.to(weight.device)).to(weight.dtype)
-            )
+        weight = self._plain_weight()
+        for name in names:
+            weight = self._shifted(weight, self.seats[name].delta(), 1)
         if safe_merge and not weight.isfinite().all():
             raise ValueError(f"merging {names} gives weights that are not finite; nothing changed")
         self.set_base_weight(weight)
@@ -249,9 +304,24 @@ class PRWLinear(nn.Module, BaseTunerLayer):
         """Subtract what `merge` added."""
         while self.merged_adapters:
             delta = self.seats[self.merged_adapters.pop()].delta()
-            if delta is not None:
-                weight = self.get_base_weight()
-                self.set_base_weight((weight - delta.to(weight.device)).to(weight.dtype))
+            self.set_base_weight(self._shifted(self._plain_weight(), delta, -1))
+
+    def _plain_weight(self) -> Tensor:
+        weight = plain_weight(self.get_base_layer())
+        if weight is None:
+            target = next(seat.pool.targets[seat.projection] for seat in self.seats.values())
+            raise ConfigError(
+                f"the weight of {target!r} is quantised or distributed, and merging would round it "
+                "anew; load the base in 16 or 32 bits on one device first"
+            )
+        return weight.data
+
+    def _shifted(self, weight: Tensor, delta_OD: Tensor | None, sign: int) -> Tensor:
+        """``weight + sign * delta``, typed like the weight."""
+        if delta_OD is None:
+            return weight
+        delta = delta_OD.T if is_transposed(self.get_base_layer()) else delta_OD
+        return (weight + sign * delta.to(weight.device)).to(weight.dtype)
 
     def __repr__(self) -> str:
         return "prw." + super().__repr__()

@@ -29,7 +29,7 @@ class StageCallback(TrainerCallback):
         unit: ``"steps"`` of the optimizer, or ``"epochs"``.
 
     Raises:
-        ConfigError: no stage, or one that lasts less than one unit.
+        ConfigError: no weave, no stage, or one that lasts less than one unit.
         StageError: names that cannot be stages.
     """
 
@@ -39,8 +39,14 @@ class StageCallback(TrainerCallback):
         stages: Mapping[str, int],
         unit: Literal["steps", "epochs"] = "steps",
     ) -> None:
-        if not stages or not all(type(length) is int and length > 0 for length in stages.values()):
-            raise ConfigError(f"stages must map names to whole numbers above 0, got {dict(stages)}")
+        if not isinstance(weave, Weave):
+            raise ConfigError(f"weave must be a prw.Weave, got a {type(weave).__name__}")
+        lengths = stages.values() if isinstance(stages, Mapping) else [0]
+        if not stages or not all(type(length) is int and length > 0 for length in lengths):
+            raise ConfigError(
+                f"stages must map names to whole numbers above 0, such as {{'first': 100}}, got "
+                f"{stages!r}"
+            )
         if unit not in ("steps", "epochs"):
             raise ConfigError(f'unit must be "steps" or "epochs", got {unit!r}')
         ledger = Ledger()

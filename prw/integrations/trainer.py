@@ -13,7 +13,8 @@ that was just made. On the CPU, a resumed run ends with the same bits as one tha
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from torch.utils.data import ConcatDataset, Sampler
 from transformers import Trainer
 
 from prw.call import Record, totals
+from prw.checks import check_number
 from prw.errors import CheckpointError, ConfigError
 from prw.integrations.peft import weave_of
 from prw.integrations.peft_layer import PeftWeave
 from prw.integrations.stages import StageCallback, StageSampler
+from prw.linear import RoutedLinear
 from prw.losses import veteran_gate_loss
 from prw.noise import group_id
 from prw.weaving import Weave
@@ -36,6 +39,7 @@ __all__ = ["PRWTrainer", "StageCallback"]
 
 WEAVE = "weave"
 NAMES = "optimizer_names.json"
+CONTEXT = "routing_context"
 
 
 class PRWTrainer(Trainer):
@@ -43,6 +47,9 @@ class PRWTrainer(Trainer):
 
     Logs gain ``usage``, the share of rows that the newest expert received since the last log, and
     ``usage_deterministic``, the same without noise on the last micro-batch; both of this process.
+
+    Routers that read a context (``context_features``) find it in a column of the data,
+    ``routing_context``, which the model does not see; see `routing_context`.
 
     Args:
         model: a PEFT model, a transformers model with a PRW adapter, or one that `prw.weave` wove.
@@ -55,8 +62,8 @@ class PRWTrainer(Trainer):
         **kwargs: as in `transformers.Trainer`.
 
     Raises:
-        ConfigError: datasets that do not match the stages, ``DataParallel``, or a density or
-            weight out of range.
+        ConfigError: a model without a weave, datasets that do not match the stages,
+            ``DataParallel``, or a density or weight out of range.
     """
 
     def __init__(
@@ -70,17 +77,17 @@ class PRWTrainer(Trainer):
         callbacks: list[Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not 0 <= density <= 1 or not gate_weight >= 0:
-            raise ConfigError(
-                f"density must lie in [0, 1] and gate_weight be at least 0, got {density} and "
-                f"{gate_weight}"
-            )
-        self.weave = weave_of(model) if weave is None else weave
+        check_number("density", density, 0, 1)
+        check_number("gate_weight", gate_weight, 0)
+        if isinstance(train_dataset, Mapping) and not train_dataset:
+            raise ConfigError("train_dataset names no stage, got {}; give each stage its rows")
+        self.weave = _weave_of(model, weave)
         self.density = density
         self.gate_weight = gate_weight
         self._records: list[Record] = []
         self._seen: list[tuple[Tensor, Tensor]] = []
         self._last: dict[str, Any] | None = None
+        self._evaluating = False
         datasets = train_dataset if isinstance(train_dataset, Mapping) else None
         data = train_dataset if datasets is None else ConcatDataset(datasets.values())
         super().__init__(model, train_dataset=data, callbacks=callbacks, **kwargs)
@@ -142,6 +149,29 @@ class PRWTrainer(Trainer):
                 )
         return mask
 
+    def routing_context(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """What routers read beside the hidden state, ``[batch, context_features]``, of every call.
+
+        The column ``routing_context`` of the data, K numbers per row. Override it to compute the
+        context from other inputs.
+        """
+        return inputs.get(CONTEXT)
+
+    def _told(self, inputs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+        """Mask and context of the call for these inputs."""
+        context, width = self.routing_context(inputs), self.weave.config.context_features
+        if width and context is None:
+            raise ConfigError(
+                f"the routers read a context of {width} numbers: give every row of the data a "
+                f"column {CONTEXT!r}, or override routing_context()"
+            )
+        return self.routing_mask(inputs), context
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if CONTEXT not in self._signature_columns:
+            self._signature_columns.append(CONTEXT)
+
     def routing_loss(self, records: list[Record]) -> Tensor | None:
         """The loss of one step's routing, from one record per micro-batch; None for none.
 
@@ -157,7 +187,7 @@ class PRWTrainer(Trainer):
         """The record of one micro-batch."""
         place = self.args.seed, self.state.global_step, len(self._records), self.args.process_index
         key = group_id("/".join(map(str, place)))
-        return self.weave.record(self.routing_mask(inputs), key=key)
+        return self.weave.record(*self._told(inputs), key=key)
 
     def compute_loss(
         self,
@@ -171,13 +201,11 @@ class PRWTrainer(Trainer):
         In evaluation the call is deterministic.
         """
         if not model.training:
-            self.weave.call(self.routing_mask(inputs), key=0, noisy=False)
-            try:
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            finally:
-                self._rest()
+            with self._quiet(inputs) as given:
+                return super().compute_loss(model, given, return_outputs, num_items_in_batch)
         with self.record(inputs) as record:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            given = _for_model(inputs)
+            loss, outputs = super().compute_loss(model, given, True, num_items_in_batch)
         self._records.append(record)
         if self.accelerator.sync_gradients:
             extra = self.routing_loss(self._records)
@@ -191,10 +219,21 @@ class PRWTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         """As in `transformers.Trainer`, which without labels does not ask `compute_loss`."""
-        self.weave.call(self.routing_mask(inputs), key=0, noisy=False)
+        with self._quiet(inputs) as given:
+            return super().prediction_step(model, given, *args, **kwargs)
+
+    @contextmanager
+    def _quiet(self, inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Bind a deterministic call for these inputs, if none is; gives what the model takes."""
+        if self._evaluating:
+            yield dict(inputs)
+            return
+        self.weave.call(*self._told(inputs), key=0, noisy=False)
+        self._evaluating = True
         try:
-            return super().prediction_step(model, inputs, *args, **kwargs)
+            yield _for_model(inputs)
         finally:
+            self._evaluating = False
             self._rest()
 
     def _divisor(self, num_items_in_batch: Tensor | int | None) -> int:
@@ -243,8 +282,8 @@ class PRWTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         self.model.eval()
         try:
-            with self.weave.record(self.routing_mask(inputs), key=0) as record:
-                self.model(**inputs)
+            with self.weave.record(*self._told(inputs), key=0) as record:
+                self.model(**_for_model(inputs))
         finally:
             self.model.train(training)
             self._rest()
@@ -298,3 +337,22 @@ class PRWTrainer(Trainer):
             )
         for group, members in zip(self.optimizer.param_groups, wanted, strict=True):
             group["params"] = members
+
+
+def _weave_of(model: nn.Module, weave: Weave | None) -> Weave:
+    """The weave to train: the given one, or that of the adapter ``"default"``."""
+    if weave is None:
+        if any(isinstance(module, RoutedLinear) for module in model.modules()):
+            raise ConfigError(
+                "prw.weave wove this model, which does not know its weave; give what it returned, "
+                "PRWTrainer(model, weave=weave)"
+            )
+        return weave_of(model)
+    if not isinstance(weave, Weave):
+        raise ConfigError(f"weave must be a prw.Weave, got a {type(weave).__name__}")
+    return weave
+
+
+def _for_model(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs without the routers' context."""
+    return {name: value for name, value in inputs.items() if name != CONTEXT}

@@ -278,7 +278,7 @@ def test_what_a_loss_cannot_use_is_named(name: str) -> None:
 @pytest.mark.parametrize("weight", [float("nan"), float("inf")])
 @pytest.mark.parametrize("loss", [load_balance_loss, z_loss, entropy_loss])
 def test_a_weight_that_is_not_finite(loss: Callable[..., Tensor], weight: float) -> None:
-    with pytest.raises(prw.ConfigError, match="weight must be finite, got"):
+    with pytest.raises(prw.ConfigError, match="weight must be a finite number, got"):
         loss(build()[1].record(), weight)
 
 

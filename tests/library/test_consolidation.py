@@ -215,7 +215,7 @@ def test_bad_input_is_refused_in_one_sentence() -> None:
         weave.consolidate()
     with pytest.raises(prw.StageError, match="'new' is still open"), weave.remember("new"):
         net(inputs(2, 3))
-    with pytest.raises(prw.ConfigError, match="rows must be at least 1, got 0"):
+    with pytest.raises(prw.ConfigError, match="rows must be a whole number of at least 1, got 0"):
         with weave.remember("s0", rows=0):
             net(inputs(2, 3))
     with pytest.raises(prw.StageError, match="nothing was routed by '0'"), weave.remember("s0"):

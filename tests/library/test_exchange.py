@@ -231,6 +231,51 @@ def test_stock_peft_computes_the_forced_route(
             assert torch.equal(stock(x), net(x))
 
 
+class Layers(nn.Module):
+    """Names that end alike, and one that reads like another as an expression."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(8, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.inner = nn.ModuleDict({"out": nn.Linear(8, 8), "layersX0": nn.Linear(8, 8)})
+        self.add_module("0", nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.layers, *self.inner.values(), self.get_submodule("0"), self.out):
+            x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.parametrize(
+    "targets", [r"0|out", r"layers\.(0|2)", r"layers\.0|out", r"inner\.out", r"inner\.out|out"]
+)
+def test_stock_peft_adapts_the_woven_layers_and_no_other(tmp_path: Path, targets: str) -> None:
+    peft = pytest.importorskip("peft")
+
+    def fresh() -> Layers:
+        torch.manual_seed(0)
+        return Layers().eval()
+
+    net = fresh()
+    weave = prw.weave(net, prw.Config(target_modules=targets, rank=2, backend="reference"))
+    weave.unlock("one")
+    for parameter in weave.parameters():
+        nn.init.normal_(parameter)
+    weave.export_expert("one", tmp_path / "out")
+    weave.save(tmp_path / "weave")
+    for folder in (tmp_path / "out", tmp_path / "weave" / "experts" / "0-one"):
+        stock = peft.PeftModel.from_pretrained(fresh(), folder)
+        adapted = {
+            name.removeprefix("base_model.model.").removesuffix(".lora_A")
+            for name, _ in stock.named_modules()
+            if name.endswith(".lora_A")
+        }
+        assert adapted == set(weave.pools)
+        with weave.force_route("one"):
+            assert torch.equal(stock(X), net(X))
+
+
 def kohya(rank: int) -> dict[str, Tensor]:
     pairs = draw({"block.to_k": rank, "out": rank + 1}, torch.bfloat16)
     return kohya_file(pairs, {"block.to_k": 1.5, "out": 7.0})
@@ -415,7 +460,7 @@ def test_layers_that_are_zero_stay_out_of_an_export(tmp_path: Path) -> None:
     weave.import_expert(write(tmp_path / "in.safetensors", kohya(2)), "style")
     weave.export_expert("style", tmp_path / "out")
     written = json.loads((tmp_path / "out" / SETTINGS).read_text())
-    assert written["target_modules"] == ["block.to_k", "out"]
+    assert written["target_modules"] == r"block\.to_k|out"
     weave.unlock("fresh")
     weave.export_expert("fresh", tmp_path / "fresh")
     assert len(safetensors.torch.load_file(tmp_path / "fresh" / WEIGHTS)) == 6

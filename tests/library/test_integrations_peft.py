@@ -15,10 +15,12 @@ import torch
 from diffusers import FluxTransformer2DModel
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 import prw
 from prw.integrations.peft import PRWLinear, PRWPeftConfig, load_adapter, weave_of
@@ -412,6 +414,16 @@ def test_what_cannot_work_leaves_no_trace() -> None:
         PRWPeftConfig(target_modules=TARGETS, rank=0)
     with pytest.raises(prw.StageError, match="cannot name a stage"):
         config(stages=["a/b"])
+    with pytest.raises(prw.ConfigError, match=r"stages must be a list of names, got 'ab'; give \["):
+        config(stages="ab")
+    with pytest.raises(prw.ConfigError, match="open must be True or False, got 'no'"):
+        config(stages=["ab"], open="no")
+    with pytest.raises(prw.ConfigError, match=r"rank_pattern must map patterns .*, got \[1\]"):
+        config(rank_pattern=[1])
+    with pytest.raises(prw.ConfigError, match="target_modules must be a list of names .* got 3"):
+        PRWPeftConfig(target_modules=3)  # type: ignore[arg-type]
+    with pytest.raises(prw.StageError, match="there is no stage 'a'"):
+        config(stages=["ab"], exempt=["a"])
 
 
 def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
@@ -421,10 +433,170 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     small = get_peft_model(net(), config(stages=["one"]))
     with pytest.raises(prw.CheckpointError, match="holds 2 experts, but adapter 'default' has 1"):
         small.load_adapter(tmp_path, "default")
+    grow(weave_of(small), "two")
     expert = weave_of(model).pools["to_k"].expert(1)
-    expert.put("to_k", *expert.pair("to_k"), alpha=1.0)
-    with pytest.raises(prw.CheckpointError, match=r"'two' has rank 2 and alpha 1\.0"):
-        model.save_pretrained(tmp_path)
+    expert.put("to_k", torch.zeros(3, 8), torch.zeros(8, 3), alpha=1.0)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(prw.CheckpointError, match=r"experts\.1\.A\.0' is \[3, 8\], but that of"):
+        small.load_adapter(tmp_path, "default")
+    place = tmp_path / "adapter_config.json"
+    settings = json.loads(place.read_text())
+    assert settings["sizes"] == {"two": {"to_k": [3, 1.0]}}
+    for sizes, message in (
+        ({"two": {"to_k": [0, 1.0]}}, "sizes must map stages to layers"),
+        ({"two": {"to_q": [2, 1.0]}}, "sizes gives 'to_q' in stage 'two' a rank, but"),
+        ({"six": {"to_k": [2, 1.0]}}, "sizes gives 'to_k' in stage 'six' a rank, but"),
+    ):
+        place.write_text(json.dumps(settings | {"sizes": sizes}))
+        with pytest.raises(prw.ConfigError, match=message):
+            PeftModel.from_pretrained(net(), tmp_path)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_what_was_frozen_or_thawed_stays_so_in_a_file(
+    tmp_path: Path, low_cpu_mem_usage: bool
+) -> None:
+    model = get_peft_model(net(), config())
+    weave = weave_of(model)
+    for name in ("one", "two", "three"):
+        weave.unlock(name)
+        shake(weave)
+    weave.freeze("three")
+    weave.thaw("one")
+    wanted = trainable(model)
+    assert wanted == learning(model) and any(".experts.0." in name for name in wanted)
+    assert not any(".experts.2." in name for name in wanted)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(
+        net(), tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert weave_of(again).ledger == weave.ledger
+    assert trainable(again) == learning(again) == wanted
+    with again.disable_adapter():
+        pass
+    assert trainable(again) == wanted
+    again.save_pretrained(tmp_path / "again")
+    settings = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert settings["exempt"] == ["one", "three"]
+    weave_of(again).close()
+    assert again.peft_config["default"].exempt == []
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_an_imported_expert_of_another_rank_is_in_the_file(
+    tmp_path: Path, low_cpu_mem_usage: bool
+) -> None:
+    lora = LoraConfig(
+        r=3, lora_alpha=5, use_rslora=True, rank_pattern={"to_v": 1}, target_modules=TARGETS,
+        init_lora_weights=False,
+    )  # fmt: skip
+    stock = get_peft_model(net(), lora)
+    stock.save_pretrained(tmp_path / "lora")
+    model = get_peft_model(net(), config(share_router="parent", backend="reference"))
+    weave = weave_of(model)
+    grow(weave, "one")
+    weave.import_expert(tmp_path / "lora", "style")
+    weave.rename("style", "rain")
+    weave.unlock("two")
+    shake(weave)
+    with weave.force_route("rain"):
+        assert torch.equal(model(X), stock(X))
+    weave.call(noisy=False)
+    wanted, pinned = model(X), stages_of(model)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(
+        net(), tmp_path / "adapter", is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert torch.equal(again(X), wanted) and trainable(again) == trainable(model)
+    torch.testing.assert_close(stages_of(again), pinned, rtol=0, atol=0)
+    with weave_of(again).force_route("rain"):
+        assert torch.equal(again(X), stock(X))
+    assert again.peft_config["default"].sizes == model.peft_config["default"].sizes
+    assert set(again.peft_config["default"].sizes) == {"rain"}
+
+
+class ForeignLinear(nn.Module):
+    """As a quantisation library has them: packed, and no relative of nn.Linear."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.register_buffer("codes", (base.weight.detach() * 100).round().to(torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.codes.to(x.dtype) / 100).T
+
+
+@pytest.mark.parametrize("kind", ["conv1d", "foreign"])
+def test_layers_that_are_no_linear_of_torch(tmp_path: Path, kind: str) -> None:
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        if kind == "conv1d":
+            return nn.Sequential(Conv1D(6, 8), Conv1D(5, 6))
+        return nn.Sequential(ForeignLinear(nn.Linear(8, 6)), ForeignLinear(nn.Linear(6, 5)))
+
+    settings = PRWPeftConfig(target_modules=["0", "1"], rank=2)
+    model, plain = get_peft_model(fresh(), settings), fresh()
+    assert torch.equal(model(X), plain(X))
+    twin = prw.weave(plain, prw.Config(target_modules=["0", "1"], rank=2))
+    torch.manual_seed(1)
+    grow(weave_of(model), "one")
+    torch.manual_seed(1)
+    grow(twin, "one")
+    assert torch.equal(model(X), plain(X)) and not torch.equal(model(X), fresh()(X))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(fresh(), tmp_path)
+    assert torch.equal(again(X), model(X))
+    if kind == "foreign":
+        with pytest.raises(prw.ConfigError, match="the weight of '0' is quantised or distributed"):
+            model.merge_adapter()
+        assert torch.equal(again(X), model(X))
+        assert type(model.unload()[0]) is ForeignLinear
+        return
+    model.merge_adapter()
+    # (W + BA) x against W x + B (A x) in fp32, sums of 8 and 2 terms of size 1
+    torch.testing.assert_close(model(X), again(X), rtol=0, atol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(X), again(X), rtol=0, atol=1e-5)
+    assert type(model.unload()[0]) is Conv1D
+
+
+def test_gpt2_by_transformers_own_adapters(tmp_path: Path) -> None:
+    def gpt2() -> GPT2LMHeadModel:
+        torch.manual_seed(0)
+        sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 32, "n_positions": 16}
+        return GPT2LMHeadModel(GPT2Config(**sizes)).eval()
+
+    model = gpt2()
+    model.add_adapter(PRWPeftConfig(target_modules=["c_attn", "c_proj"], rank=2))
+    assert torch.equal(model(IDS).logits, gpt2()(IDS).logits)
+    grow(weave_of(model), "one", "two")
+    model.save_pretrained(tmp_path)
+    again = gpt2()
+    again.load_adapter(tmp_path)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert not torch.equal(again(IDS).logits, gpt2()(IDS).logits)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # the base uses them
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_fast_path_of_torchs_encoder_does_not_skip_experts(padded: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2).eval()
+    mask = torch.tensor([[False] * 5, [False] * 4 + [True], [False] * 3 + [True] * 2])
+    given = {"src_key_padding_mask": mask} if padded else {}
+    with torch.no_grad():
+        base = encoder(X, **given)
+        model = get_peft_model(encoder, PRWPeftConfig(target_modules=["linear1"], rank=2))
+        grow(weave_of(model), "one", "two")
+        with weave_of(model).force_route("two"):
+            found = model(X, **given)
+        assert (found - base)[~mask].abs().max() > 0.1
+        plain = model.unload()
+        assert torch.equal(plain(X, **given), base)
+    with pytest.raises(prw.ConfigError, match=r"'self_attn.out_proj' is part of an nn.MultiheadAt"):
+        get_peft_model(layer, PRWPeftConfig(target_modules=["out_proj"], rank=2))
 
 
 def llama() -> LlamaForCausalLM:
@@ -567,6 +739,7 @@ def test_diffusers_adapters(tmp_path: Path) -> None:
     assert torch.equal(paint(again), base)
 
 
+@pytest.mark.filterwarnings(SECOND)
 def test_load_adapter_refuses_other_files(tmp_path: Path) -> None:
     place = tmp_path / "file.safetensors"
     with pytest.raises(prw.CheckpointError, match="cannot be read"):
@@ -576,6 +749,31 @@ def test_load_adapter_refuses_other_files(tmp_path: Path) -> None:
     )
     with pytest.raises(prw.CheckpointError, match="holds no PRW adapter, its type is 'LORA'"):
         load_adapter(flux(), place)
+    source = flux()
+    source.add_adapter(PRWPeftConfig(target_modules=["to_k"], rank=2, stages=["one"]))
+    source.save_lora_adapter(tmp_path)
+    whole = tmp_path / "pytorch_lora_weights.safetensors"
+    with safe_open(whole, framework="pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(whole)
+    name = next(name for name in tensors if ".experts.0.A." in name)
+    key = name.removeprefix("transformer.").replace("prw_pool.", "prw_pool.default.")
+    for changed, message in (
+        ({n: t for n, t in tensors.items() if n != name}, f"damaged: it lacks '{key}'"),
+        (
+            tensors | {f"{name[:-1]}9": tensors[name].clone()},
+            "does not fit this model, which has no",
+        ),
+        (tensors | {name: tensors[name][:1]}, r"is \[1, 32\], but that of adapter 'default' is"),
+    ):
+        save_file(changed, place, metadata=metadata)
+        model = flux()
+        with pytest.raises(prw.CheckpointError, match=message):
+            load_adapter(model, place)
+        assert torch.equal(paint(model), paint(flux()))
+        with pytest.raises(prw.ConfigError, match="it has no PRW adapter"):
+            weave_of(model)
+        assert load_adapter(model, whole).ledger.names == ("one",)
 
 
 @pytest.mark.slow

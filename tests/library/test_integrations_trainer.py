@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -330,6 +331,92 @@ def test_whole_samples_of_a_decoder_are_routed_by_their_prompts(tmp_path: Path) 
     assert mask is not None and mask.sum(1).tolist() == [2, 2]
 
 
+class Rows(list[dict[str, Any]]):
+    """Rows with the column that a context needs."""
+
+    @classmethod
+    def make(cls, count: int) -> Rows:
+        found = rows(1, count)
+        return cls(row | {"routing_context": [float(i % 2), i / 9]} for i, row in enumerate(found))
+
+
+def with_context(width: int = 2) -> tuple[nn.Module, prw.Weave]:
+    """A model of two experts whose routers listen to a context."""
+    model = peft_model(context_features=width, noise=False)
+    weave = weave_of(model)
+    torch.manual_seed(3)
+    for name in ("one", "two"):
+        weave.unlock(name)
+        with torch.no_grad():
+            for parameter in weave.parameters():
+                parameter.add_(torch.randn(parameter.shape) * 0.5)
+    return model, weave
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_context_reaches_training_and_logs(tmp_path: Path, parts: int) -> None:
+    model, weave = with_context()
+    data = Rows.make(8)
+    batch = {n: torch.tensor([row[n] for row in data]) for n in data[0]}
+    context = batch.pop("routing_context")
+    model.train()
+    with weave.record(batch["attention_mask"].bool(), context) as record:
+        loss = model(**batch).loss
+    (loss + prw.veteran_gate_loss(record, 0.9, 0.5)).backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    usage = record.usage()
+    model.zero_grad()
+    seen = Gradients()
+    given = {"per_device_train_batch_size": 8 // parts, "gradient_accumulation_steps": parts}
+    trainer = PRWTrainer(
+        model,
+        args=arguments(tmp_path, max_steps=1, max_grad_norm=0.0, learning_rate=0.0, **given),
+        train_dataset=data,
+        callbacks=[seen],
+        density=0.9,
+    )
+    trainer.train()
+    # fp32 sums of 8 rows in another order
+    torch.testing.assert_close(seen.steps[0], wanted, rtol=1e-4, atol=1e-6)
+    log = trainer.state.log_history[0]
+    assert 0 < usage < 1 and log["usage"] == pytest.approx(usage)
+    if parts == 1:
+        assert log["usage_deterministic"] == pytest.approx(usage)
+
+
+def test_a_context_reaches_evaluation_and_prediction(tmp_path: Path) -> None:
+    model, weave = with_context()
+    data = Rows.make(4)
+    batch = {n: torch.tensor([row[n] for row in data]) for n in data[0]}
+    context = batch.pop("routing_context")
+    model.eval()
+    weave.call(batch["attention_mask"].bool(), context, noisy=False)
+    with torch.no_grad():
+        wanted = model(**batch)
+        weave.call(batch["attention_mask"].bool(), context.flip(0), noisy=False)
+        assert not torch.equal(model(**batch).logits, wanted.logits)
+    args = arguments(tmp_path, per_device_eval_batch_size=4)
+    trainer = PRWTrainer(model, args=args, train_dataset=data)
+    found = trainer.predict(Rows(data))
+    assert torch.equal(torch.from_numpy(found.predictions), wanted.logits)
+    assert found.metrics["test_loss"] == pytest.approx(float(wanted.loss))
+    bare = Rows({n: v for n, v in row.items() if n != "labels"} for row in data)
+    assert torch.equal(torch.from_numpy(trainer.predict(bare).predictions), wanted.logits)
+
+    class Own(PRWTrainer):
+        def routing_context(self, inputs: Any) -> Tensor:
+            numbers = torch.arange(len(inputs["input_ids"]))
+            return torch.stack([numbers % 2, numbers / 9], 1).float()
+
+    plain = rows(1, 4)
+    own = Own(model, args=args, train_dataset=plain).predict(plain)
+    assert torch.equal(torch.from_numpy(own.predictions), wanted.logits)
+    with pytest.raises(prw.ConfigError, match="a context of 2 numbers: give every row of the data"):
+        trainer.predict(plain)
+    trainer._set_signature_columns_if_needed()
+    assert "routing_context" in trainer._signature_columns
+
+
 def test_the_best_model_is_the_weave_of_that_time(tmp_path: Path) -> None:
     trainer = curriculum(tmp_path, {"up": 2, "down": 2}, save_strategy="steps", save_steps=2)
     trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-2")
@@ -350,7 +437,9 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
     cases: list[tuple[str, dict[str, Any]]] = [
         ("datasets .'up', 'down'. and stages .'up'.", {"callbacks": [callback]}),
         ("and no StageCallback in steps", {}),
-        ("density must lie", {"density": 2.0}),
+        ("density must be a finite number from 0 to 1, got 2.0", {"density": 2.0}),
+        ("gate_weight must be a finite number of at least 0, got inf", {"gate_weight": math.inf}),
+        ("weave must be a prw.Weave, got a str", {"weave": "default"}),
     ]
     for message, fields in cases:
         with pytest.raises(prw.ConfigError, match=message):
@@ -358,6 +447,23 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(prw.ConfigError, match="max_steps is 9, but the stages last 1 steps"):
         args = arguments(tmp_path, max_steps=9)
         PRWTrainer(model, args=args, train_dataset={"up": rows(1)}, callbacks=[callback])
+    for other, message in (
+        (["up", "down"], r"such as .'first': 100., got \['up', 'down'\]"),
+        ("up", "got 'up'"),
+        (None, "got None"),
+    ):
+        with pytest.raises(prw.ConfigError, match=message):
+            StageCallback(weave, other)  # type: ignore[arg-type]
+    with pytest.raises(prw.ConfigError, match="weave must be a prw.Weave, got a PeftModel"):
+        StageCallback(model, {"up": 1})  # type: ignore[arg-type]
+    with pytest.raises(prw.ConfigError, match="train_dataset names no stage"):
+        PRWTrainer(model, args=arguments(tmp_path), train_dataset={})
+    plain = llama()
+    with pytest.raises(prw.ConfigError, match="no PRW adapter: add one with get_peft_model"):
+        PRWTrainer(plain, args=arguments(tmp_path), train_dataset=rows(1))
+    prw.weave(plain, prw.Config(target_modules=TARGETS, rank=2))
+    with pytest.raises(prw.ConfigError, match=r"give what it returned, PRWTrainer\(model, weave=w"):
+        PRWTrainer(plain, args=arguments(tmp_path), train_dataset=rows(1))
     args = arguments(tmp_path)
     args._n_gpu = 2
     with pytest.raises(prw.ConfigError, match="DataParallel"):

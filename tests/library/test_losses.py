@@ -214,7 +214,10 @@ def test_veteran_gate_alone_reaches_its_density() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((1.2, 0.5), r"density must lie in \[0, 1\], got 1.2"), ((0.8, -1), "at least 0, got -1")],
+    [
+        ((1.2, 0.5), r"density must be a finite number from 0 to 1, got 1.2"),
+        ((0.8, -1), "at least 0, got -1"),
+    ],
 )
 def test_values_out_of_range(arguments: tuple[float, float], message: str) -> None:
     with pytest.raises(prw.ConfigError, match=message):

@@ -258,7 +258,7 @@ def test_bad_requests_are_refused_before_anything_runs() -> None:
         return net(X)
 
     for tolerance in (-0.1, math.nan, math.inf):
-        with pytest.raises(prw.ConfigError, match="tolerance is a relative error"):
+        with pytest.raises(prw.ConfigError, match="tolerance, a relative error, must be"):
             weave.merge_average(run, tolerance=tolerance)
     assert not calls
     with pytest.raises(prw.ConfigError, match=r"run\(\) should return one tensor, got a dict"):

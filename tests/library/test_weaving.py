@@ -357,3 +357,32 @@ def test_masks_and_names_of_the_wrong_kind_are_refused() -> None:
     for pin in (weave.at_stage, weave.force_route):
         with pytest.raises(prw.StageError, match="there is no stage None"), pin(weave.newest):
             raise AssertionError("not reached")
+
+
+def test_a_record_that_would_count_nothing_says_so() -> None:
+    net, weave = build()
+    weave.unlock("one")
+    with weave.record() as record:
+        net(X)
+        with weave.at_stage("one"):
+            net(X)
+        net(X)
+    count = int(prw.call.totals([record])[1])
+    with pytest.raises(prw.StageError, match="has ended and would count nothing; make a new one"):
+        with record:
+            raise AssertionError("not reached")
+    net(X)
+    assert int(prw.call.totals([record])[1]) == count == 2 * 2 * X.shape[0] * X.shape[1]
+    first = weave.record()
+    weave.call()
+    with pytest.raises(prw.StageError, match="would count nothing"), first:
+        raise AssertionError("not reached")
+    with weave.record() as outer:
+        net(X)
+        with pytest.raises(prw.StageError, match="would count nothing"), outer:
+            raise AssertionError("not reached")
+        net(X)
+    assert int(prw.call.totals([outer])[1]) == count
+    alone = weave.record()  # no block at all
+    net(X)
+    assert alone.usage() == 1
