@@ -8,6 +8,7 @@ with `-m slow`.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 import shlex
@@ -15,6 +16,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -123,6 +125,23 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
     for groups in LINK.findall(text):
         target = next(part for part in groups if part)
         assert (page.parent / target).exists(), f"{name_of(page)} links to {target}"
+
+
+def test_the_table_of_configuration_fields_is_complete() -> None:
+    """Every field of `prw.Config`, in order, with its default and all its choices."""
+    import prw
+
+    text = (ROOT / "docs/pages/config.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \| (.*)$", text, flags=re.M)
+    known = dataclasses.fields(prw.Config)
+    assert [name for name, _, _ in rows] == [field.name for field in known]
+    hints = get_type_hints(prw.Config)
+    for field, (name, shown, described) in zip(known, rows, strict=True):
+        made = field.default_factory
+        default = field.default if made is dataclasses.MISSING else made()
+        assert shown == repr(default).replace("'", '"'), f"{name}: the default is {default!r}"
+        for choice in get_args(hints[name]) if get_origin(hints[name]) is Literal else ():
+            assert f'`"{choice}"`' in described, f"{name}: {choice!r} is not described"
 
 
 def test_site_builds_strictly(tmp_path: Path) -> None:
