@@ -162,7 +162,7 @@ def test_site_builds_strictly(site: Path) -> None:
 
 
 def test_every_public_name_is_on_an_api_page(site: Path) -> None:
-    """What any `__all__` lists is in the inventory of the built site, here or where it is defined."""
+    """What any `__all__` lists is in the inventory of the built site, under either of its names."""
     packed = (site / "objects.inv").read_bytes().partition(b"zlib.\n")[2]
     listed = {line.split()[0] for line in zlib.decompress(packed).decode().splitlines()}
     assert "prw.weave" in listed
