@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
+
+from prw.experts import Expert
 
 
 class Kinds:
@@ -69,3 +71,13 @@ def sync(
             group["params"].append(parameter)
             if "param_names" in group:
                 group["param_names"].append(name)
+
+
+def never_stepped(experts: Iterable[Expert]) -> bool:
+    """Whether some ``B`` has a gradient that is not zero, and yet every ``B`` is still zero.
+
+    That is an expert which took part in training while no optimizer held it. Waits for the device.
+    """
+    factors = [B_OR for expert in experts for B_OR in expert.B]
+    pushed = any(bool(B_OR.grad.any()) for B_OR in factors if B_OR.grad is not None)
+    return pushed and not any(bool(B_OR.any()) for B_OR in factors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ from prw.distributed import whole
 from prw.errors import ConfigError, StageError
 from prw.ledger import Ledger, Stage
 from prw.linear import RoutedLinear
-from prw.optim import Kinds, sync
+from prw.optim import Kinds, never_stepped, sync
 from prw.pool import Pool
 from prw.telemetry import RoutingSummary
 
@@ -80,16 +81,29 @@ class Weave:
     def unlock(self, name: str) -> None:
         """End the open stage and open a new one: a fresh expert joins, the others are veterans.
 
+        `sync` then tells an optimizer which parameters are new; a new optimizer needs no `sync`.
+
         Raises:
             StageError: the name is taken or cannot be a file name.
         """
         ledger = self._ledger.unlock(name)
+        self._warn_if_never_stepped()
         self._follow(self._ledger.close())
         self._follow(ledger)
 
     def close(self) -> None:
         """End the open stage, if any: its router is snapshotted and nothing learns any more."""
+        self._warn_if_never_stepped()
         self._follow(self._ledger.close())
+
+    def _warn_if_never_stepped(self) -> None:
+        stage = self._ledger.newest
+        if stage is not None and never_stepped(p.expert(stage.index) for p in self.pools.values()):
+            warnings.warn(
+                f"the expert of stage {stage.name!r} had gradients, but no optimizer has stepped "
+                "it; call weave.sync(optimizer) after unlock()",
+                stacklevel=3,
+            )
 
     def rollback(self, name: str) -> None:
         """Drop every stage after `name`; from now on the model is what `at_stage(name)` was.

@@ -1,6 +1,14 @@
 """prw_flux: CoLoGen on FLUX.1, built on prw."""
 
-from diffusers import ModelMixin as ModelMixin  # diffusers looks for it beside PRWAdapter
+try:
+    from diffusers import ModelMixin as ModelMixin  # diffusers looks for it beside PRWAdapter
+except ModuleNotFoundError as error:
+    if error.name != "diffusers":
+        raise
+    raise ModuleNotFoundError(
+        'prw_flux needs the extra flux: pip install "prw[flux]" (in a checkout: ".[flux]")',
+        name="diffusers",
+    ) from None
 
 from prw_flux import _imports as _imports  # before anything imports diffusers' FLUX
 from prw_flux import recipes, tiny

@@ -8,13 +8,18 @@ with `-m slow`.
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import itertools
+import pkgutil
 import re
 import shlex
 import subprocess
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -125,9 +130,59 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), f"{name_of(page)} links to {target}"
 
 
-def test_site_builds_strictly(tmp_path: Path) -> None:
+def test_the_table_of_configuration_fields_is_complete() -> None:
+    """Every field of `prw.Config`, in order, with its default and all its choices."""
+    import prw
+
+    text = (ROOT / "docs/pages/config.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \| (.*)$", text, flags=re.M)
+    known = dataclasses.fields(prw.Config)
+    assert [name for name, _, _ in rows] == [field.name for field in known]
+    hints = get_type_hints(prw.Config)
+    for field, (name, shown, described) in zip(known, rows, strict=True):
+        made = field.default_factory
+        default = field.default if made is dataclasses.MISSING else made()
+        assert shown == repr(default).replace("'", '"'), f"{name}: the default is {default!r}"
+        for choice in get_args(hints[name]) if get_origin(hints[name]) is Literal else ():
+            assert f'`"{choice}"`' in described, f"{name}: {choice!r} is not described"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("docs") / "site"
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
-    command += ["-f", str(ROOT / "docs/mkdocs.yml"), "-d", str(tmp_path / "site")]
+    command += ["-f", str(ROOT / "docs/mkdocs.yml"), "-d", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert (tmp_path / "site/index.html").is_file()
+    return folder
+
+
+def test_site_builds_strictly(site: Path) -> None:
+    assert (site / "index.html").is_file()
+
+
+def test_every_public_name_is_on_an_api_page(site: Path) -> None:
+    """What any `__all__` lists is in the inventory of the built site, under either of its names."""
+    packed = (site / "objects.inv").read_bytes().partition(b"zlib.\n")[2]
+    listed = {line.split()[0] for line in zlib.decompress(packed).decode().splitlines()}
+    assert "prw.weave" in listed
+    missing = []
+    for package in map(importlib.import_module, ("prw", "prw_flux", "prw_kernels")):
+        below = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+        names = [m.name for m in below if not m.name.endswith("__main__")]
+        for module in map(importlib.import_module, [package.__name__, *names]):
+            for name in getattr(module, "__all__", ()):
+                value = getattr(module, name)
+                home = getattr(value, "__module__", module.__name__)
+                titles = {f"{module.__name__}.{name}", f"{home}.{name}"}
+                if not titles & listed:
+                    missing.append(f"{module.__name__}.{name}")
+    assert not missing
+
+
+def test_the_first_page_leads_to_every_other() -> None:
+    folder = ROOT / "docs/pages"
+    text = (folder / "index.md").read_text(encoding="utf-8")
+    linked = {folder / target for groups in LINK.findall(text) for target in groups if target}
+    missing = set(folder.rglob("*.md")) - linked - {folder / "index.md"}
+    assert not missing, f"index.md does not link to {sorted(map(str, missing))}"

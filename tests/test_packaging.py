@@ -73,6 +73,14 @@ def test_constraints_pin_every_direct_dependency_once(repository: Path) -> None:
     assert names <= set(pinned), f"not in constraints.txt: {sorted(names - set(pinned))}"
 
 
+def test_what_safetensors_writes_through_is_a_dependency(repository: Path) -> None:
+    """Neither torch nor plain safetensors brings numpy, and without it `weave.save` fails."""
+    import tomllib
+
+    project = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert any(line.startswith("safetensors[torch]") for line in project["dependencies"])
+
+
 def test_no_import_of_a_heavy_extra_through_the_library() -> None:
     heavy = ["accelerate", "datasets", "diffusers", "hypothesis", "matplotlib", "peft", "rich"]
     heavy += ["transformers", "triton"]

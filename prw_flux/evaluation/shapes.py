@@ -210,6 +210,7 @@ METRICS: Final[Mapping[str, Metric]] = MappingProxyType(
         ),
     }
 )
+"""How each task is measured on a scene that is known exactly, by the task's name."""
 
 
 def means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -50,6 +50,7 @@ __all__ = [
 TASKS: Final[Mapping[str, Task]] = MappingProxyType(
     {task.name: task for task in (Inpaint(), Ground(), Control(), Customise(), Edit())}
 )
+"""The five tasks that come with the package, by name, in the order of the curriculum."""
 
 
 def load_task(spec: str) -> Task:

@@ -20,8 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Image: TypeAlias = NDArray[np.uint8]
+"""uint8 ``[H, W, 3]``, RGB."""
 Mask: TypeAlias = NDArray[np.bool_]
+"""bool ``[H, W]``, True inside."""
 Box: TypeAlias = tuple[float, float, float, float]
+"""x0, y0, x1, y1 in pixels, x1 and y1 exclusive."""
 
 
 @final

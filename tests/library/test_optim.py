@@ -180,3 +180,28 @@ def test_new_parameters_find_the_group_of_their_kind_again() -> None:
     held = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
     for name, parameter in weave.named_parameters():
         assert id(parameter) in held[1 if ".columns." in name else 0], name
+
+
+@pytest.mark.parametrize("end", ["unlock", "close"])
+def test_a_forgotten_sync_is_heard_of(end: str) -> None:
+    net, weave = woven("first")
+    optimizer = torch.optim.AdamW(weave.parameters(), lr=0.05)
+    train(net, weave, optimizer)
+    weave.unlock("second")
+    train(net, weave, optimizer)
+    assert all(not B.any() for pool in weave.pools.values() for B in pool.expert(1).B)
+    with pytest.warns(UserWarning, match=r"'second' had gradients.*call weave.sync\(optimizer\)"):
+        weave.unlock("third") if end == "unlock" else weave.close()
+
+
+def test_no_warning_where_nothing_was_forgotten() -> None:
+    net, weave = woven("untrained", "first")
+    optimizer = torch.optim.AdamW(weave.parameters(), lr=0.05)
+    train(net, weave, optimizer)
+    weave.unlock("second")
+    weave.sync(optimizer)
+    train(net, weave, optimizer)
+    weave.unlock("third")
+    renewed = torch.optim.AdamW(weave.parameters(), lr=0.05)
+    train(net, weave, renewed)
+    weave.close()
