@@ -14,6 +14,7 @@ from torch import Tensor
 from prw_kernels.routed_lora.per_sample import per_sample
 from prw_kernels.routed_lora.per_token import fits, per_token
 from prw_kernels.routed_lora.reference import reference
+from prw_kernels.routed_lora.tiled import check_tiled, tiled
 
 
 def routed_lora(
@@ -25,7 +26,7 @@ def routed_lora(
     expert: Tensor | None = None,
     gate: Tensor | None = None,
     *,
-    backend: Literal["auto", "reference"] = "auto",
+    backend: Literal["auto", "reference", "triton"] = "auto",
 ) -> tuple[Tensor, ...]:
     """Add the gated residual of the routed expert to one or more linear projections of ``x``.
 
@@ -47,20 +48,26 @@ def routed_lora(
         gate: weight of the choice, shaped like ``expert``; None means 1.
         backend: ``"reference"`` computes every expert on every token; ``"auto"`` takes batched
             products where there is one choice per sample and, on a CPU, products of sorted rows
-            where there is one per token, both in the same numbers up to rounding.
+            where there is one per token, both in the same numbers up to rounding. ``"triton"``
+            takes the kernels of `tiled`, on CUDA and ROCm devices or in Triton's interpreter.
 
     Returns:
         Per projection a tensor shaped and typed like its result.
 
     Raises:
         ValueError: no expert, several without ``expert``, or an ``expert`` or ``gate`` whose shape
-            does not begin the shape of ``x``.
+            does not begin the shape of ``x``; with backend ``"triton"``, arguments that
+            `check_tiled` refuses.
     """
     _check(x, scaling, expert, gate)
     with torch.autocast(x.device.type, enabled=False):
         # On strides that do not fold, torch picks the product (and its bits) by requires_grad: a
         # veteran would differ from the expert that learnt.
         inputs = x.to(A[0][0].dtype).contiguous()
+        if backend == "triton":
+            check_tiled(inputs, results, A, B, expert, gate)
+            if inputs.numel():
+                return tiled(inputs, A, B, scaling, expert, gate, results=results)
         way = None
         if backend == "auto" and expert is not None and len(scaling[0]) > 1:
             way = _faster(inputs, A, B, scaling, expert)

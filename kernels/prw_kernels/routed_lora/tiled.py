@@ -1,0 +1,161 @@
+"""Routed LoRA by Triton kernels: what the kernels take, made of what the operator is given.
+
+Shape suffixes: T tokens, D input width, O output width, E experts, R rank,
+``...`` the leading axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prw_kernels.backend import check_interpreted, installed, runs_triton
+from prw_kernels.routed_lora.reference import spread
+from prw_kernels.routed_lora.tiled_op import routed_lora_op
+from prw_kernels.routed_lora.tiles import tiles_for
+from prw_kernels.routing import segments
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def runs_tiled(x: Tensor) -> bool:
+    """Whether the kernels take such an input."""
+    return runs_triton(x.device) and x.dtype in DTYPES and x.numel() > 0
+
+
+def check_tiled(
+    x: Tensor,
+    bases: Sequence[Tensor],
+    A: Sequence[Sequence[Tensor]],
+    B: Sequence[Sequence[Tensor]],
+    expert: Tensor | None,
+    gate: Tensor | None,
+) -> None:
+    """Say why the kernels cannot take these arguments of `routed_lora`.
+
+    Args:
+        x: ``[..., D]`` in the dtype of the factors.
+        bases: the results, or the frozen weights ``[O_p, D]``; their axis of O is checked.
+        A: per projection and expert.
+        B: per projection and expert.
+        expert: of every token or sample.
+        gate: likewise.
+
+    Raises:
+        ValueError: Triton is not installed, the device is not one it runs on, a dtype it does not
+            compute in (bf16 in the interpreter included), tensors on several devices or of
+            several dtypes, or a factor of another shape than the rest.
+    """
+    if not installed():
+        raise ValueError('backend "triton" needs the package triton: pip install "prw[triton]"')
+    if not runs_triton(x.device):
+        raise ValueError(
+            f'backend "triton" runs on CUDA and ROCm devices, and x is on {x.device}; use backend '
+            '"auto", or TRITON_INTERPRET=1 to try the kernels on a CPU'
+        )
+    if x.dtype not in DTYPES:
+        raise ValueError(
+            f'backend "triton" computes in float32, bfloat16 and float16, and the factors are '
+            f'{x.dtype}; use backend "reference"'
+        )
+    factors = [factor for factors in (*A, *B) for factor in factors]
+    given = [*bases, *factors, *(value for value in (expert, gate) if value is not None)]
+    for other in given:
+        if other.device != x.device:
+            raise ValueError(f"x is on {x.device} and another argument on {other.device}")
+    for factor in factors:
+        if factor.dtype != x.dtype:
+            raise ValueError(f"factors of {x.dtype} and {factor.dtype}: give all in one dtype")
+    check_interpreted(x, *bases, gate)
+    for p, (A_p, B_p) in enumerate(zip(A, B, strict=True)):
+        for e, (a_RD, b_OR) in enumerate(zip(A_p, B_p, strict=True)):
+            rank, size = a_RD.shape[0], B_p[0].shape[0]
+            if a_RD.shape != (rank, x.shape[-1]) or b_OR.shape != (size, rank):
+                raise ValueError(
+                    f"A[{p}][{e}] is {tuple(a_RD.shape)} and B[{p}][{e}] {tuple(b_OR.shape)}: "
+                    f"expected (rank, {x.shape[-1]}) and ({size}, rank)"
+                )
+
+
+def tiled(
+    x: Tensor,
+    A: Sequence[Sequence[Tensor]],
+    B: Sequence[Sequence[Tensor]],
+    scaling: Sequence[Sequence[float]],
+    expert: Tensor | None,
+    gate: Tensor | None,
+    *,
+    results: Sequence[Tensor] = (),
+    weights: Sequence[Tensor] = (),
+    biases: Sequence[Tensor] = (),
+) -> tuple[Tensor, ...]:
+    """``y_p = base_p + B_pe (A_pe x) * (scaling_pe * gate)``; the base a result or a product.
+
+    Args:
+        x: contiguous ``[..., D]`` in the dtype of the factors, not empty.
+        A: per projection and expert ``[R_e, D]``. Ranks that differ are padded.
+        B: per projection and expert ``[O_p, R_e]``.
+        scaling: per projection and expert. Where they differ they go into B.
+        expert: shaped like a prefix of ``x.shape[:-1]``; None only with one expert.
+        gate: shaped like a prefix of ``x.shape[:-1]``; None means 1.
+        results: per projection ``[..., O_p]``, or empty if there are weights.
+        weights: per projection ``[O_p, D]``, frozen, in the dtype of x.
+        biases: per projection ``[O_p]``, frozen, or empty.
+
+    Returns:
+        Per projection ``[..., O_p]``.
+    """
+    lead, experts = x.shape[:-1], len(A[0])
+    x_TD = x.view(-1, x.shape[-1])
+    if expert is None:
+        expert_T = torch.zeros(x_TD.shape[0], dtype=torch.int64, device=x.device)
+    else:
+        expert_T = _per_token(expert, lead)
+    gate_T = None if gate is None else _per_token(gate.to(torch.float32), lead)
+    factor, B = _one_scaling(scaling, B)
+    A, B = _one_rank(A, B)
+    groups = segments(expert_T, experts, block=tiles_for(x_TD).block)
+    _, *outputs = routed_lora_op(
+        x_TD,
+        [a for A_p in A for a in A_p],
+        [b for B_p in B for b in B_p],
+        [result.reshape(-1, result.shape[-1]).contiguous() for result in results],
+        list(weights),
+        list(biases),
+        gate_T,
+        *(groups.token, groups.expert, groups.offset, groups.block),
+        factor,
+    )
+    return tuple(y_TO.view(*lead, y_TO.shape[-1]) for y_TO in outputs)
+
+
+def _per_token(value: Tensor, lead: torch.Size) -> Tensor:
+    """A choice per sample becomes one per token of it."""
+    return spread(value, len(lead)).expand(lead).reshape(-1)
+
+
+def _one_scaling(
+    scaling: Sequence[Sequence[float]], B: Sequence[Sequence[Tensor]]
+) -> tuple[float, Sequence[Sequence[Tensor]]]:
+    if len({s for row in scaling for s in row}) == 1:
+        return float(scaling[0][0]), B
+    scaled = [
+        [b_OR * s for b_OR, s in zip(B_p, row, strict=True)]
+        for B_p, row in zip(B, scaling, strict=True)
+    ]
+    return 1.0, scaled
+
+
+def _one_rank(
+    A: Sequence[Sequence[Tensor]], B: Sequence[Sequence[Tensor]]
+) -> tuple[Sequence[Sequence[Tensor]], Sequence[Sequence[Tensor]]]:
+    """Zero rows and columns make the ranks alike and change no number."""
+    rank = max(a_RD.shape[0] for A_p in A for a_RD in A_p)
+    if all(a_RD.shape[0] == rank for A_p in A for a_RD in A_p):
+        return A, B
+    padded_A = [[F.pad(a_RD, (0, 0, 0, rank - a_RD.shape[0])) for a_RD in A_p] for A_p in A]
+    padded_B = [[F.pad(b_OR, (0, rank - b_OR.shape[1])) for b_OR in B_p] for B_p in B]
+    return padded_A, padded_B

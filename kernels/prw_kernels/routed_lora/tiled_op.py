@@ -1,0 +1,240 @@
+"""Routed LoRA by Triton kernels as one operator: autograd, torch.compile and FSDP see one node.
+
+Shape suffixes: T tokens, S slots, D input width, O output width, E experts, R rank, Q the ranks of
+all projections side by side, L experts that learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prw_kernels.routed_lora.tiles import tiles_for
+from prw_kernels.routing import Segments
+
+
+@torch.library.custom_op("prw_kernels::routed_lora", mutates_args=())
+def routed_lora_op(
+    x_TD: Tensor,
+    A: list[Tensor],
+    B: list[Tensor],
+    results: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
+    gate_T: Tensor | None,
+    token_S: Tensor,
+    expert_I: Tensor,
+    offset_F: Tensor,
+    block: int,
+    scaling: float,
+) -> list[Tensor]:
+    """``y_p = base_p + scaling * gate * B_pe (A_pe x)``, where the base is a result or a product.
+
+    Args:
+        x_TD: contiguous, in the dtype of the factors.
+        A: ``[R, D]`` of every projection and expert, the projections one after the other.
+        B: ``[O_p, R]``, likewise.
+        results: per projection ``[T, O_p]``; empty if there are weights.
+        weights: per projection ``[O_p, D]``, ``base_p = x W_p^T + b_p``. They are frozen.
+        biases: per projection ``[O_p]``, or empty.
+        gate_T: fp32, or None for 1.
+        token_S: with the next three, the fields of `prw_kernels.routing.Segments`.
+        expert_I: see there.
+        offset_F: see there.
+        block: see there.
+        scaling: of every expert.
+
+    Returns:
+        ``h_SQ`` (``A_e x`` in the order of slots, for the backward), then ``[T, O_p]`` per
+        projection.
+    """
+    from prw_kernels.routed_lora.launch import expand, shrink
+
+    groups = _groups(token_S, expert_I, offset_F, block)
+    tiles = tiles_for(x_TD)
+    count = len(results) or len(weights)
+    A_EQD, B_EOR = _stack(A, B, count)
+    with torch.cuda.device_of(x_TD):
+        h_SQ = shrink(x_TD, A_EQD, groups, tiles)
+        outputs = [h_SQ]
+        for p, h_SR in enumerate(h_SQ.chunk(count, dim=1)):
+            dtype = results[p].dtype if results else x_TD.dtype
+            y_TO = expand(
+                h_SR,
+                B_EOR[p],
+                groups,
+                tiles,
+                x_TD.new_empty((x_TD.shape[0], B_EOR[p].shape[1]), dtype=dtype),
+                transposed=True,
+                scaling=scaling,
+                gate_T=gate_T,
+                bias=biases[p] if biases else None,
+                base_TN=results[p] if results else None,
+            )
+            # In place: out of place, torch first copies the residual.
+            outputs.append(y_TO.addmm_(x_TD, weights[p].t()) if weights else y_TO)
+    return outputs
+
+
+@routed_lora_op.register_fake
+def _(
+    x_TD: Tensor,
+    A: list[Tensor],
+    B: list[Tensor],
+    results: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
+    gate_T: Tensor | None,
+    token_S: Tensor,
+    expert_I: Tensor,
+    offset_F: Tensor,
+    block: int,
+    scaling: float,
+) -> list[Tensor]:
+    count = len(results) or len(weights)
+    widths = [factor.shape[0] for factor in B[:: len(B) // count]]
+    dtypes = [result.dtype for result in results] or [x_TD.dtype] * count
+    return [
+        x_TD.new_empty((token_S.shape[0], count * A[0].shape[0])),
+        *(
+            x_TD.new_empty((x_TD.shape[0], width), dtype=dtype)
+            for width, dtype in zip(widths, dtypes, strict=True)
+        ),
+    ]
+
+
+@torch.library.custom_op("prw_kernels::routed_lora_backward", mutates_args=())
+def routed_lora_backward_op(
+    dy: list[Tensor],
+    x_TD: Tensor,
+    h_SQ: Tensor,
+    A: list[Tensor],
+    B: list[Tensor],
+    weights: list[Tensor],
+    gate_T: Tensor | None,
+    token_S: Tensor,
+    expert_I: Tensor,
+    offset_F: Tensor,
+    block: int,
+    scaling: float,
+    needs_x: bool,
+    needs_gate: bool,
+    learns: list[bool],
+) -> list[Tensor]:
+    """The derivatives of `routed_lora_op`, from incoming ``[T, O_p]`` in the dtype of the factors.
+
+    Returns:
+        ``dx_TD`` if needed, ``dgate_T`` if needed, and if an expert learns ``dA_LQD`` and per
+        projection ``dB_LOR``.
+    """
+    from prw_kernels.routed_lora.launch import expand, gram, shrink_gradient
+
+    groups = _groups(token_S, expert_I, offset_F, block)
+    tiles = tiles_for(x_TD)
+    A_EQD, B_EOR = _stack(A, B, len(dy))
+    outputs: list[Tensor] = []
+    with torch.cuda.device_of(x_TD):
+        ws_SQ, wh_SQ, d_gate_T = shrink_gradient(
+            dy, B_EOR, h_SQ, gate_T, scaling, groups, tiles, needs_gate=needs_gate
+        )
+        if needs_x:
+            dx_TD = expand(ws_SQ, A_EQD, groups, tiles, torch.empty_like(x_TD), transposed=False)
+            for dy_TO, weight_OD in zip(dy, weights, strict=False):
+                dx_TD.addmm_(dy_TO, weight_OD)
+            outputs.append(dx_TD)
+        if d_gate_T is not None:
+            outputs.append(d_gate_T)
+        if any(learns):
+            outputs.append(gram(x_TD, ws_SQ, groups, tiles, learns, transposed=True))
+            for dy_TO, wh_SR in zip(dy, wh_SQ.chunk(len(dy), dim=1), strict=True):
+                outputs.append(gram(dy_TO, wh_SR, groups, tiles, learns, transposed=False))
+    return outputs
+
+
+@routed_lora_backward_op.register_fake
+def _(
+    dy: list[Tensor],
+    x_TD: Tensor,
+    h_SQ: Tensor,
+    A: list[Tensor],
+    B: list[Tensor],
+    weights: list[Tensor],
+    gate_T: Tensor | None,
+    token_S: Tensor,
+    expert_I: Tensor,
+    offset_F: Tensor,
+    block: int,
+    scaling: float,
+    needs_x: bool,
+    needs_gate: bool,
+    learns: list[bool],
+) -> list[Tensor]:
+    outputs = [torch.empty_like(x_TD)] if needs_x else []
+    if needs_gate:
+        outputs.append(x_TD.new_empty(x_TD.shape[:1], dtype=torch.float32))
+    if count := sum(learns):
+        outputs.append(x_TD.new_empty((count, h_SQ.shape[1], x_TD.shape[1])))
+        rank = h_SQ.shape[1] // len(dy)
+        outputs += [x_TD.new_empty((count, dy_TO.shape[1], rank)) for dy_TO in dy]
+    return outputs
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    """Keep what the backward needs: nothing of the output's size, no shape set by the routing."""
+    x_TD, A, B, results, weights, _, gate_T, token_S, expert_I, offset_F, block, scaling = inputs
+    ctx.set_materialize_grads(False)
+    ctx.counts = len(A), len(weights), len(inputs[5])
+    ctx.result_dtypes = [result.dtype for result in results]
+    ctx.block, ctx.scaling = block, scaling
+    groups = token_S, expert_I, offset_F
+    ctx.save_for_backward(x_TD, output[0], gate_T, *groups, *A, *B, *weights)
+
+
+def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    x_TD, h_SQ, gate_T, token_S, expert_I, offset_F, *rest = ctx.saved_tensors
+    factors, weight_count, bias_count = ctx.counts
+    A, B, weights = rest[:factors], rest[factors : 2 * factors], rest[2 * factors :]
+    count = len(grads) - 1
+    experts = factors // count
+    shapes = [(x_TD.shape[0], factor.shape[0]) for factor in B[::experts]]
+    dy = [
+        x_TD.new_zeros(shape) if grad is None else grad.to(x_TD.dtype).contiguous()
+        for grad, shape in zip(grads[1:], shapes, strict=True)
+    ]
+    needs_x, needs_A, needs_B, needs_results, _, _, needs_gate, *_ = ctx.needs_input_grad
+    learns = [any(needs_A[e::experts]) or any(needs_B[e::experts]) for e in range(experts)]
+    found = routed_lora_backward_op(
+        *(dy, x_TD, h_SQ, A, B, weights, gate_T, token_S, expert_I, offset_F),
+        *(ctx.block, ctx.scaling, needs_x, needs_gate, learns),
+    )
+    dx = found.pop(0) if needs_x else None
+    d_gate = found.pop(0) if needs_gate else None
+    d_A: list[Tensor | None] = [None] * factors
+    d_B: list[Tensor | None] = [None] * factors
+    for i, e in enumerate(e for e, learning in enumerate(learns) if learning):
+        for p, dA_RD in enumerate(found[0][i].chunk(count)):
+            d_A[p * experts + e] = dA_RD
+            d_B[p * experts + e] = found[1 + p][i]
+    d_results = [grad if n else None for n, grad in zip(needs_results, grads[1:], strict=False)]
+    frozen = [None] * weight_count, [None] * bias_count
+    return dx, d_A, d_B, d_results, *frozen, d_gate, None, None, None, None, None
+
+
+routed_lora_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _groups(token_S: Tensor, expert_I: Tensor, offset_F: Tensor, block: int) -> Segments:
+    return Segments(token=token_S, slot=token_S, expert=expert_I, offset=offset_F, block=block)
+
+
+def _stack(A: Sequence[Tensor], B: Sequence[Tensor], count: int) -> tuple[Tensor, list[Tensor]]:
+    """Per expert the ranks of all projections side by side ``[E, Q, D]``; per projection B."""
+    experts = len(A) // count
+    A_EQD = torch.stack([A[p * experts + e] for e in range(experts) for p in range(count)])
+    A_EQD = A_EQD.view(experts, -1, A_EQD.shape[2])
+    if len({b_OR.shape for b_OR in B}) == 1:
+        return A_EQD, list(torch.stack(list(B)).unflatten(0, (count, experts)))
+    return A_EQD, [torch.stack(list(B[p * experts : (p + 1) * experts])) for p in range(count)]
