@@ -1,6 +1,7 @@
 """Routing in plain PyTorch: the truth the kernels are compared with.
 
-Shape suffixes: T tokens, E experts, S slots (places for tokens, whole tiles of them per expert).
+Shape suffixes: T tokens, D width of h, E experts, S slots (places for tokens, whole tiles of them
+per expert), C chunks of tokens.
 """
 
 from __future__ import annotations
@@ -8,7 +9,48 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routed:
+    """Who was chosen, with what weight.
+
+    Attributes:
+        expert: int64 ``[T]``.
+        gate: probability of the chosen expert, ``[T]``; fp32 (fp64 for fp64 inputs).
+        probs: ``[T, E]``, typed like ``gate``.
+        count: int32 ``[C, columns]``, tokens of each chunk and expert, which spares
+            `prw_kernels.routing.segments` a launch; None where that has no use for it.
+    """
+
+    expert: Tensor
+    gate: Tensor
+    probs: Tensor
+    count: Tensor | None = None
+
+
+def route_reference(
+    h_TD: Tensor,
+    signal_ED: Tensor,
+    noise_ED: Tensor | None = None,
+    eps_TE: Tensor | None = None,
+) -> Routed:
+    """`prw_kernels.routing.route` with autograd: ``p = softmax(h W_r + eps softplus(h W_n))``.
+
+    In fp32, or in fp64 for fp64 inputs. A tie goes to the lowest index.
+    """
+    h_TD = h_TD.to(torch.promote_types(h_TD.dtype, torch.float32))
+    with torch.autocast(h_TD.device.type, enabled=False):
+        logits_TE = F.linear(h_TD, signal_ED.to(h_TD.dtype))
+        if noise_ED is not None and eps_TE is not None:
+            width_TE = F.softplus(F.linear(h_TD, noise_ED.to(h_TD.dtype)))
+            logits_TE = logits_TE + eps_TE.to(h_TD.dtype) * width_TE
+        probs_TE = torch.softmax(logits_TE, dim=-1)
+    expert_T = logits_TE.detach().argmax(dim=-1)
+    gate_T = probs_TE.gather(1, expert_T[:, None]).squeeze(1)
+    return Routed(expert=expert_T, gate=gate_T, probs=probs_TE)
 
 
 @dataclass(frozen=True, kw_only=True)
