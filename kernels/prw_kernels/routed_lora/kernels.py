@@ -205,8 +205,10 @@ def _factor(
         p_at = p_factor + o_k[:, None] * N + o_n[None, :]
     # Masks only where a tile hangs over: without, the loads are wide and asynchronous.
     if K % b_k == 0 and N % b_n == 0:
-        return tl.load(p_at)
-    return tl.load(p_at, mask=(o_k < K)[:, None] & (o_n < N)[None, :], other=0.0)
+        tile = tl.load(p_at)
+    else:
+        tile = tl.load(p_at, mask=(o_k < K)[:, None] & (o_n < N)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
@@ -214,8 +216,11 @@ def _load(p_at, m_row, m_column, ragged: tl.constexpr):
     """A tile, zero outside the masks; columns are masked only where the tile hangs over."""
     if m_row is None:
         if ragged == 0:
-            return tl.load(p_at)
-        return tl.load(p_at, mask=m_column[None, :], other=0.0)
-    if ragged == 0:
-        return tl.load(p_at, mask=m_row[:, None], other=0.0)
-    return tl.load(p_at, mask=m_row[:, None] & m_column[None, :], other=0.0)
+            tile = tl.load(p_at)
+        else:
+            tile = tl.load(p_at, mask=m_column[None, :], other=0.0)
+    elif ragged == 0:
+        tile = tl.load(p_at, mask=m_row[:, None], other=0.0)
+    else:
+        tile = tl.load(p_at, mask=m_row[:, None] & m_column[None, :], other=0.0)
+    return tile

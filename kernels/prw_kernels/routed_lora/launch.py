@@ -7,21 +7,23 @@ row, L experts that learn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import triton
+import triton.testing
 from torch import Tensor
 
+from prw_kernels.routed_lora.blocks import arch_for, columns, fit, parts
 from prw_kernels.routed_lora.kernels import gather_kernel, gram_kernel, scatter_kernel
-from prw_kernels.routed_lora.tiles import Tiles, fit, parts
 from prw_kernels.routing import Segments
+from prw_kernels.tiles import Tile, tile
 
 
-def shrink(row_TK: Tensor, factor_ENK: Tensor, groups: Segments, tiles: Tiles) -> Tensor:
+def shrink(row_TK: Tensor, factor_ENK: Tensor, groups: Segments) -> Tensor:
     """``out_s = F_e row_t`` for every slot: ``[S, N]``; rows of empty slots hold anything."""
     out_SN = row_TK.new_empty((groups.token.shape[0], factor_ENK.shape[1]))
-    _gather(row_TK, factor_ENK, out_SN, groups, tiles, (None, None, None, None, 1.0), True)
+    _gather(row_TK, factor_ENK, out_SN, groups, (None, None, None, None, 1.0), transposed=True)
     return out_SN
 
 
@@ -32,7 +34,6 @@ def shrink_gradient(
     gate_T: Tensor | None,
     scaling: float,
     groups: Segments,
-    tiles: Tiles,
     *,
     needs_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -41,16 +42,17 @@ def shrink_gradient(
     Returns:
         ``w s`` and ``w h``, both ``[S, Q]``, and if needed ``dgate_T = scaling <s, h>`` in fp32.
     """
-    ws_SQ, wh_SQ, count = torch.empty_like(h_SQ), torch.empty_like(h_SQ), len(dy)
-    rank, tokens = h_SQ.shape[1] // count, dy[0].shape[0]
-    columns = triton.cdiv(rank, tiles.gather.columns(rank))
+    ws_SQ, wh_SQ = torch.empty_like(h_SQ), torch.empty_like(h_SQ)
+    count, tokens = len(dy), dy[0].shape[0]
     d_gate = None
     if needs_gate:
-        d_gate = h_SQ.new_empty((count, columns, tokens), dtype=torch.float32)
-    parts_SR = (value.chunk(count, dim=1) for value in (h_SQ, ws_SQ, wh_SQ))
-    for p, (h_SR, ws_SR, wh_SR) in enumerate(zip(*parts_SR, strict=True)):
+        # One partial sum per program of a row; `columns` gives each at least 32 columns, or all.
+        most = triton.cdiv(h_SQ.shape[1] // count, 32)
+        d_gate = h_SQ.new_zeros((count, most, tokens), dtype=torch.float32)
+    of_projections = (value.chunk(count, dim=1) for value in (h_SQ, ws_SQ, wh_SQ))
+    for p, (h_SR, ws_SR, wh_SR) in enumerate(zip(*of_projections, strict=True)):
         extra = (h_SR, wh_SR, gate_T, None if d_gate is None else d_gate[p], scaling)
-        _gather(dy[p], B_EOR[p], ws_SR, groups, tiles, extra, False)
+        _gather(dy[p], B_EOR[p], ws_SR, groups, extra, transposed=False)
     return ws_SQ, wh_SQ, None if d_gate is None else d_gate.sum((0, 1))
 
 
@@ -59,41 +61,44 @@ def _gather(
     factor: Tensor,
     out_SN: Tensor,
     groups: Segments,
-    tiles: Tiles,
     extra: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float],
+    *,
     transposed: bool,
 ) -> None:
-    columns = factor.shape[1] if transposed else factor.shape[2]
-    tile = tiles.gather
-    b_n = tile.columns(columns)
-    grid = (groups.token.shape[0] // tile.m, triton.cdiv(columns, b_n))
-    gather_kernel[grid](
-        row_TK,
-        factor,
-        out_SN,
-        groups.token,
-        groups.expert,
-        *extra,
-        row_TK.shape[0],
-        K=row_TK.shape[1],
-        N=columns,
-        width=out_SN.stride(0),
-        transposed=transposed,
-        precision=precision(),
-        b_tile=groups.block,
-        b_m=tile.m,
-        b_n=b_n,
-        b_k=fit(row_TK.shape[1], tile.k),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    tokens, width = row_TK.shape
+    rank = out_SN.shape[1]
+
+    def launch(t: Tile) -> None:
+        rows = groups.token.shape[0] // t.m
+        b_n = columns(rank, t.n, rows)
+        gather_kernel[(rows, triton.cdiv(rank, b_n))](
+            row_TK,
+            factor,
+            out_SN,
+            groups.token,
+            groups.expert,
+            *extra,
+            tokens,
+            K=width,
+            N=rank,
+            width=out_SN.stride(0),
+            transposed=transposed,
+            precision=precision(),
+            b_tile=groups.block,
+            b_m=t.m,
+            b_n=b_n,
+            b_k=fit(width, t.k),
+            num_warps=t.warps,
+            num_stages=t.stages,
+        )
+
+    _run("gather", launch, row_TK, rank)
 
 
 def expand(
     h_SR: Tensor,
     factor: Tensor,
     groups: Segments,
-    tiles: Tiles,
     out_TN: Tensor,
     *,
     transposed: bool,
@@ -107,34 +112,43 @@ def expand(
     Args:
         h_SR: ``[S, K]``, or columns of a wider one.
         factor: ``[E, N, K]`` if transposed, else ``[E, K, N]``.
+        groups: of the tokens.
         out_TN: returned, written.
+        transposed: see `factor`.
+        scaling: of every expert.
+        gate_T: fp32, or None for 1.
+        bias: ``[N]``, or None.
+        base_TN: added, or None.
     """
-    tile, columns = tiles.scatter, out_TN.shape[1]
-    b_n = tile.columns(columns)
-    grid = (groups.token.shape[0] // tile.m, triton.cdiv(columns, b_n))
-    scatter_kernel[grid](
-        h_SR,
-        factor,
-        out_TN,
-        groups.token,
-        groups.expert,
-        gate_T,
-        bias,
-        base_TN,
-        scaling,
-        out_TN.shape[0],
-        K=h_SR.shape[1],
-        N=columns,
-        width=h_SR.stride(0),
-        transposed=transposed,
-        precision=precision(),
-        b_tile=groups.block,
-        b_m=tile.m,
-        b_n=b_n,
-        b_k=fit(h_SR.shape[1], tile.k),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    (tokens, width), rank = out_TN.shape, h_SR.shape[1]
+
+    def launch(t: Tile) -> None:
+        b_n = columns(width, t.n)
+        scatter_kernel[(groups.token.shape[0] // t.m, triton.cdiv(width, b_n))](
+            h_SR,
+            factor,
+            out_TN,
+            groups.token,
+            groups.expert,
+            gate_T,
+            bias,
+            base_TN,
+            scaling,
+            tokens,
+            K=rank,
+            N=width,
+            width=h_SR.stride(0),
+            transposed=transposed,
+            precision=precision(),
+            b_tile=groups.block,
+            b_m=t.m,
+            b_n=b_n,
+            b_k=fit(rank, t.k),
+            num_warps=t.warps,
+            num_stages=t.stages,
+        )
+
+    _run("scatter", launch, out_TN, rank)
     return out_TN
 
 
@@ -142,7 +156,6 @@ def gram(
     row_TW: Tensor,
     slot_SN: Tensor,
     groups: Segments,
-    tiles: Tiles,
     learns: Sequence[bool],
     *,
     transposed: bool,
@@ -155,44 +168,56 @@ def gram(
     Args:
         row_TW: ``[T, W]``.
         slot_SN: ``[S, N]``, or columns of a wider one.
+        groups: of the tokens.
         learns: per expert.
         transposed: whether an expert's output is ``[N, W]`` and not ``[W, N]``.
 
     Returns:
         ``[L, N, W]`` or ``[L, W, N]``.
     """
-    (tokens, width), columns = row_TW.shape, slot_SN.shape[1]
-    tile, count = tiles.gram, sum(learns)
-    b_w, b_n = fit(width, tile.k), tile.columns(columns)
-    grid_w, grid_n = triton.cdiv(width, b_w), triton.cdiv(columns, b_n)
-    split = parts(count * grid_w * grid_n, tokens)
-    shape = (split, count, *((columns, width) if transposed else (width, columns)))
+    (tokens, width), rank, count = row_TW.shape, slot_SN.shape[1], sum(learns)
+    most = tile("gram", arch_for(row_TW), rank, tokens)
+    split = parts(count * triton.cdiv(width, most.k) * triton.cdiv(rank, most.n), tokens)
+    shape = (split, count, *((rank, width) if transposed else (width, rank)))
     out = row_TW.new_empty(shape, dtype=torch.float32 if split > 1 else row_TW.dtype)
-    done = 0
-    for first, run in runs(learns):
-        gram_kernel[(grid_w, grid_n, run * split)](
-            row_TW,
-            slot_SN,
-            out[:, done:],
-            groups.token,
-            groups.offset,
-            tokens,
-            first,
-            split,
-            out.stride(0),
-            W=width,
-            N=columns,
-            width=slot_SN.stride(0),
-            transposed=transposed,
-            precision=precision(),
-            b_m=tile.m,
-            b_n=b_n,
-            b_w=b_w,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-        done += run
+
+    def launch(t: Tile) -> None:
+        b_w, b_n, done = fit(width, t.k), columns(rank, t.n), 0
+        for first, run in runs(learns):
+            gram_kernel[(triton.cdiv(width, b_w), triton.cdiv(rank, b_n), run * split)](
+                row_TW,
+                slot_SN,
+                out[:, done:],
+                groups.token,
+                groups.offset,
+                tokens,
+                first,
+                split,
+                out.stride(0),
+                W=width,
+                N=rank,
+                width=slot_SN.stride(0),
+                transposed=transposed,
+                precision=precision(),
+                b_m=t.m,
+                b_n=b_n,
+                b_w=b_w,
+                num_warps=t.warps,
+                num_stages=t.stages,
+            )
+            done += run
+
+    _run("gram", launch, row_TW, rank)
     return out[0] if split == 1 else out.sum(0).to(row_TW.dtype)
+
+
+def _run(kernel: str, launch: Callable[[Tile], None], row: Tensor, rank: int) -> None:
+    """Launch with the tile of the table, or with the fastest where a search is asked for."""
+
+    def measure(candidate: Tile) -> float:
+        return float(triton.testing.do_bench(lambda: launch(candidate)))
+
+    launch(tile(kernel, arch_for(row), rank, row.shape[0], measure=measure))
 
 
 def runs(learns: Sequence[bool]) -> Iterator[tuple[int, int]]:

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prw_kernels.backend import check_interpreted, installed, runs_triton
+from prw_kernels.routed_lora.blocks import block_for
 from prw_kernels.routed_lora.reference import spread
 from prw_kernels.routed_lora.tiled_op import routed_lora_op
-from prw_kernels.routed_lora.tiles import tiles_for
 from prw_kernels.routing import segments
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -117,7 +117,7 @@ def tiled(
     gate_T = None if gate is None else _per_token(gate.to(torch.float32), lead)
     factor, B = _one_scaling(scaling, B)
     A, B = _one_rank(A, B)
-    groups = segments(expert_T, experts, block=tiles_for(x_TD).block)
+    groups = segments(expert_T, experts, block=block_for(x_TD, A[0][0].shape[0]))
     _, *outputs = routed_lora_op(
         x_TD,
         [a for A_p in A for a in A_p],

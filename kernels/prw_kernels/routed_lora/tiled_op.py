@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prw_kernels.routed_lora.tiles import tiles_for
 from prw_kernels.routing import Segments
 
 
@@ -54,11 +53,10 @@ def routed_lora_op(
     from prw_kernels.routed_lora.launch import expand, shrink
 
     groups = _groups(token_S, expert_I, offset_F, block)
-    tiles = tiles_for(x_TD)
     count = len(results) or len(weights)
     A_EQD, B_EOR = _stack(A, B, count)
     with torch.cuda.device_of(x_TD):
-        h_SQ = shrink(x_TD, A_EQD, groups, tiles)
+        h_SQ = shrink(x_TD, A_EQD, groups)
         outputs = [h_SQ]
         for p, h_SR in enumerate(h_SQ.chunk(count, dim=1)):
             dtype = results[p].dtype if results else x_TD.dtype
@@ -66,7 +64,6 @@ def routed_lora_op(
                 h_SR,
                 B_EOR[p],
                 groups,
-                tiles,
                 x_TD.new_empty((x_TD.shape[0], B_EOR[p].shape[1]), dtype=dtype),
                 transposed=True,
                 scaling=scaling,
@@ -133,24 +130,23 @@ def routed_lora_backward_op(
     from prw_kernels.routed_lora.launch import expand, gram, shrink_gradient
 
     groups = _groups(token_S, expert_I, offset_F, block)
-    tiles = tiles_for(x_TD)
     A_EQD, B_EOR = _stack(A, B, len(dy))
     outputs: list[Tensor] = []
     with torch.cuda.device_of(x_TD):
         ws_SQ, wh_SQ, d_gate_T = shrink_gradient(
-            dy, B_EOR, h_SQ, gate_T, scaling, groups, tiles, needs_gate=needs_gate
+            dy, B_EOR, h_SQ, gate_T, scaling, groups, needs_gate=needs_gate
         )
         if needs_x:
-            dx_TD = expand(ws_SQ, A_EQD, groups, tiles, torch.empty_like(x_TD), transposed=False)
+            dx_TD = expand(ws_SQ, A_EQD, groups, torch.empty_like(x_TD), transposed=False)
             for dy_TO, weight_OD in zip(dy, weights, strict=False):
                 dx_TD.addmm_(dy_TO, weight_OD)
             outputs.append(dx_TD)
         if d_gate_T is not None:
             outputs.append(d_gate_T)
         if any(learns):
-            outputs.append(gram(x_TD, ws_SQ, groups, tiles, learns, transposed=True))
+            outputs.append(gram(x_TD, ws_SQ, groups, learns, transposed=True))
             for dy_TO, wh_SR in zip(dy, wh_SQ.chunk(len(dy), dim=1), strict=True):
-                outputs.append(gram(dy_TO, wh_SR, groups, tiles, learns, transposed=False))
+                outputs.append(gram(dy_TO, wh_SR, groups, learns, transposed=False))
     return outputs
 
 
