@@ -57,21 +57,27 @@ Rows = list[tuple[int, int, Tile]]
 
 SAFE: dict[str, Rows] = {
     "route": [(ANY, ANY, Tile(32, 0, 32, 4, 2))],
-    "route_backward": [(ANY, ANY, Tile(32, 32, 0, 4, 1))],
-    "route_weight": [(ANY, ANY, Tile(32, 0, 32, 4, 2))],
+    "route_backward": [(ANY, ANY, Tile(32, 32, 0, 8, 1))],
+    "route_weight": [(ANY, ANY, Tile(32, 0, 32, 8, 2))],
     "gather": [(ANY, ANY, Tile(32, 64, 32, 4, 2))],
     "scatter": [(ANY, ANY, Tile(32, 64, 32, 4, 2))],
     "gram": [(ANY, ANY, Tile(32, 64, 64, 4, 2))],
 }
 """For an architecture or a size that has no row below; less than 64 kB of shared memory."""
 
+_CHOOSE: dict[str, Rows] = {
+    "route": [(16, 8192, Tile(32, 0, 64, 4, 3)), (16, ANY, Tile(64, 0, 64, 4, 3))],
+    "route_backward": [(16, ANY, Tile(32, 64, 0, 4, 1))],
+    "route_weight": [(32, ANY, Tile(32, 0, 64, 4, 3))],
+}
+
 INTERPRETER = "interpreter"
 """The architecture of Triton's interpreter, whose time is per program and not per element."""
 
 TABLE: dict[str, dict[str, Rows]] = {
-    "sm_80": {},
-    "sm_90": {},
-    "sm_100": {},
+    "sm_80": {**_CHOOSE},
+    "sm_90": {**_CHOOSE},
+    "sm_100": {**_CHOOSE},
     "gfx942": {},
     INTERPRETER: {kernel: [(ANY, ANY, Tile(16, 32, 32, 4, 1))] for kernel in KERNELS},
 }

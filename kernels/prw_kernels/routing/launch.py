@@ -57,7 +57,7 @@ def launch_segments(
         b_chunk=b_chunk,
         b_count=counted(tokens, count_CE.shape[0], b_chunk),
         b_expert=columns,
-        b_rows=max(1, 4096 // columns),
+        b_rows=2048 // columns,
     )
     return Segments(token=token_S, slot=slot_T, expert=tile_I, offset=offset_F, block=block)
 

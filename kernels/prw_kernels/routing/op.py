@@ -19,7 +19,7 @@ from prw_kernels.routing.reference import (
     slots,
 )
 
-MOST = 128
+MOST = 64
 """Experts up to which the kernels are used: their registers hold rows of this width."""
 
 MOST_SLOTS = 2**30
