@@ -11,7 +11,6 @@ import os
 import torch
 from torch import Tensor
 
-
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
 
