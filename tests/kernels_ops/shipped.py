@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from kernels_ops.offline import SHARED_MEMORY, Build
+from prw_kernels.routed_lora.blocks import columns as columns_of
+from prw_kernels.routed_lora.blocks import fit
 from prw_kernels.tiles import Tile, tile
 
 WIDTH = 3072
@@ -145,10 +147,129 @@ def place(arch: str, experts: int, tokens: int) -> Build:
     return Build(kernel=ROUTING + "place_kernel", arch=arch, args=args, meta=meta)
 
 
+ROUTED_LORA = "prw_kernels.routed_lora.kernels:"
+SEGMENTS = ["i32", "i32"]
+
+
+def block(arch: str, tokens: int) -> int:
+    """Slots per tile of the segments."""
+    return max(tile(kernel, arch, 1, tokens).m for kernel in ("gather", "scatter", "gram"))
+
+
+def shrink(arch: str, rank: int, tokens: int) -> Build:
+    """``h = A_e x`` for K and V together."""
+    return gather(arch, 2 * rank, 2 * rank, tokens, [None, None, None, None], transposed=True)
+
+
+def shrink_transposed(arch: str, rank: int, tokens: int) -> Build:
+    """``s = B_e^T dy``, with the derivative of the gate."""
+    given = ["bf16", "bf16", "fp32", "fp32"]
+    return gather(arch, rank, 2 * rank, tokens, given, transposed=False)
+
+
+def gather(
+    arch: str, rank: int, width: int, tokens: int, given: list[str | None], *, transposed: bool
+) -> Build:
+    sizes = tile("gather", arch, rank, tokens)
+    meta = {
+        "K": WIDTH,
+        "N": rank,
+        "width": width,
+        "transposed": transposed,
+        "precision": "ieee",
+        "b_tile": block(arch, tokens),
+        "b_m": sizes.m,
+        "b_n": columns_of(rank, sizes.n),
+        "b_k": fit(WIDTH, sizes.k),
+        **run_as(sizes),
+    }
+    return Build(
+        kernel=ROUTED_LORA + "gather_kernel",
+        arch=arch,
+        args=["bf16", "bf16", "bf16", *SEGMENTS, *given, 2.0, tokens],
+        meta=meta,
+        products=products(arch, sizes.m),
+    )
+
+
+def expand(arch: str, rank: int, tokens: int) -> Build:
+    """``y = B_e h * scaling * gate + bias + base``."""
+    given = ["fp32", "bf16", "bf16"]
+    return scatter(arch, rank, 2 * rank, tokens, given, transposed=True)
+
+
+def expand_transposed(arch: str, rank: int, tokens: int) -> Build:
+    """``dx = A_e^T s`` for K and V together."""
+    return scatter(arch, 2 * rank, 2 * rank, tokens, [None, None, None], transposed=False)
+
+
+def scatter(
+    arch: str, rank: int, width: int, tokens: int, given: list[str | None], *, transposed: bool
+) -> Build:
+    sizes = tile("scatter", arch, rank, tokens)
+    meta = {
+        "K": rank,
+        "N": WIDTH,
+        "width": width,
+        "transposed": transposed,
+        "precision": "ieee",
+        "b_tile": block(arch, tokens),
+        "b_m": sizes.m,
+        "b_n": columns_of(WIDTH, sizes.n),
+        "b_k": fit(rank, sizes.k),
+        **run_as(sizes),
+    }
+    return Build(
+        kernel=ROUTED_LORA + "scatter_kernel",
+        arch=arch,
+        args=["bf16", "bf16", "bf16", *SEGMENTS, *given, 2.0, tokens],
+        meta=meta,
+        products=products(arch, sizes.m),
+    )
+
+
+def gram_a(arch: str, rank: int, tokens: int) -> Build:
+    """``dA_e = s^T x`` for K and V together."""
+    return gram(arch, 2 * rank, tokens, "bf16", transposed=True)
+
+
+def gram_b(arch: str, rank: int, tokens: int) -> Build:
+    """``dB_e = dy^T h``, in parts."""
+    return gram(arch, rank, tokens, "fp32", transposed=False)
+
+
+def gram(arch: str, rank: int, tokens: int, out: str, *, transposed: bool) -> Build:
+    sizes = tile("gram", arch, rank, tokens)
+    meta = {
+        "W": WIDTH,
+        "N": rank,
+        "width": 2 * rank,
+        "transposed": transposed,
+        "precision": "ieee",
+        "b_m": sizes.m,
+        "b_n": columns_of(rank, sizes.n),
+        "b_w": fit(WIDTH, sizes.k),
+        **run_as(sizes),
+    }
+    return Build(
+        kernel=ROUTED_LORA + "gram_kernel",
+        arch=arch,
+        args=["bf16", "bf16", out, *SEGMENTS, tokens, 0, 4, 4096],
+        meta=meta,
+        products=products(arch, meta["b_w"]),
+    )
+
+
 KERNELS = [
     Entry(route, (5, 20, 64)),
     Entry(route_backward, (5, 20, 64)),
     Entry(route_weight, (5, 20, 64)),
     Entry(count, (5, 64)),
     Entry(place, (5, 64)),
+    Entry(shrink, (128, 16, 64)),
+    Entry(shrink_transposed, (128, 16, 64)),
+    Entry(expand, (128, 16, 64)),
+    Entry(expand_transposed, (128, 16, 64)),
+    Entry(gram_a, (128, 16, 64)),
+    Entry(gram_b, (128, 16, 64)),
 ]

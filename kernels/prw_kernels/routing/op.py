@@ -129,7 +129,8 @@ def _segments(expert_T: Tensor, experts: int, block: int, count: Tensor | None) 
         return segments_reference(expert_T, experts, block=block)
     from prw_kernels.routing.launch import launch_segments
 
-    return launch_segments(expert_T, experts, block=block, count_CE=count)
+    with torch.cuda.device_of(expert_T):
+        return launch_segments(expert_T, experts, block=block, count_CE=count)
 
 
 def _check_segments(expert_T: Tensor, experts: int, block: int) -> None:
@@ -155,9 +156,10 @@ def route_op(
 
     noise_ED = None if noise_ED is None else noise_ED.contiguous()
     eps_TE = None if eps_TE is None else eps_TE.contiguous()
-    expert_T, gate_T, probs_TE, slope_TE, count_CE = launch_route(
-        h_TD.contiguous(), signal_ED.contiguous(), noise_ED, eps_TE
-    )
+    with torch.cuda.device_of(h_TD):
+        expert_T, gate_T, probs_TE, slope_TE, count_CE = launch_route(
+            h_TD.contiguous(), signal_ED.contiguous(), noise_ED, eps_TE
+        )
     return expert_T, gate_T, probs_TE, _or_empty(slope_TE, probs_TE), count_CE
 
 
@@ -195,18 +197,19 @@ def route_backward_op(
     from prw_kernels.routing.launch import launch_route_backward, launch_route_weight
 
     h_TD = h_TD.contiguous()
-    d_logit_TF, d_h_TD = launch_route_backward(
-        expert_T,
-        probs_TE,
-        None if noise_ED is None else slope_TE,
-        None if d_gate_T is None else d_gate_T.contiguous(),
-        None if d_probs_TE is None else d_probs_TE.contiguous(),
-        h_TD,
-        signal_ED.contiguous(),
-        None if noise_ED is None else noise_ED.contiguous(),
-        needs_h,
-    )
-    d_columns = launch_route_weight(d_logit_TF, h_TD) if needs_columns else None
+    with torch.cuda.device_of(h_TD):
+        d_logit_TF, d_h_TD = launch_route_backward(
+            expert_T,
+            probs_TE,
+            None if noise_ED is None else slope_TE,
+            None if d_gate_T is None else d_gate_T.contiguous(),
+            None if d_probs_TE is None else d_probs_TE.contiguous(),
+            h_TD,
+            signal_ED.contiguous(),
+            None if noise_ED is None else noise_ED.contiguous(),
+            needs_h,
+        )
+        d_columns = launch_route_weight(d_logit_TF, h_TD) if needs_columns else None
     return _or_empty(d_h_TD, h_TD), _or_empty(d_columns, probs_TE)
 
 
