@@ -179,7 +179,7 @@ def gather(
         "precision": "ieee",
         "b_tile": block(arch, tokens),
         "b_m": sizes.m,
-        "b_n": columns_of(rank, sizes.n),
+        "b_n": columns_of(rank, sizes.n, tokens // sizes.m),
         "b_k": fit(WIDTH, sizes.k),
         **run_as(sizes),
     }
