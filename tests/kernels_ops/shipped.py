@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kernels_ops.offline import SHARED_MEMORY, Build
 from prw_kernels.routed_lora.blocks import columns as columns_of
-from prw_kernels.routed_lora.blocks import fit
+from prw_kernels.routed_lora.blocks import fit, is_dense
 from prw_kernels.tiles import Tile, tile
 
 WIDTH = 3072
@@ -147,8 +147,8 @@ def place(arch: str, experts: int, tokens: int) -> Build:
     return Build(kernel=ROUTING + "place_kernel", arch=arch, args=args, meta=meta)
 
 
+EXPERTS = 5
 ROUTED_LORA = "prw_kernels.routed_lora.kernels:"
-SEGMENTS = ["i32", "i32"]
 
 
 def block(arch: str, tokens: int) -> int:
@@ -170,26 +170,37 @@ def shrink_transposed(arch: str, rank: int, tokens: int) -> Build:
 def gather(
     arch: str, rank: int, width: int, tokens: int, given: list[str | None], *, transposed: bool
 ) -> Build:
-    sizes = tile("gather", arch, rank, tokens)
+    sizes, dense = tile("gather", arch, rank, tokens), dense_of(width // 2)
     meta = {
         "K": WIDTH,
         "N": rank,
         "width": width,
         "transposed": transposed,
+        "experts": dense,
         "precision": "ieee",
-        "b_tile": block(arch, tokens),
+        "b_tile": 0 if dense else block(arch, tokens),
         "b_m": sizes.m,
-        "b_n": columns_of(rank, sizes.n, tokens // sizes.m),
+        "b_n": columns_of(rank * max(dense, 1), sizes.n, tokens // sizes.m + EXPERTS),
         "b_k": fit(WIDTH, sizes.k),
         **run_as(sizes),
     }
     return Build(
         kernel=ROUTED_LORA + "gather_kernel",
         arch=arch,
-        args=["bf16", "bf16", "bf16", *SEGMENTS, *given, 2.0, tokens],
+        args=["bf16", "bf16", "bf16", *order(dense), *given, 2.0, tokens],
         meta=meta,
         products=products(arch, sizes.m),
     )
+
+
+def dense_of(rank: int) -> int:
+    """Whether all experts are computed: their number, or 0."""
+    return EXPERTS if is_dense(EXPERTS, rank) else 0
+
+
+def order(dense: int) -> list[str | None]:
+    """The routing: of slots and tiles, or of tokens."""
+    return [None, "i64"] if dense else ["i32", "i32"]
 
 
 def expand(arch: str, rank: int, tokens: int) -> Build:
@@ -206,14 +217,15 @@ def expand_transposed(arch: str, rank: int, tokens: int) -> Build:
 def scatter(
     arch: str, rank: int, width: int, tokens: int, given: list[str | None], *, transposed: bool
 ) -> Build:
-    sizes = tile("scatter", arch, rank, tokens)
+    sizes, dense = tile("scatter", arch, rank, tokens), dense_of(width // 2)
     meta = {
         "K": rank,
         "N": WIDTH,
         "width": width,
         "transposed": transposed,
+        "experts": dense,
         "precision": "ieee",
-        "b_tile": block(arch, tokens),
+        "b_tile": 0 if dense else block(arch, tokens),
         "b_m": sizes.m,
         "b_n": columns_of(WIDTH, sizes.n),
         "b_k": fit(rank, sizes.k),
@@ -222,7 +234,7 @@ def scatter(
     return Build(
         kernel=ROUTED_LORA + "scatter_kernel",
         arch=arch,
-        args=["bf16", "bf16", "bf16", *SEGMENTS, *given, 2.0, tokens],
+        args=["bf16", "bf16", "bf16", *order(dense), *given, 2.0, tokens],
         meta=meta,
         products=products(arch, sizes.m),
     )
@@ -230,21 +242,22 @@ def scatter(
 
 def gram_a(arch: str, rank: int, tokens: int) -> Build:
     """``dA_e = s^T x`` for K and V together."""
-    return gram(arch, 2 * rank, tokens, "bf16", transposed=True)
+    return gram(arch, 2 * rank, 2 * rank, tokens, "bf16", transposed=True)
 
 
 def gram_b(arch: str, rank: int, tokens: int) -> Build:
     """``dB_e = dy^T h``, in parts."""
-    return gram(arch, rank, tokens, "fp32", transposed=False)
+    return gram(arch, rank, 2 * rank, tokens, "fp32", transposed=False)
 
 
-def gram(arch: str, rank: int, tokens: int, out: str, *, transposed: bool) -> Build:
-    sizes = tile("gram", arch, rank, tokens)
+def gram(arch: str, rank: int, width: int, tokens: int, out: str, *, transposed: bool) -> Build:
+    sizes, dense = tile("gram", arch, rank, tokens), dense_of(width // 2)
     meta = {
         "W": WIDTH,
         "N": rank,
-        "width": 2 * rank,
+        "width": width,
         "transposed": transposed,
+        "experts": dense,
         "precision": "ieee",
         "b_m": sizes.m,
         "b_n": columns_of(rank, sizes.n),
@@ -254,7 +267,16 @@ def gram(arch: str, rank: int, tokens: int, out: str, *, transposed: bool) -> Bu
     return Build(
         kernel=ROUTED_LORA + "gram_kernel",
         arch=arch,
-        args=["bf16", "bf16", out, *SEGMENTS, tokens, 0, 4, 4096],
+        args=[
+            "bf16",
+            "bf16",
+            out,
+            *(["i64", None] if dense else ["i32", "i32"]),
+            tokens,
+            0,
+            4,
+            4096,
+        ],
         meta=meta,
         products=products(arch, meta["b_w"]),
     )

@@ -47,11 +47,20 @@ devices = pytest.mark.parametrize(
     ],
 )
 
+
+@pytest.fixture(params=["grouped", "dense"])
+def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both orders of rows, whatever the sizes."""
+    monkeypatch.setattr(blocks, "DENSE", 0 if request.param == "grouped" else 10**6)
+
+
+both = pytest.mark.usefixtures("order")
 op = partial(routed_lora, backend="triton")
 fold = partial(routed_linear, backend="triton")
 
 CASES = {
-    "one-token": BackendCase((1,), ranks=(1,), width=48, sizes=(64,)),
+    "one-token": BackendCase((1,), ranks=(1, 1), width=48, sizes=(64,)),
+    "one-expert": BackendCase((7,), ranks=(16,), width=48, sizes=(64,)),
     "two-projections": BackendCase((37,), ranks=(24,) * 3, width=48, sizes=(64, 96)),
     "one-for-all": BackendCase((100,), ranks=(16,) * 5, width=96, choice="last", sizes=(48,)),
     "no-gate": BackendCase((37,), ranks=(8,) * 2, width=64, sizes=(48, 48), gated=False),
@@ -74,6 +83,7 @@ def close(found: Tensor | None, wanted: Tensor | None, dtype: torch.dtype) -> No
     torch.testing.assert_close(found.double(), exact.double(), rtol=0, atol=atol)
 
 
+@both
 @places
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_and_every_gradient_are_the_formula(
@@ -118,6 +128,7 @@ class Linear:
         return twin, routed_lora(bases, *given, backend="reference")
 
 
+@both
 @places
 @pytest.mark.parametrize(
     ("name", "bias"),
@@ -196,6 +207,7 @@ def test_the_promises_of_a_backend_on_a_gpu() -> None:
     check_backend(op, device="cuda", dtypes=(FP32, FP16, BF16), examples=60)
 
 
+@both
 @devices
 def test_two_runs_have_the_same_bits_also_when_sums_are_split(
     device: str, monkeypatch: pytest.MonkeyPatch
@@ -214,6 +226,7 @@ def test_two_runs_have_the_same_bits_also_when_sums_are_split(
         close(gradient, exact[leaf], FP32)
 
 
+@both
 @devices
 def test_an_expert_nobody_chose_changes_no_bit(device: str) -> None:
     case = BackendCase((20,), ranks=(8,) * 3, width=48, sizes=(64, 48), choice="first")
@@ -228,9 +241,10 @@ def test_an_expert_nobody_chose_changes_no_bit(device: str) -> None:
         assert torch.equal(gradients[leaf], gradient)  # type: ignore[arg-type]
 
 
+@both
 @devices
 def test_a_token_that_is_not_finite_stays_with_its_expert(device: str) -> None:
-    """Token 0 is also what the empty slots of every expert read."""
+    """Token 0 is also what the empty slots of every other expert read."""
     given = BackendCase((20,), ranks=(8,) * 3, width=48, sizes=(64,)).begin(device)
     given.expert[0], given.expert[1:] = 0, torch.arange(19) % 2 + 1
     with torch.no_grad():
@@ -243,6 +257,7 @@ def test_a_token_that_is_not_finite_stays_with_its_expert(device: str) -> None:
         assert gradients[leaf].isfinite().all()  # type: ignore[union-attr]
 
 
+@both
 @devices
 def test_only_experts_that_learn_get_gradients(device: str) -> None:
     given = BackendCase((20,), ranks=(8,) * 4, width=48, sizes=(64, 48)).begin(device)
@@ -276,6 +291,7 @@ def test_outputs_keep_the_dtype_of_their_results_and_autocast_is_off_inside() ->
         close(found, wanted, FP16)
 
 
+@both
 @devices
 def test_recomputing_and_compiling_change_no_bit(device: str) -> None:
     given = CASES["samples"].begin(device)
@@ -289,6 +305,7 @@ def test_recomputing_and_compiling_change_no_bit(device: str) -> None:
         assert all(map(torch.equal, torch.autograd.grad(found[0].sum(), target), gradients))
 
 
+@both
 @interpreted
 def test_the_operator_is_registered_as_torch_wants() -> None:
     given = BackendCase((5,), ranks=(8,) * 2, width=48, sizes=(64, 48)).begin()
@@ -350,7 +367,7 @@ def test_mistakes_are_named() -> None:
     refuse(r"B\[0\]\[1\] \(7, 4\)", results, x, A, [[B[0][0], B[0][1][:7]]], *rest)
     refuse(r"results\[0\] is \(4, 8\), expected", [results[0][:4]], x, A, B, *rest)
     refuse("same projections and experts", results * 2, x, A, B, *rest)
-    refuse("index 2 is outside the pool", results, x, A, B, scaling, expert * 0 + 2, gate)
+    refuse("index is outside the pool", results, x, A, B, scaling, expert * 0 + 2, gate)
     refuse("give int64 indices", results, x, A, B, scaling, expert.float(), gate)
     refuse("another argument on meta", results, x, A, B, scaling, expert.to("meta"), gate)
     with pytest.raises(ValueError, match=r"weights\[0\] is \(8, 5\)"):
@@ -360,6 +377,11 @@ def test_mistakes_are_named() -> None:
 def test_runs_of_experts() -> None:
     assert list(blocks.runs([True, True, False, True])) == [(0, 2), (3, 1)]
     assert list(blocks.runs([False, False])) == []
+
+
+def test_few_columns_are_not_worth_a_sort() -> None:
+    assert blocks.is_dense(1, 128) and blocks.is_dense(5, 16)
+    assert not blocks.is_dense(5, 32) and not blocks.is_dense(2, 64)
 
 
 def test_blocks_cover_and_waste_little() -> None:
@@ -397,9 +419,10 @@ FLUX = BackendCase((4096,), ranks=(128,) * 5, width=3072, sizes=(3072, 3072), dt
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
-def test_keys_and_values_of_flux(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rank", [128, 16])
+def test_keys_and_values_of_flux(rank: int, dtype: torch.dtype) -> None:
     """Against fp64, and bit for bit the same twice."""
-    linear = Linear(replace(FLUX, dtype=dtype), (True, True), "cuda")
+    linear = Linear(replace(FLUX, ranks=(rank,) * 5, dtype=dtype), (True, True), "cuda")
     twin, wanted = linear.truth()
     outputs, again = linear.run(), linear.run()
     gradients, exact = linear.given.gradients(outputs), twin.gradients(wanted)

@@ -6,6 +6,7 @@ The sizes of a launch decide in which order numbers are added, so nothing here l
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -17,6 +18,36 @@ LEAST = 16
 
 PROGRAMS = 132
 """Programs that keep a large device busy: the multiprocessors of an H100 or H200."""
+
+
+DENSE = 80
+"""Columns of all experts together up to which computing them all is cheaper than sorting tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Which slot holds which token, and whose it is; grouped by expert, or dense.
+
+    Attributes:
+        slots: S; T if dense, where slot s is token s.
+        token: int32 ``[S]``, T in an empty slot; None if dense.
+        expert: int32 ``[S / block]`` of each tile, -1 in an unused one; if dense ``[T]``.
+        offset: int32 ``[E + 1]``, the first slot of each expert; None if dense.
+        block: slots of a tile that has one expert.
+        dense: E, or 0 if grouped.
+    """
+
+    slots: int
+    token: Tensor | None
+    expert: Tensor
+    offset: Tensor | None
+    block: int = 0
+    dense: int = 0
+
+
+def is_dense(experts: int, rank: int) -> bool:
+    """Whether to compute every expert on every token instead of sorting tokens."""
+    return experts == 1 or experts * rank <= DENSE
 
 
 def arch_for(x: Tensor) -> str:

@@ -1,14 +1,17 @@
-"""Routed LoRA on the device: three products over tokens grouped by expert.
+"""Routed LoRA on the device: three products whose factor depends on the row's expert.
 
 `gather_kernel` reads rows of tokens and writes rows of slots (the shrink, and its transpose on
 incoming gradients); `scatter_kernel` reads slots and writes every row of a token once (the expand,
 and its transpose); `gram_kernel` sums outer products over the slots of an expert (the gradients of
 the factors). No atomics: every output has one writer, so two runs give the same bits.
 
+Two orders of rows. Grouped (``experts`` is 0): slots are those of `prw_kernels.routing.Segments`,
+a tile of ``b_tile`` slots has one expert, and ``b_m`` divides ``b_tile``. Dense (``experts`` is E):
+slot s is token s, every expert is computed, and each row keeps its own; nothing is sorted.
+
 Names: ``p_`` pointer, ``i_`` index, ``o_`` indices along a tile, ``m_`` mask, ``b_`` block size.
-T tokens, S slots, E experts, K the summed axis, N the columns of the output, L experts that learn.
-The groups are `prw_kernels.routing.Segments`: a tile of ``b_tile`` slots has one expert, and
-``b_m`` divides ``b_tile``. Rows are addressed in 64 bits: T * K passes 2**31.
+T tokens, S slots (T if dense), E experts, K the summed axis, N the columns of one expert, L experts
+that learn. Rows are addressed in 64 bits: T * K passes 2**31.
 """
 
 from __future__ import annotations
@@ -22,58 +25,74 @@ def gather_kernel(
     p_row,  # [T, K]
     p_factor,  # [E, K, N], or [E, N, K] if transposed
     p_out,  # [S, width], its first N columns
-    p_token,  # [S] int32, T in an empty slot
-    p_expert,  # [S / b_tile] int32, -1 in an unused tile
-    p_h,  # [S, width], forward's output, or None in the forward
+    p_token,  # [S] int32, T in an empty slot; None if dense
+    p_expert,  # [S / b_tile] int32, -1 in an unused tile; if dense [T], any integer type
+    p_h,  # [S, width], the forward's output, or None in the forward
     p_weighted,  # [S, width], out: weight * h
     p_gate,  # [T] float32, or None
-    p_dgate,  # [ceil(N / b_n), T] float32, out: partial sums, or None
+    p_dgate,  # [column tiles, T] float32, out: partial sums, or None
     scaling,
     T,
     K: tl.constexpr,
     N: tl.constexpr,
     width: tl.constexpr,
     transposed: tl.constexpr,
+    experts: tl.constexpr,
     precision: tl.constexpr,
     b_tile: tl.constexpr,
     b_m: tl.constexpr,
     b_n: tl.constexpr,
     b_k: tl.constexpr,
 ):
-    """``out_s = row_t F_e`` for the token t of slot s. Grid: (S / b_m, ceil(N / b_n)).
+    """``out_s = row_t F_e`` for the token t of slot s.
 
     In the backward (``p_h`` given) with ``weight = scaling * gate``: ``out_s = weight row_t F_e``,
     ``weighted_s = weight h_s``, and ``dgate = scaling <row_t F_e, h_s>`` over these columns.
-    Rows of empty slots hold anything.
+    Rows of empty slots hold anything. Grid: (S / b_m, columns / b_n), the columns N, dense E * N.
     """
     i_m, i_n = tl.program_id(0), tl.program_id(1)
-    i_expert = tl.load(p_expert + i_m * b_m // b_tile).to(tl.int64)
-    if i_expert < 0:
-        return
     o_slot = i_m.to(tl.int64) * b_m + tl.arange(0, b_m)
-    o_token = tl.load(p_token + o_slot)
-    m_token = o_token < T
+    o_n = i_n * b_n + tl.arange(0, b_n)
+    if experts == 0:
+        i_expert = tl.load(p_expert + i_m * b_m // b_tile).to(tl.int64)
+        if i_expert < 0:
+            return
+        o_token = tl.load(p_token + o_slot)
+        m_token = o_token < T
+        m_n = o_n < N
+        o_column = o_n
+        m_at = m_n[None, :]
+        p_factor += i_expert * (K * N)
+    else:
+        o_token = o_slot
+        m_token = o_slot < T
+        m_n = o_n < experts * N
+        o_column = o_n % N
+        own = _own(p_expert, o_slot, m_token, experts)
+        m_at = (own[:, None] == (o_n // N)[None, :]) & m_n[None, :]
     # An empty slot reads token 0: the loads need no mask, and nobody reads what comes of it.
     o_token = tl.where(m_token, o_token, 0).to(tl.int64)
-    o_n = i_n * b_n + tl.arange(0, b_n)
-    m_n = o_n < N
     p_row += o_token * K
-    p_factor += i_expert * (K * N)
+    if transposed:
+        p_column = p_factor + o_n * K
+    else:
+        p_column = p_factor + (o_n // N) * (K * N) + o_column
     acc = tl.zeros((b_m, b_n), tl.float32)
     for k in range(0, K, b_k):
         o_k = k + tl.arange(0, b_k)
         row = _load(p_row[:, None] + o_k[None, :], None, o_k < K, K % b_k)
-        factor = _factor(p_factor, o_k, o_n, K, N, transposed, b_k, b_n)
+        p_at = p_column[None, :] + (o_k if transposed else o_k * N)[:, None]
+        ragged: tl.constexpr = K % b_k + (experts * N if experts else N) % b_n
+        factor = _load(p_at, o_k < K if ragged else None, m_n, ragged)
         acc = tl.dot(row, factor, acc, input_precision=precision)
-    p_at = o_slot[:, None] * width + o_n[None, :]
-    m_at = m_n[None, :]
+    p_at = o_slot[:, None] * width + o_column[None, :]
     if p_h is not None:
         weight = tl.zeros((b_m,), tl.float32) + scaling
         if p_gate is not None:
             weight *= tl.load(p_gate + o_token)
         h = tl.load(p_h + p_at, mask=m_at, other=0.0).to(tl.float32)
         if p_dgate is not None:
-            dgate = tl.sum(acc * h, axis=1) * scaling
+            dgate = tl.sum(tl.where(m_at, acc * h, 0.0), axis=1) * scaling
             tl.store(p_dgate + i_n.to(tl.int64) * T + o_token, dgate, mask=m_token)
         weighted = (h * weight[:, None]).to(p_weighted.dtype.element_ty)
         tl.store(p_weighted + p_at, weighted, mask=m_at)
@@ -86,8 +105,8 @@ def scatter_kernel(
     p_slot,  # [S, width], its first K columns
     p_factor,  # [E, K, N], or [E, N, K] if transposed
     p_out,  # [T, N]
-    p_token,  # [S] int32, T in an empty slot
-    p_expert,  # [S / b_tile] int32, -1 in an unused tile
+    p_token,  # [S] int32, T in an empty slot; None if dense
+    p_expert,  # [S / b_tile] int32, -1 in an unused tile; if dense [T], any integer type
     p_gate,  # [T] float32, or None
     p_bias,  # [N], or None
     p_base,  # [T, N], or None
@@ -97,34 +116,45 @@ def scatter_kernel(
     N: tl.constexpr,
     width: tl.constexpr,
     transposed: tl.constexpr,
+    experts: tl.constexpr,
     precision: tl.constexpr,
     b_tile: tl.constexpr,
     b_m: tl.constexpr,
     b_n: tl.constexpr,
     b_k: tl.constexpr,
 ):
-    """``out_t = slot_s F_e * scaling * gate_t + bias + base_t``. Grid: (S / b_m, ceil(N / b_n))."""
+    """``out_t = slot_s F_e * scaling * gate_t + bias + base_t``. Grid: (S / b_m, N / b_n)."""
     i_m, i_n = tl.program_id(0), tl.program_id(1)
-    i_expert = tl.load(p_expert + i_m * b_m // b_tile).to(tl.int64)
-    if i_expert < 0:
-        return
     o_slot = i_m.to(tl.int64) * b_m + tl.arange(0, b_m)
-    o_token = tl.load(p_token + o_slot)
-    m_token = o_token < T
-    o_token = tl.where(m_token, o_token, 0).to(tl.int64)
     o_n = i_n * b_n + tl.arange(0, b_n)
     m_n = o_n < N
-    p_slot += o_slot * width
-    p_factor += i_expert * (K * N)
-    acc = tl.zeros((b_m, b_n), tl.float32)
-    for k in range(0, K, b_k):
-        o_k = k + tl.arange(0, b_k)
-        slot = _load(p_slot[:, None] + o_k[None, :], None, o_k < K, K % b_k)
-        factor = _factor(p_factor, o_k, o_n, K, N, transposed, b_k, b_n)
-        acc = tl.dot(slot, factor, acc, input_precision=precision)
+    if transposed:
+        p_column = p_factor + o_n * K
+    else:
+        p_column = p_factor + o_n
+    if experts == 0:
+        i_expert = tl.load(p_expert + i_m * b_m // b_tile).to(tl.int64)
+        if i_expert < 0:
+            return
+        o_token = tl.load(p_token + o_slot)
+        m_token = o_token < T
+        o_token = tl.where(m_token, o_token, 0).to(tl.int64)
+        p_slot += o_slot * width
+        p_column += i_expert * (K * N)
+        acc = _expand(p_slot, p_column, m_n, K, N, transposed, precision, b_m, b_n, b_k)
+    else:
+        o_token = o_slot
+        m_token = o_slot < T
+        own = _own(p_expert, o_slot, m_token, experts)
+        p_slot += tl.where(m_token, o_slot, 0) * width
+        acc = tl.zeros((b_m, b_n), tl.float32)
+        for i_expert in range(experts):
+            p_own = p_column + i_expert * (K * N)
+            found = _expand(p_slot, p_own, m_n, K, N, transposed, precision, b_m, b_n, b_k)
+            acc = tl.where((own == i_expert)[:, None], found, acc)
     weight = tl.zeros((b_m,), tl.float32) + scaling
     if p_gate is not None:
-        weight *= tl.load(p_gate + o_token)
+        weight *= tl.load(p_gate + o_token, mask=m_token, other=0.0)
     acc *= weight[:, None]
     if p_bias is not None:
         acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
@@ -140,8 +170,8 @@ def gram_kernel(
     p_row,  # [T, W]
     p_slot,  # [S, width], its first N columns
     p_out,  # [parts, L, W, N], or [parts, L, N, W] if transposed
-    p_token,  # [S] int32, T in an empty slot
-    p_offset,  # [E + 1] int32, the first slot of each expert
+    p_token,  # [S] int32, T in an empty slot; if dense [T], the expert of each token
+    p_offset,  # [E + 1] int32, the first slot of each expert; None if dense
     T,
     first,  # the expert of the first output
     parts,  # each expert's slots are summed in so many parts
@@ -150,6 +180,7 @@ def gram_kernel(
     N: tl.constexpr,
     width: tl.constexpr,
     transposed: tl.constexpr,
+    experts: tl.constexpr,
     precision: tl.constexpr,
     b_m: tl.constexpr,
     b_n: tl.constexpr,
@@ -157,12 +188,15 @@ def gram_kernel(
 ):
     """``out_e = sum over slots s of expert e of row_t outer slot_s``, zeros without any.
 
-    Grid: (ceil(W / b_w), ceil(N / b_n), experts * parts).
+    Grid: (W / b_w, N / b_n, experts that learn * parts).
     """
     i_w, i_n = tl.program_id(0), tl.program_id(1)
     i_part, i_out = tl.program_id(2) % parts, tl.program_id(2) // parts
-    start = tl.load(p_offset + first + i_out)
-    end = tl.load(p_offset + first + i_out + 1)
+    if experts == 0:
+        start = tl.load(p_offset + first + i_out)
+        end = tl.load(p_offset + first + i_out + 1)
+    else:
+        start, end = 0, T
     share = tl.cdiv(tl.cdiv(end - start, b_m), parts) * b_m
     start += i_part * share
     end = tl.minimum(end, start + share)
@@ -172,8 +206,12 @@ def gram_kernel(
     acc = tl.zeros((b_w, b_n), tl.float32)
     for s in range(start, end, b_m):
         o_slot = s + tl.arange(0, b_m)
-        o_token = tl.load(p_token + o_slot)
-        m_token = o_token < T
+        if experts == 0:
+            o_token = tl.load(p_token + o_slot)
+            m_token = o_token < T
+        else:
+            o_token = o_slot
+            m_token = _own(p_token, o_slot, o_slot < T, experts) == first + i_out
         p_rows = p_row + (o_token.to(tl.int64) * W)[:, None] + o_w[None, :]
         p_slots = p_slot + (o_slot.to(tl.int64) * width)[:, None] + o_n[None, :]
         row = _load(p_rows, m_token, m_w, W % b_w)
@@ -188,32 +226,45 @@ def gram_kernel(
 
 
 @triton.jit
-def _factor(
-    p_factor,
-    o_k,
-    o_n,
+def _own(p_expert, o_token, m_token, experts: tl.constexpr):
+    """The expert of each token, -1 outside the mask; an index outside the pool becomes the nearest
+    inside, as in `prw_kernels.routing`.
+    """
+    own = tl.load(p_expert + o_token, mask=m_token, other=0)
+    return tl.where(m_token, tl.minimum(tl.maximum(own, 0), experts - 1), -1)
+
+
+@triton.jit
+def _expand(
+    p_slot,
+    p_column,
+    m_n,
     K: tl.constexpr,
     N: tl.constexpr,
     transposed: tl.constexpr,
-    b_k: tl.constexpr,
+    precision: tl.constexpr,
+    b_m: tl.constexpr,
     b_n: tl.constexpr,
+    b_k: tl.constexpr,
 ):
-    """A tile ``[b_k, b_n]`` of one expert's factor, which lies ``[N, K]`` if transposed."""
-    if transposed:
-        p_at = p_factor + o_n[None, :] * K + o_k[:, None]
-    else:
-        p_at = p_factor + o_k[:, None] * N + o_n[None, :]
-    # Masks only where a tile hangs over: without, the loads are wide and asynchronous.
-    if K % b_k == 0 and N % b_n == 0:
-        tile = tl.load(p_at)
-    else:
-        tile = tl.load(p_at, mask=(o_k < K)[:, None] & (o_n < N)[None, :], other=0.0)
-    return tile
+    """Rows of slots times the factor of one expert: ``[b_m, b_n]``."""
+    acc = tl.zeros((b_m, b_n), tl.float32)
+    for k in range(0, K, b_k):
+        o_k = k + tl.arange(0, b_k)
+        slot = _load(p_slot[:, None] + o_k[None, :], None, o_k < K, K % b_k)
+        p_at = p_column[None, :] + (o_k if transposed else o_k * N)[:, None]
+        ragged: tl.constexpr = K % b_k + N % b_n
+        factor = _load(p_at, o_k < K if ragged else None, m_n, ragged)
+        acc = tl.dot(slot, factor, acc, input_precision=precision)
+    return acc
 
 
 @triton.jit
 def _load(p_at, m_row, m_column, ragged: tl.constexpr):
-    """A tile, zero outside the masks; columns are masked only where the tile hangs over."""
+    """A tile, zero outside the masks. Masks only where it may hang over: loads are wider without.
+
+    ``m_row`` None masks no row; ``ragged`` 0 masks no column.
+    """
     if m_row is None:
         if ragged == 0:
             tile = tl.load(p_at)

@@ -14,15 +14,14 @@ import triton
 import triton.testing
 from torch import Tensor
 
-from prw_kernels.routed_lora.blocks import arch_for, columns, fit, parts, runs
+from prw_kernels.routed_lora.blocks import Groups, arch_for, columns, fit, parts, runs
 from prw_kernels.routed_lora.kernels import gather_kernel, gram_kernel, scatter_kernel
-from prw_kernels.routing import Segments
 from prw_kernels.tiles import Tile, tile
 
 
-def shrink(row_TK: Tensor, factor_ENK: Tensor, groups: Segments) -> Tensor:
+def shrink(row_TK: Tensor, factor_ENK: Tensor, groups: Groups) -> Tensor:
     """``out_s = F_e row_t`` for every slot: ``[S, N]``; rows of empty slots hold anything."""
-    out_SN = row_TK.new_empty((groups.token.shape[0], factor_ENK.shape[1]))
+    out_SN = row_TK.new_empty((groups.slots, factor_ENK.shape[1]))
     _gather(row_TK, factor_ENK, out_SN, groups, (None, None, None, None, 1.0), transposed=True)
     return out_SN
 
@@ -33,7 +32,7 @@ def shrink_gradient(
     h_SQ: Tensor,
     gate_T: Tensor | None,
     scaling: float,
-    groups: Segments,
+    groups: Groups,
     *,
     needs_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -47,7 +46,7 @@ def shrink_gradient(
     d_gate = None
     if needs_gate:
         # One partial sum per program of a row; `columns` gives each at least 32 columns, or all.
-        most = triton.cdiv(h_SQ.shape[1] // count, 32)
+        most = triton.cdiv(h_SQ.shape[1] // count * max(groups.dense, 1), 32)
         d_gate = h_SQ.new_zeros((count, most, tokens), dtype=torch.float32)
     of_projections = (value.chunk(count, dim=1) for value in (h_SQ, ws_SQ, wh_SQ))
     for p, (h_SR, ws_SR, wh_SR) in enumerate(zip(*of_projections, strict=True)):
@@ -60,7 +59,7 @@ def _gather(
     row_TK: Tensor,
     factor: Tensor,
     out_SN: Tensor,
-    groups: Segments,
+    groups: Groups,
     extra: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float],
     *,
     transposed: bool,
@@ -69,9 +68,9 @@ def _gather(
     rank = out_SN.shape[1]
 
     def launch(t: Tile) -> None:
-        rows = groups.token.shape[0] // t.m
-        b_n = columns(rank, t.n, rows)
-        gather_kernel[(rows, triton.cdiv(rank, b_n))](
+        rows, every = triton.cdiv(groups.slots, t.m), rank * max(groups.dense, 1)
+        b_n = columns(every, t.n, rows)
+        gather_kernel[(rows, triton.cdiv(every, b_n))](
             row_TK,
             factor,
             out_SN,
@@ -83,6 +82,7 @@ def _gather(
             N=rank,
             width=out_SN.stride(0),
             transposed=transposed,
+            experts=groups.dense,
             precision=precision(),
             b_tile=groups.block,
             b_m=t.m,
@@ -98,7 +98,7 @@ def _gather(
 def expand(
     h_SR: Tensor,
     factor: Tensor,
-    groups: Segments,
+    groups: Groups,
     out_TN: Tensor,
     *,
     transposed: bool,
@@ -124,7 +124,7 @@ def expand(
 
     def launch(t: Tile) -> None:
         b_n = columns(width, t.n)
-        scatter_kernel[(groups.token.shape[0] // t.m, triton.cdiv(width, b_n))](
+        scatter_kernel[(triton.cdiv(groups.slots, t.m), triton.cdiv(width, b_n))](
             h_SR,
             factor,
             out_TN,
@@ -139,6 +139,7 @@ def expand(
             N=width,
             width=h_SR.stride(0),
             transposed=transposed,
+            experts=groups.dense,
             precision=precision(),
             b_tile=groups.block,
             b_m=t.m,
@@ -155,7 +156,7 @@ def expand(
 def gram(
     row_TW: Tensor,
     slot_SN: Tensor,
-    groups: Segments,
+    groups: Groups,
     learns: Sequence[bool],
     *,
     transposed: bool,
@@ -188,7 +189,7 @@ def gram(
                 row_TW,
                 slot_SN,
                 out[:, done:],
-                groups.token,
+                groups.expert if groups.dense else groups.token,
                 groups.offset,
                 tokens,
                 first,
@@ -198,6 +199,7 @@ def gram(
                 N=rank,
                 width=slot_SN.stride(0),
                 transposed=transposed,
+                experts=groups.dense,
                 precision=precision(),
                 b_m=t.m,
                 b_n=b_n,

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prw_kernels.routed_lora.blocks import block_for
-from prw_kernels.routing import Segments, segments
+from prw_kernels.routed_lora.blocks import Groups, block_for, is_dense
+from prw_kernels.routing import segments
 from prw_kernels.routing.reference import slots
 
 
@@ -44,17 +44,17 @@ def routed_lora_op(
 
     Returns:
         For the backward ``h_SQ``, that is ``A_e x`` in the order of slots, and ``token_S``,
-        ``expert_I`` and ``offset_F`` of `prw_kernels.routing.Segments`; then ``[T, O_p]`` per
-        projection.
+        ``expert_I`` and ``offset_F`` of `prw_kernels.routing.Segments`, empty where nothing is
+        sorted (`is_dense`); then ``[T, O_p]`` per projection.
     """
     from prw_kernels.routed_lora.launch import expand, shrink
 
     count = len(results) or len(weights)
     A_EQD, B_EOR = _stack(A, B, count)
     with torch.cuda.device_of(x_TD):
-        groups = segments(expert_T, len(A) // count, block=block_for(x_TD, A[0].shape[0]))
+        groups = _group(x_TD, expert_T, len(A) // count, A[0].shape[0])
         h_SQ = shrink(x_TD, A_EQD, groups)
-        outputs = [h_SQ, groups.token, groups.expert, groups.offset]
+        outputs = [h_SQ, *_routing(groups)]
         for p, h_SR in enumerate(h_SQ.chunk(count, dim=1)):
             dtype = results[p].dtype if results else x_TD.dtype
             y_TO = expand(
@@ -86,13 +86,16 @@ def _(
     scaling: float,
 ) -> list[Tensor]:
     count, rank = len(results) or len(weights), A[0].shape[0]
-    experts, block = len(A) // count, block_for(x_TD, rank)
-    total = slots(x_TD.shape[0], experts, block)
+    experts, total, sizes = len(A) // count, x_TD.shape[0], (0, 0, 0)
+    if not is_dense(experts, rank):
+        block = block_for(x_TD, rank)
+        total = slots(x_TD.shape[0], experts, block)
+        sizes = (total, total // block, experts + 1)
     widths = [factor.shape[0] for factor in B[::experts]]
     dtypes = [result.dtype for result in results] or [x_TD.dtype] * count
     return [
         x_TD.new_empty((total, count * rank)),
-        *(x_TD.new_empty(n, dtype=torch.int32) for n in (total, total // block, experts + 1)),
+        *(x_TD.new_empty(size, dtype=torch.int32) for size in sizes),
         *(
             x_TD.new_empty((x_TD.shape[0], width), dtype=dtype)
             for width, dtype in zip(widths, dtypes, strict=True)
@@ -108,6 +111,7 @@ def routed_lora_backward_op(
     A: list[Tensor],
     B: list[Tensor],
     weights: list[Tensor],
+    expert_T: Tensor,
     gate_T: Tensor | None,
     token_S: Tensor,
     expert_I: Tensor,
@@ -125,8 +129,7 @@ def routed_lora_backward_op(
     """
     from prw_kernels.routed_lora.launch import expand, gram, shrink_gradient
 
-    block = token_S.shape[0] // expert_I.shape[0]
-    groups = Segments(token=token_S, slot=token_S, expert=expert_I, offset=offset_F, block=block)
+    groups = _regroup(expert_T, token_S, expert_I, offset_F, len(A) // len(dy))
     A_EQD, B_EOR = _stack(A, B, len(dy))
     outputs: list[Tensor] = []
     with torch.cuda.device_of(x_TD):
@@ -155,6 +158,7 @@ def _(
     A: list[Tensor],
     B: list[Tensor],
     weights: list[Tensor],
+    expert_T: Tensor,
     gate_T: Tensor | None,
     token_S: Tensor,
     expert_I: Tensor,
@@ -176,14 +180,14 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     """Keep what the backward needs: nothing of the output's size, no shape set by the routing."""
-    x_TD, A, B, _, weights, biases, _, gate_T, ctx.scaling = inputs
+    x_TD, A, B, _, weights, biases, expert_T, gate_T, ctx.scaling = inputs
     ctx.set_materialize_grads(False)
     ctx.counts = len(A), len(weights), len(biases)
-    ctx.save_for_backward(x_TD, gate_T, *output[:4], *A, *B, *weights)
+    ctx.save_for_backward(x_TD, expert_T, gate_T, *output[:4], *A, *B, *weights)
 
 
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    x_TD, gate_T, h_SQ, token_S, expert_I, offset_F, *rest = ctx.saved_tensors
+    x_TD, expert_T, gate_T, h_SQ, token_S, expert_I, offset_F, *rest = ctx.saved_tensors
     factors, weight_count, bias_count = ctx.counts
     A, B, weights = rest[:factors], rest[factors : 2 * factors], rest[2 * factors :]
     count = len(grads) - 4
@@ -196,8 +200,8 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     needs_x, needs_A, needs_B, needs_results, _, _, _, needs_gate, _ = ctx.needs_input_grad
     learns = [any(needs_A[e::experts]) or any(needs_B[e::experts]) for e in range(experts)]
     found = routed_lora_backward_op(
-        *(dy, x_TD, h_SQ, A, B, weights, gate_T, token_S, expert_I, offset_F),
-        *(ctx.scaling, needs_x, needs_gate, learns),
+        *(dy, x_TD, h_SQ, A, B, weights, expert_T, gate_T),
+        *(token_S, expert_I, offset_F, ctx.scaling, needs_x, needs_gate, learns),
     )
     dx = found.pop(0) if needs_x else None
     d_gate = found.pop(0) if needs_gate else None
@@ -213,6 +217,36 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
 
 
 routed_lora_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _group(x_TD: Tensor, expert_T: Tensor, experts: int, rank: int) -> Groups:
+    if is_dense(experts, rank):
+        if expert_T.device.type == "cpu" and not bool(
+            ((expert_T >= 0) & (expert_T < experts)).all()
+        ):
+            raise ValueError(f"an expert index is outside the pool of {experts} experts")
+        return Groups(slots=x_TD.shape[0], token=None, expert=expert_T, offset=None, dense=experts)
+    found = segments(expert_T, experts, block=block_for(x_TD, rank))
+    return _regroup(expert_T, found.token, found.expert, found.offset, experts)
+
+
+def _regroup(
+    expert_T: Tensor, token_S: Tensor, expert_I: Tensor, offset_F: Tensor, experts: int
+) -> Groups:
+    """The groups again, from what `_routing` kept of them."""
+    if not token_S.shape[0]:
+        return Groups(
+            slots=expert_T.shape[0], token=None, expert=expert_T, offset=None, dense=experts
+        )
+    total = token_S.shape[0]
+    block = total // expert_I.shape[0]
+    return Groups(slots=total, token=token_S, expert=expert_I, offset=offset_F, block=block)
+
+
+def _routing(groups: Groups) -> list[Tensor]:
+    if groups.token is None or groups.offset is None:
+        return [groups.expert.new_empty(0, dtype=torch.int32) for _ in range(3)]
+    return [groups.token, groups.expert, groups.offset]
 
 
 def _stack(A: Sequence[Tensor], B: Sequence[Tensor], count: int) -> tuple[Tensor, list[Tensor]]:
