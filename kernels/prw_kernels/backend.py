@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from functools import cache
 
 import torch
 from torch import Tensor
 
+_INSTALLED = importlib.util.find_spec("triton") is not None
 
-@cache
+
 def installed() -> bool:
-    """Whether the package triton can be imported."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether the package triton can be imported; looked up once, as torch.compile reads it too."""
+    return _INSTALLED
 
 
 def interpreted() -> bool:

@@ -5,6 +5,8 @@ The sizes of a launch decide in which order numbers are added, so nothing here l
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from torch import Tensor
 
 from prw_kernels.backend import interpreted
@@ -52,6 +54,17 @@ def columns(count: int, most: int, rows: int = PROGRAMS) -> int:
 def parts(programs: int, tokens: int, least: int = 1024) -> int:
     """Into how many sums of at least `least` tokens to split for two programs per processor."""
     return max(1, min(-(-2 * PROGRAMS // max(programs, 1)), -(-tokens // least)))
+
+
+def runs(learns: Sequence[bool]) -> Iterator[tuple[int, int]]:
+    """First index and length of every run of experts that learn."""
+    first = None
+    for e, learning in enumerate([*learns, False]):
+        if learning and first is None:
+            first = e
+        elif not learning and first is not None:
+            yield first, e - first
+            first = None
 
 
 def _padded(count: int, block: int) -> int:

@@ -7,14 +7,14 @@ row, L experts that learn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
 import triton.testing
 from torch import Tensor
 
-from prw_kernels.routed_lora.blocks import arch_for, columns, fit, parts
+from prw_kernels.routed_lora.blocks import arch_for, columns, fit, parts, runs
 from prw_kernels.routed_lora.kernels import gather_kernel, gram_kernel, scatter_kernel
 from prw_kernels.routing import Segments
 from prw_kernels.tiles import Tile, tile
@@ -218,17 +218,6 @@ def _run(kernel: str, launch: Callable[[Tile], None], row: Tensor, rank: int) ->
         return float(triton.testing.do_bench(lambda: launch(candidate)))
 
     launch(tile(kernel, arch_for(row), rank, row.shape[0], measure=measure))
-
-
-def runs(learns: Sequence[bool]) -> Iterator[tuple[int, int]]:
-    """First index and length of every run of experts that learn."""
-    first = None
-    for e, learning in enumerate([*learns, False]):
-        if learning and first is None:
-            first = e
-        elif not learning and first is not None:
-            yield first, e - first
-            first = None
 
 
 def precision() -> str:

@@ -59,13 +59,13 @@ def routed_lora(
             does not begin the shape of ``x``; with backend ``"triton"``, arguments that
             `check_tiled` refuses.
     """
-    _check(x, scaling, expert, gate)
+    check_routed(x, scaling, expert, gate)
     with torch.autocast(x.device.type, enabled=False):
         # On strides that do not fold, torch picks the product (and its bits) by requires_grad: a
         # veteran would differ from the expert that learnt.
         inputs = x.to(A[0][0].dtype).contiguous()
         if backend == "triton":
-            check_tiled(inputs, results, A, B, expert, gate)
+            check_tiled(inputs, A, B, expert, gate, results=results)
             if inputs.numel():
                 return tiled(inputs, A, B, scaling, expert, gate, results=results)
         way = None
@@ -81,9 +81,10 @@ def routed_lora(
         )
 
 
-def _check(
+def check_routed(
     x: Tensor, scaling: Sequence[Sequence[float]], expert: Tensor | None, gate: Tensor | None
 ) -> None:
+    """Refuse arguments of `routed_lora` that no implementation can compute."""
     experts = len(scaling[0]) if scaling else 0
     if not experts:
         raise ValueError("routed_lora needs at least one expert")

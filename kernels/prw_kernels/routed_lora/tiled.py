@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prw_kernels.backend import check_interpreted, installed, runs_triton
-from prw_kernels.routed_lora.blocks import block_for
 from prw_kernels.routed_lora.reference import spread
 from prw_kernels.routed_lora.tiled_op import routed_lora_op
-from prw_kernels.routing import segments
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_BASES = ("results", "weights", "biases")
 
 
 def runs_tiled(x: Tensor) -> bool:
@@ -28,26 +27,31 @@ def runs_tiled(x: Tensor) -> bool:
 
 def check_tiled(
     x: Tensor,
-    bases: Sequence[Tensor],
     A: Sequence[Sequence[Tensor]],
     B: Sequence[Sequence[Tensor]],
     expert: Tensor | None,
     gate: Tensor | None,
+    *,
+    results: Sequence[Tensor] = (),
+    weights: Sequence[Tensor] = (),
+    biases: Sequence[Tensor] = (),
 ) -> None:
     """Say why the kernels cannot take these arguments of `routed_lora`.
 
     Args:
         x: ``[..., D]`` in the dtype of the factors.
-        bases: the results, or the frozen weights ``[O_p, D]``; their axis of O is checked.
-        A: per projection and expert.
-        B: per projection and expert.
-        expert: of every token or sample.
-        gate: likewise.
+        A: see `tiled`, like the rest.
+        B: see there.
+        expert: see there.
+        gate: see there.
+        results: see there.
+        weights: see there.
+        biases: see there.
 
     Raises:
         ValueError: Triton is not installed, the device is not one it runs on, a dtype it does not
-            compute in (bf16 in the interpreter included), tensors on several devices or of
-            several dtypes, or a factor of another shape than the rest.
+            compute in (bf16 in the interpreter included), tensors on several devices, factors of
+            several dtypes, indices that are not int32 or int64, or a shape that does not fit.
     """
     if not installed():
         raise ValueError('backend "triton" needs the package triton: pip install "prw[triton]"')
@@ -62,14 +66,29 @@ def check_tiled(
             f'{x.dtype}; use backend "reference"'
         )
     factors = [factor for factors in (*A, *B) for factor in factors]
-    given = [*bases, *factors, *(value for value in (expert, gate) if value is not None)]
-    for other in given:
-        if other.device != x.device:
+    for other in (*factors, expert, gate, *results, *weights, *biases):
+        if other is not None and other.device != x.device:
             raise ValueError(f"x is on {x.device} and another argument on {other.device}")
     for factor in factors:
         if factor.dtype != x.dtype:
             raise ValueError(f"factors of {x.dtype} and {factor.dtype}: give all in one dtype")
-    check_interpreted(x, *bases, gate)
+    if expert is not None and expert.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"expert is {expert.dtype}; give int64 indices")
+    check_interpreted(x, gate, *results)
+    _check_shapes(x, A, B, results, weights, biases)
+
+
+def _check_shapes(
+    x: Tensor,
+    A: Sequence[Sequence[Tensor]],
+    B: Sequence[Sequence[Tensor]],
+    results: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+) -> None:
+    counts = {len(A), len(B), len(results) or len(weights)}
+    if len(counts) > 1 or len({len(row) for row in (*A, *B)}) > 1:
+        raise ValueError("results, A and B must be of the same projections and experts")
     for p, (A_p, B_p) in enumerate(zip(A, B, strict=True)):
         for e, (a_RD, b_OR) in enumerate(zip(A_p, B_p, strict=True)):
             rank, size = a_RD.shape[0], B_p[0].shape[0]
@@ -78,6 +97,10 @@ def check_tiled(
                     f"A[{p}][{e}] is {tuple(a_RD.shape)} and B[{p}][{e}] {tuple(b_OR.shape)}: "
                     f"expected (rank, {x.shape[-1]}) and ({size}, rank)"
                 )
+        wanted = (*x.shape[:-1], size), (size, x.shape[-1]), (size,)
+        for name, shape, of in zip(_BASES, wanted, (results, weights, biases), strict=True):
+            if of and of[p].shape != shape:
+                raise ValueError(f"{name}[{p}] is {tuple(of[p].shape)}, expected {tuple(shape)}")
 
 
 def tiled(
@@ -108,7 +131,7 @@ def tiled(
     Returns:
         Per projection ``[..., O_p]``.
     """
-    lead, experts = x.shape[:-1], len(A[0])
+    lead = x.shape[:-1]
     x_TD = x.view(-1, x.shape[-1])
     if expert is None:
         expert_T = torch.zeros(x_TD.shape[0], dtype=torch.int64, device=x.device)
@@ -117,16 +140,15 @@ def tiled(
     gate_T = None if gate is None else _per_token(gate.to(torch.float32), lead)
     factor, B = _one_scaling(scaling, B)
     A, B = _one_rank(A, B)
-    groups = segments(expert_T, experts, block=block_for(x_TD, A[0][0].shape[0]))
-    _, *outputs = routed_lora_op(
+    _, _, _, _, *outputs = routed_lora_op(
         x_TD,
         [a for A_p in A for a in A_p],
         [b for B_p in B for b in B_p],
         [result.reshape(-1, result.shape[-1]).contiguous() for result in results],
         list(weights),
         list(biases),
+        expert_T,
         gate_T,
-        *(groups.token, groups.expert, groups.offset, groups.block),
         factor,
     )
     return tuple(y_TO.view(*lead, y_TO.shape[-1]) for y_TO in outputs)

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prw_kernels.routing import Segments
+from prw_kernels.routed_lora.blocks import block_for
+from prw_kernels.routing import Segments, segments
+from prw_kernels.routing.reference import slots
 
 
 @torch.library.custom_op("prw_kernels::routed_lora", mutates_args=())
@@ -23,11 +25,8 @@ def routed_lora_op(
     results: list[Tensor],
     weights: list[Tensor],
     biases: list[Tensor],
+    expert_T: Tensor,
     gate_T: Tensor | None,
-    token_S: Tensor,
-    expert_I: Tensor,
-    offset_F: Tensor,
-    block: int,
     scaling: float,
 ) -> list[Tensor]:
     """``y_p = base_p + scaling * gate * B_pe (A_pe x)``, where the base is a result or a product.
@@ -39,25 +38,23 @@ def routed_lora_op(
         results: per projection ``[T, O_p]``; empty if there are weights.
         weights: per projection ``[O_p, D]``, ``base_p = x W_p^T + b_p``. They are frozen.
         biases: per projection ``[O_p]``, or empty.
+        expert_T: integers in ``[0, E)``.
         gate_T: fp32, or None for 1.
-        token_S: with the next three, the fields of `prw_kernels.routing.Segments`.
-        expert_I: see there.
-        offset_F: see there.
-        block: see there.
         scaling: of every expert.
 
     Returns:
-        ``h_SQ`` (``A_e x`` in the order of slots, for the backward), then ``[T, O_p]`` per
+        For the backward ``h_SQ``, that is ``A_e x`` in the order of slots, and ``token_S``,
+        ``expert_I`` and ``offset_F`` of `prw_kernels.routing.Segments`; then ``[T, O_p]`` per
         projection.
     """
     from prw_kernels.routed_lora.launch import expand, shrink
 
-    groups = _groups(token_S, expert_I, offset_F, block)
     count = len(results) or len(weights)
     A_EQD, B_EOR = _stack(A, B, count)
     with torch.cuda.device_of(x_TD):
+        groups = segments(expert_T, len(A) // count, block=block_for(x_TD, A[0].shape[0]))
         h_SQ = shrink(x_TD, A_EQD, groups)
-        outputs = [h_SQ]
+        outputs = [h_SQ, groups.token, groups.expert, groups.offset]
         for p, h_SR in enumerate(h_SQ.chunk(count, dim=1)):
             dtype = results[p].dtype if results else x_TD.dtype
             y_TO = expand(
@@ -84,18 +81,18 @@ def _(
     results: list[Tensor],
     weights: list[Tensor],
     biases: list[Tensor],
+    expert_T: Tensor,
     gate_T: Tensor | None,
-    token_S: Tensor,
-    expert_I: Tensor,
-    offset_F: Tensor,
-    block: int,
     scaling: float,
 ) -> list[Tensor]:
-    count = len(results) or len(weights)
-    widths = [factor.shape[0] for factor in B[:: len(B) // count]]
+    count, rank = len(results) or len(weights), A[0].shape[0]
+    experts, block = len(A) // count, block_for(x_TD, rank)
+    total = slots(x_TD.shape[0], experts, block)
+    widths = [factor.shape[0] for factor in B[::experts]]
     dtypes = [result.dtype for result in results] or [x_TD.dtype] * count
     return [
-        x_TD.new_empty((token_S.shape[0], count * A[0].shape[0])),
+        x_TD.new_empty((total, count * rank)),
+        *(x_TD.new_empty(n, dtype=torch.int32) for n in (total, total // block, experts + 1)),
         *(
             x_TD.new_empty((x_TD.shape[0], width), dtype=dtype)
             for width, dtype in zip(widths, dtypes, strict=True)
@@ -115,7 +112,6 @@ def routed_lora_backward_op(
     token_S: Tensor,
     expert_I: Tensor,
     offset_F: Tensor,
-    block: int,
     scaling: float,
     needs_x: bool,
     needs_gate: bool,
@@ -129,7 +125,8 @@ def routed_lora_backward_op(
     """
     from prw_kernels.routed_lora.launch import expand, gram, shrink_gradient
 
-    groups = _groups(token_S, expert_I, offset_F, block)
+    block = token_S.shape[0] // expert_I.shape[0]
+    groups = Segments(token=token_S, slot=token_S, expert=expert_I, offset=offset_F, block=block)
     A_EQD, B_EOR = _stack(A, B, len(dy))
     outputs: list[Tensor] = []
     with torch.cuda.device_of(x_TD):
@@ -162,7 +159,6 @@ def _(
     token_S: Tensor,
     expert_I: Tensor,
     offset_F: Tensor,
-    block: int,
     scaling: float,
     needs_x: bool,
     needs_gate: bool,
@@ -180,31 +176,28 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     """Keep what the backward needs: nothing of the output's size, no shape set by the routing."""
-    x_TD, A, B, results, weights, _, gate_T, token_S, expert_I, offset_F, block, scaling = inputs
+    x_TD, A, B, _, weights, biases, _, gate_T, ctx.scaling = inputs
     ctx.set_materialize_grads(False)
-    ctx.counts = len(A), len(weights), len(inputs[5])
-    ctx.result_dtypes = [result.dtype for result in results]
-    ctx.block, ctx.scaling = block, scaling
-    groups = token_S, expert_I, offset_F
-    ctx.save_for_backward(x_TD, output[0], gate_T, *groups, *A, *B, *weights)
+    ctx.counts = len(A), len(weights), len(biases)
+    ctx.save_for_backward(x_TD, gate_T, *output[:4], *A, *B, *weights)
 
 
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    x_TD, h_SQ, gate_T, token_S, expert_I, offset_F, *rest = ctx.saved_tensors
+    x_TD, gate_T, h_SQ, token_S, expert_I, offset_F, *rest = ctx.saved_tensors
     factors, weight_count, bias_count = ctx.counts
     A, B, weights = rest[:factors], rest[factors : 2 * factors], rest[2 * factors :]
-    count = len(grads) - 1
+    count = len(grads) - 4
     experts = factors // count
     shapes = [(x_TD.shape[0], factor.shape[0]) for factor in B[::experts]]
     dy = [
         x_TD.new_zeros(shape) if grad is None else grad.to(x_TD.dtype).contiguous()
-        for grad, shape in zip(grads[1:], shapes, strict=True)
+        for grad, shape in zip(grads[4:], shapes, strict=True)
     ]
-    needs_x, needs_A, needs_B, needs_results, _, _, needs_gate, *_ = ctx.needs_input_grad
+    needs_x, needs_A, needs_B, needs_results, _, _, _, needs_gate, _ = ctx.needs_input_grad
     learns = [any(needs_A[e::experts]) or any(needs_B[e::experts]) for e in range(experts)]
     found = routed_lora_backward_op(
         *(dy, x_TD, h_SQ, A, B, weights, gate_T, token_S, expert_I, offset_F),
-        *(ctx.block, ctx.scaling, needs_x, needs_gate, learns),
+        *(ctx.scaling, needs_x, needs_gate, learns),
     )
     dx = found.pop(0) if needs_x else None
     d_gate = found.pop(0) if needs_gate else None
@@ -214,16 +207,12 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         for p, dA_RD in enumerate(found[0][i].chunk(count)):
             d_A[p * experts + e] = dA_RD
             d_B[p * experts + e] = found[1 + p][i]
-    d_results = [grad if n else None for n, grad in zip(needs_results, grads[1:], strict=False)]
+    d_results = [grad if n else None for n, grad in zip(needs_results, grads[4:], strict=False)]
     frozen = [None] * weight_count, [None] * bias_count
-    return dx, d_A, d_B, d_results, *frozen, d_gate, None, None, None, None, None
+    return dx, d_A, d_B, d_results, *frozen, None, d_gate, None
 
 
 routed_lora_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _groups(token_S: Tensor, expert_I: Tensor, offset_F: Tensor, block: int) -> Segments:
-    return Segments(token=token_S, slot=token_S, expert=expert_I, offset=offset_F, block=block)
 
 
 def _stack(A: Sequence[Tensor], B: Sequence[Tensor], count: int) -> tuple[Tensor, list[Tensor]]:
