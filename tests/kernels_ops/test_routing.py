@@ -6,8 +6,6 @@ Triton's interpreter (fp32 and fp16: its bf16 is wrong) and `gpu` for the kernel
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -26,14 +24,15 @@ from prw_kernels.routing import (
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
-on_gpu = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")]
+# Triton 3.9 announces a default of 3.10 at the first compilation.
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
 places = pytest.mark.parametrize(
     "device",
     [
         pytest.param(CPU, id="torch"),
         pytest.param(CPU, id="interpreter", marks=pytest.mark.interpreted),
-        pytest.param(CUDA, id="gpu", marks=on_gpu),
+        pytest.param(CUDA, id="gpu", marks=pytest.mark.gpu),
     ],
 )
 
@@ -41,7 +40,7 @@ kernels = pytest.mark.parametrize(
     "device",
     [
         pytest.param(CPU, id="interpreter", marks=pytest.mark.interpreted),
-        pytest.param(CUDA, id="gpu", marks=on_gpu),
+        pytest.param(CUDA, id="gpu", marks=pytest.mark.gpu),
     ],
 )
 
@@ -389,7 +388,7 @@ def test_no_synchronisation_and_the_same_bits_under_a_graph() -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert all(map(torch.equal, again, wanted))
     graph = torch.cuda.CUDAGraph()
-    with warnings.catch_warnings(), torch.cuda.graph(graph):
+    with torch.cuda.graph(graph):
         captured = step()
     graph.replay()
     torch.cuda.synchronize()

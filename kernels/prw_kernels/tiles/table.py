@@ -47,7 +47,7 @@ SAFE: dict[str, Rows] = {
 """For an architecture or a size that has no row below; less than 64 kB of shared memory."""
 
 _CHOOSE: dict[str, Rows] = {
-    "route": [(16, 8192, Tile(32, 0, 64, 4, 3)), (16, ANY, Tile(64, 0, 64, 4, 3))],
+    "route": [(16, 8192, Tile(32, 0, 64, 4, 5)), (16, ANY, Tile(64, 0, 64, 4, 4))],
     "route_backward": [(16, ANY, Tile(32, 64, 0, 4, 1))],
     "route_weight": [(32, ANY, Tile(32, 0, 64, 4, 3))],
 }
@@ -131,7 +131,7 @@ TABLE: dict[str, dict[str, Rows]] = {
 matrices of several ranks, and every ``m`` must divide the block."""
 
 CANDIDATES: dict[str, tuple[Tile, ...]] = {
-    "route": tuple(Tile(0, 0, k, w, s) for k in (32, 64, 128) for w in (2, 4) for s in (2, 3, 4)),
+    "route": tuple(Tile(0, 0, k, w, s) for k in (32, 64, 128) for w in (2, 4) for s in (2, 3, 5)),
     "route_backward": tuple(Tile(0, n, 0, w, 1) for n in (32, 64, 128) for w in (2, 4, 8)),
     "route_weight": tuple(Tile(0, 0, k, w, s) for k in (32, 64) for w in (4, 8) for s in (2, 3, 4)),
     "gather": tuple(
