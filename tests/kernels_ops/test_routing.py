@@ -317,6 +317,15 @@ def test_counts_of_the_choice_spare_a_launch(device: torch.device, tokens: int) 
 
 
 @kernels
+def test_counts_of_another_shape_are_refused(device: torch.device) -> None:
+    found = Case(100, 24, 5, device=device).run()
+    assert found.count is not None
+    for count in (found.count[:3], found.count[:, :5], found.count.repeat(40, 1)):
+        with pytest.raises(ValueError, match="is not of a routing of 100 tokens to 5 experts"):
+            segments(found.expert, 5, block=16, count=count)
+
+
+@kernels
 def test_operators_keep_their_contract(device: torch.device) -> None:
     case = Case(20, 24, 3, device=device)
     given = (case.h.detach(), case.signal.detach(), case.noise.detach(), case.eps)

@@ -57,6 +57,25 @@ INTERPRETER = "interpreter"
 
 _LITTLE, _MUCH = 2048, 16384
 
+_WIDE: dict[str, Rows] = {
+    **_CHOOSE,
+    "gather": [
+        (ANY, _LITTLE, Tile(32, 256, 64, 4, 4)),
+        (ANY, _MUCH, Tile(64, 256, 64, 8, 4)),
+        (ANY, ANY, Tile(128, 256, 64, 8, 3)),
+    ],
+    "scatter": [
+        (ANY, _LITTLE, Tile(32, 128, 64, 4, 2)),
+        (ANY, _MUCH, Tile(64, 256, 64, 8, 2)),
+        (ANY, ANY, Tile(128, 128, 64, 8, 2)),
+    ],
+    "gram": [
+        (ANY, _LITTLE, Tile(32, 256, 128, 8, 4)),
+        (ANY, ANY, Tile(64, 256, 128, 8, 3)),
+    ],
+}
+"""For chips whose tensor cores read factors from shared memory."""
+
 TABLE: dict[str, dict[str, Rows]] = {
     "sm_80": {
         **_CHOOSE,
@@ -75,40 +94,8 @@ TABLE: dict[str, dict[str, Rows]] = {
             (ANY, ANY, Tile(64, 128, 128, 8, 3)),
         ],
     },
-    "sm_90": {
-        **_CHOOSE,
-        "gather": [
-            (ANY, _LITTLE, Tile(32, 256, 64, 4, 4)),
-            (ANY, _MUCH, Tile(64, 256, 64, 8, 4)),
-            (ANY, ANY, Tile(128, 256, 64, 8, 3)),
-        ],
-        "scatter": [
-            (ANY, _LITTLE, Tile(32, 128, 64, 4, 2)),
-            (ANY, _MUCH, Tile(64, 256, 64, 8, 2)),
-            (ANY, ANY, Tile(128, 128, 64, 8, 2)),
-        ],
-        "gram": [
-            (ANY, _LITTLE, Tile(32, 256, 128, 8, 4)),
-            (ANY, ANY, Tile(64, 256, 128, 8, 3)),
-        ],
-    },
-    "sm_100": {
-        **_CHOOSE,
-        "gather": [
-            (ANY, _LITTLE, Tile(32, 256, 64, 4, 4)),
-            (ANY, _MUCH, Tile(64, 256, 64, 8, 4)),
-            (ANY, ANY, Tile(128, 256, 64, 8, 3)),
-        ],
-        "scatter": [
-            (ANY, _LITTLE, Tile(32, 128, 64, 4, 2)),
-            (ANY, _MUCH, Tile(64, 256, 64, 8, 2)),
-            (ANY, ANY, Tile(128, 128, 64, 8, 2)),
-        ],
-        "gram": [
-            (ANY, _LITTLE, Tile(32, 256, 128, 8, 4)),
-            (ANY, ANY, Tile(64, 256, 128, 8, 3)),
-        ],
-    },
+    "sm_90": _WIDE,
+    "sm_100": _WIDE,
     "gfx942": {
         "gather": [
             (ANY, _LITTLE, Tile(32, 128, 64, 4, 2)),
