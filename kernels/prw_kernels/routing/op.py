@@ -87,9 +87,10 @@ def segments(
 
     Raises:
         ValueError: not a vector of integers, no expert, an empty block, more slots than int32 can
-            count, counts of another shape, or, on the CPU, an index outside the pool. On other devices that would need
-            a synchronisation: there such an index is taken to the nearest one of the pool, so that
-            no kernel reads or writes out of bounds. ``TRITON_DEBUG=1`` makes it a device assertion.
+            count, counts of another shape, or, on the CPU, an index outside the pool. On other
+            devices that would need a synchronisation: there such an index is taken to the nearest
+            one of the pool, so that no kernel reads or writes out of bounds, and ``TRITON_DEBUG=1``
+            makes it a device assertion.
     """
     _check_segments(expert_T, experts, block)
     if torch.compiler.is_compiling():
