@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prw_kernels.routed_lora.op import check_routed, routed_lora
-from prw_kernels.routed_lora.tiled import check_tiled, runs_tiled, tiled
+from prw_kernels.routed_lora.tiled import check_tiled, picks_tiled, runs_tiled, tiled
 
 
 def routed_linear(
@@ -56,7 +56,7 @@ def routed_linear(
     Raises:
         ValueError: as `routed_lora`.
     """
-    fold = (x.is_cuda and backend == "auto") or backend == "triton"
+    fold = backend == "triton" or picks_tiled(backend, x, A, expert)
     if fold and runs_tiled(x) and _plain(x, weights, biases):
         check_routed(x, scaling, expert, gate)
         A = [[a.to(x.dtype) for a in A_p] for A_p in A]

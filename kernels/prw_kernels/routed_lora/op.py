@@ -14,7 +14,7 @@ from torch import Tensor
 from prw_kernels.routed_lora.per_sample import per_sample
 from prw_kernels.routed_lora.per_token import fits, per_token
 from prw_kernels.routed_lora.reference import reference
-from prw_kernels.routed_lora.tiled import check_tiled, tiled
+from prw_kernels.routed_lora.tiled import check_tiled, picks_tiled, tiled
 
 
 def routed_lora(
@@ -48,8 +48,9 @@ def routed_lora(
         gate: weight of the choice, shaped like ``expert``; None means 1.
         backend: ``"reference"`` computes every expert on every token; ``"auto"`` takes batched
             products where there is one choice per sample and, on a CPU, products of sorted rows
-            where there is one per token, both in the same numbers up to rounding. ``"triton"``
-            takes the kernels of `tiled`, on CUDA and ROCm devices or in Triton's interpreter.
+            where there is one per token; on CUDA and ROCm devices the kernels of `tiled` where
+            `picks_tiled` says so; all in the same numbers up to rounding. ``"triton"`` takes the
+            kernels always, there or in Triton's interpreter.
 
     Returns:
         Per projection a tensor shaped and typed like its result.
@@ -64,7 +65,7 @@ def routed_lora(
         # On strides that do not fold, torch picks the product (and its bits) by requires_grad: a
         # veteran would differ from the expert that learnt.
         inputs = x.to(A[0][0].dtype).contiguous()
-        if backend == "triton":
+        if backend == "triton" or picks_tiled(backend, inputs, A, expert):
             check_tiled(inputs, A, B, expert, gate, results=results)
             if inputs.numel():
                 return tiled(inputs, A, B, scaling, expert, gate, results=results)

@@ -25,6 +25,20 @@ def runs_tiled(x: Tensor) -> bool:
     return runs_triton(x.device) and x.dtype in DTYPES and x.numel() > 0
 
 
+def picks_tiled(
+    backend: str, x: Tensor, A: Sequence[Sequence[Tensor]], expert: Tensor | None
+) -> bool:
+    """Whether ``"auto"`` takes the kernels, by shapes, dtype and device.
+
+    That is on CUDA and ROCm devices with several experts: always in bf16 and fp16, and in fp32,
+    whose products are not done by tensor cores, where the alternative is every expert on every
+    token. One expert keeps the bits of a plain LoRA.
+    """
+    if backend != "auto" or not x.is_cuda or not runs_tiled(x) or len(A[0]) == 1 or expert is None:
+        return False
+    return x.itemsize == 2 or expert.dim() == x.dim() - 1
+
+
 def check_tiled(
     x: Tensor,
     A: Sequence[Sequence[Tensor]],
