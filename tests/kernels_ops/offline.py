@@ -19,7 +19,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+SHARED_MEMORY = {
+    "sm_80": 166912,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "gfx942": 65536,
+    "sm_89": 101376,
+    "sm_120": 101376,
+}
 """Bytes that one program may have."""
 
 PRODUCTS = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "v_mfma")
@@ -36,6 +43,7 @@ class Build:
         args: the arguments before the keywords: the dtype of a tensor ("bf16"), a number, or None.
         meta: constants of the kernel, ``num_warps`` and ``num_stages``.
         products: which of `PRODUCTS` must be in the code; empty where there is no product.
+        note: more of its name, where the rest is not all there is to tell it by.
     """
 
     kernel: str
@@ -43,10 +51,11 @@ class Build:
     args: Sequence[Any]
     meta: dict[str, Any] = field(default_factory=dict)
     products: str = ""
+    note: str = ""
 
     def __str__(self) -> str:
         meta = "-".join(f"{name.removeprefix('num_')}{value}" for name, value in self.meta.items())
-        return f"{self.kernel.partition(':')[2]}-{self.arch}-{meta}"
+        return f"{self.kernel.partition(':')[2]}{self.note}-{self.arch}-{meta}"
 
 
 def reports(builds: Sequence[Build], *paths: Path) -> dict[str, dict[str, Any]]:

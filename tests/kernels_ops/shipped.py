@@ -2,18 +2,21 @@
 
 An entry of `KERNELS` is a function from an architecture, a rank and a number of tokens to the
 arguments and constants of the launch. CI compiles one rank per entry and architecture; the test
-marked slow compiles all.
+marked slow compiles all, and the safe tiles on chips without rows of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kernels_ops.offline import SHARED_MEMORY, Build
 from prw_kernels.routed_lora.blocks import columns as columns_of
 from prw_kernels.routed_lora.blocks import fit, is_dense
 from prw_kernels.tiles import Tile, tile
+
+CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")
+"""Architectures with rows of their own in the table; the others have the safe tiles."""
 
 WIDTH = 3072
 TOKENS = (1024, 4096, 65536)
@@ -35,8 +38,8 @@ class Entry:
 def builds(*, all_of_them: bool) -> Iterator[Build]:
     """What CI compiles, or everything that is shipped."""
     done = set()
-    for arch in SHARED_MEMORY:
-        for entry in KERNELS:
+    for arch in SHARED_MEMORY if all_of_them else CHIPS:
+        for entry in KERNELS + SLOW if all_of_them else KERNELS:
             for rank in entry.ranks if all_of_them else entry.ranks[:1]:
                 for tokens in TOKENS if all_of_them else TOKENS[1:2]:
                     build = entry.build(arch, rank, tokens)
@@ -282,16 +285,28 @@ def gram(arch: str, rank: int, width: int, tokens: int, out: str, *, transposed:
     )
 
 
+def in_fp32(build: Callable[[str, int, int], Build]) -> Callable[[str, int, int], Build]:
+    """The same on fp32 tensors, which have tiles of their own and on NVIDIA's chips no products."""
+
+    def built(arch: str, rank: int, tokens: int) -> Build:
+        found = build(f"{arch} torch.float32", rank, tokens)
+        args = ["fp32" if arg == "bf16" else arg for arg in found.args]
+        products = found.products if arch.startswith("gfx") else ""
+        return replace(found, arch=arch, args=args, products=products, note="fp32")
+
+    return built
+
+
+MULTIPLY = (shrink, shrink_transposed, expand, expand_transposed, gram_a, gram_b)
+
 KERNELS = [
     Entry(route, (5, 20, 64)),
     Entry(route_backward, (5, 20, 64)),
     Entry(route_weight, (5, 20, 64)),
     Entry(count, (5, 64)),
     Entry(place, (5, 64)),
-    Entry(shrink, (128, 16, 64)),
-    Entry(shrink_transposed, (128, 16, 64)),
-    Entry(expand, (128, 16, 64)),
-    Entry(expand_transposed, (128, 16, 64)),
-    Entry(gram_a, (128, 16, 64)),
-    Entry(gram_b, (128, 16, 64)),
+    *(Entry(build, (128, 16, 64)) for build in MULTIPLY),
 ]
+
+SLOW = [Entry(in_fp32(build), (128, 16)) for build in MULTIPLY]
+"""Only in the test marked slow."""

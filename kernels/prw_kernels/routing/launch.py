@@ -37,6 +37,12 @@ def launch_segments(
             count_kernel[(count_CE.shape[0],)](
                 expert_T, count_CE, tokens, experts, b_chunk=b_chunk, b_expert=columns
             )
+    b_count = counted(tokens, count_CE.shape[0], b_chunk)
+    if tuple(count_CE.shape) != (triton.cdiv(tokens, b_count), columns):
+        raise ValueError(
+            f"count of shape {tuple(count_CE.shape)} is not of a routing of {tokens} tokens to "
+            f"{experts} experts"
+        )
     total = slots(tokens, experts, block)
     sizes = (total, tokens, total // block, experts + 1)
     token_S, slot_T, tile_I, offset_F = (
@@ -55,7 +61,7 @@ def launch_segments(
         total,
         block=block,
         b_chunk=b_chunk,
-        b_count=counted(tokens, count_CE.shape[0], b_chunk),
+        b_count=b_count,
         b_expert=columns,
         b_rows=2048 // columns,
     )
@@ -70,7 +76,7 @@ def chunk(experts: int) -> tuple[int, int]:
 
 def counted(tokens: int, chunks: int, most: int) -> int:
     """How many tokens each of `chunks` counts is of: a power of two, `most` or less."""
-    while tokens and triton.cdiv(tokens, most) < chunks:
+    while most > 1 and triton.cdiv(tokens, most) < chunks:
         most //= 2
     return most
 

@@ -80,16 +80,17 @@ def segments(
         expert_T: the expert of each token, integers in ``[0, experts)``, ``[T]``.
         experts: E.
         block: slots per tile.
-        count: `Routed.count` of the same routing, which spares the first launch.
+        count: `Routed.count` of the very same routing, which spares the first launch.
 
     Returns:
         Segments.
 
     Raises:
         ValueError: not a vector of integers, no expert, an empty block, more slots than int32 can
-            count, or, on the CPU, an index outside the pool. On other devices that would need
-            a synchronisation: there such an index is taken to the nearest one of the pool, so that
-            no kernel reads or writes out of bounds. ``TRITON_DEBUG=1`` makes it a device assertion.
+            count, counts of another shape, or, on the CPU, an index outside the pool. On other
+            devices that would need a synchronisation: there such an index is taken to the nearest
+            one of the pool, so that no kernel reads or writes out of bounds, and ``TRITON_DEBUG=1``
+            makes it a device assertion.
     """
     _check_segments(expert_T, experts, block)
     if torch.compiler.is_compiling():

@@ -47,7 +47,7 @@ SAFE: dict[str, Rows] = {
 """For an architecture or a size that has no row below; less than 64 kB of shared memory."""
 
 _CHOOSE: dict[str, Rows] = {
-    "route": [(16, 8192, Tile(32, 0, 64, 4, 3)), (16, ANY, Tile(64, 0, 64, 4, 3))],
+    "route": [(16, 8192, Tile(32, 0, 64, 4, 5)), (16, ANY, Tile(64, 0, 64, 4, 4))],
     "route_backward": [(16, ANY, Tile(32, 64, 0, 4, 1))],
     "route_weight": [(32, ANY, Tile(32, 0, 64, 4, 3))],
 }
@@ -56,6 +56,25 @@ INTERPRETER = "interpreter"
 """The architecture of Triton's interpreter, whose time is per program and not per element."""
 
 _LITTLE, _MUCH = 2048, 16384
+
+_WIDE: dict[str, Rows] = {
+    **_CHOOSE,
+    "gather": [
+        (ANY, _LITTLE, Tile(32, 256, 64, 4, 4)),
+        (ANY, _MUCH, Tile(64, 256, 64, 8, 4)),
+        (ANY, ANY, Tile(128, 256, 64, 8, 3)),
+    ],
+    "scatter": [
+        (ANY, _LITTLE, Tile(32, 128, 64, 4, 2)),
+        (ANY, _MUCH, Tile(64, 256, 64, 8, 2)),
+        (ANY, ANY, Tile(128, 128, 64, 8, 2)),
+    ],
+    "gram": [
+        (ANY, _LITTLE, Tile(32, 256, 128, 8, 4)),
+        (ANY, ANY, Tile(64, 256, 128, 8, 3)),
+    ],
+}
+"""For chips whose tensor cores read factors from shared memory."""
 
 TABLE: dict[str, dict[str, Rows]] = {
     "sm_80": {
@@ -75,40 +94,8 @@ TABLE: dict[str, dict[str, Rows]] = {
             (ANY, ANY, Tile(64, 128, 128, 8, 3)),
         ],
     },
-    "sm_90": {
-        **_CHOOSE,
-        "gather": [
-            (ANY, _LITTLE, Tile(32, 256, 64, 4, 4)),
-            (ANY, _MUCH, Tile(64, 256, 64, 8, 4)),
-            (ANY, ANY, Tile(128, 256, 64, 8, 3)),
-        ],
-        "scatter": [
-            (ANY, _LITTLE, Tile(32, 128, 64, 4, 2)),
-            (ANY, _MUCH, Tile(64, 256, 64, 8, 2)),
-            (ANY, ANY, Tile(128, 128, 64, 8, 2)),
-        ],
-        "gram": [
-            (ANY, _LITTLE, Tile(32, 256, 128, 8, 4)),
-            (ANY, ANY, Tile(64, 256, 128, 8, 3)),
-        ],
-    },
-    "sm_100": {
-        **_CHOOSE,
-        "gather": [
-            (ANY, _LITTLE, Tile(32, 256, 64, 4, 4)),
-            (ANY, _MUCH, Tile(64, 256, 64, 8, 4)),
-            (ANY, ANY, Tile(128, 256, 64, 8, 3)),
-        ],
-        "scatter": [
-            (ANY, _LITTLE, Tile(32, 128, 64, 4, 2)),
-            (ANY, _MUCH, Tile(64, 256, 64, 8, 2)),
-            (ANY, ANY, Tile(128, 128, 64, 8, 2)),
-        ],
-        "gram": [
-            (ANY, _LITTLE, Tile(32, 256, 128, 8, 4)),
-            (ANY, ANY, Tile(64, 256, 128, 8, 3)),
-        ],
-    },
+    "sm_90": _WIDE,
+    "sm_100": _WIDE,
     "gfx942": {
         "gather": [
             (ANY, _LITTLE, Tile(32, 128, 64, 4, 2)),
@@ -131,7 +118,7 @@ TABLE: dict[str, dict[str, Rows]] = {
 matrices of several ranks, and every ``m`` must divide the block."""
 
 CANDIDATES: dict[str, tuple[Tile, ...]] = {
-    "route": tuple(Tile(0, 0, k, w, s) for k in (32, 64, 128) for w in (2, 4) for s in (2, 3, 4)),
+    "route": tuple(Tile(0, 0, k, w, s) for k in (32, 64, 128) for w in (2, 4) for s in (2, 3, 5)),
     "route_backward": tuple(Tile(0, n, 0, w, 1) for n in (32, 64, 128) for w in (2, 4, 8)),
     "route_weight": tuple(Tile(0, 0, k, w, s) for k in (32, 64) for w in (4, 8) for s in (2, 3, 4)),
     "gather": tuple(
