@@ -57,11 +57,13 @@ class Implementation:
         run: residuals from (x, A, B, scaling, expert, gate).
         refusal: why it cannot compute a case, and what to do; empty if it can.
         why: the measured reason for which ``"auto"`` takes it.
+        owned: whether residuals are no views, so that results may be added to them in place.
     """
 
     run: Run
     refusal: Callable[[Case], str]
     why: str
+    owned: bool = False
 
 
 def _not_on_a_cpu(case: Case) -> str:
@@ -76,7 +78,9 @@ def _not_for_batches(case: Case) -> str:
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "cpu": Implementation(cpu, _not_on_a_cpu, "about 1.1 LoRAs, however many experts there are"),
+    "cpu": Implementation(
+        cpu, _not_on_a_cpu, "about 1.1 LoRAs, however many experts there are", owned=True
+    ),
     "per_sample": Implementation(
         per_sample, _not_for_batches, "batched products of one LoRA, and nothing is read back"
     ),
@@ -87,7 +91,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 """In the order in which ``"auto"`` asks. ``per_sample`` has no name of its own for users."""
 
 
-def choose(backend: Backend, case: Case) -> Run:
+def choose(backend: Backend, case: Case) -> Implementation:
     """The implementation for a case. With nothing to route every backend is the plain LoRA.
 
     Raises:
@@ -106,7 +110,7 @@ def choose(backend: Backend, case: Case) -> Run:
         refusal = IMPLEMENTATIONS[name].refusal(case)
         if refusal:
             raise ValueError(f"backend={name!r} {refusal}, or use backend='auto'")
-    return reference if case.plain else IMPLEMENTATIONS[name].run
+    return IMPLEMENTATIONS["reference" if case.plain else name]
 
 
 @cache

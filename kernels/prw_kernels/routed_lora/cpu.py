@@ -150,8 +150,10 @@ def _(
     saved: list[Tensor],
     needs: list[bool],
 ) -> list[Tensor]:
-    leaves = zip([x, gate, *factors], needs, strict=True)
-    return [leaf.new_empty(leaf.shape) for leaf, need in leaves if need]
+    A, B = factors[: len(scaling)], factors[len(scaling) :]
+    empty = [leaf.new_empty(leaf.shape) for leaf in (x, gate, *A)]
+    empty += [B_OR.new_empty(B_OR.T.shape).T for B_OR in B]
+    return [leaf for leaf, need in zip(empty, needs, strict=True) if need]
 
 
 class _Routed(torch.autograd.Function):

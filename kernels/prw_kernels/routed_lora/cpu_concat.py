@@ -49,7 +49,7 @@ def backward(problem: Problem, dy: list[Tensor], saved: list[Tensor], needs: Nee
             d_gate = part_U if d_gate is None else d_gate + part_U
         d_A.append(_pieces(problem, p, ws_NQ, x_ND, needs.A[p]))
         turned = _pieces(problem, p, weighted(h_NQ, weight_U), dy_NO, needs.B[p])
-        d_B.append([None if piece is None else piece.T.contiguous() for piece in turned])
+        d_B.append([None if piece is None else piece.T for piece in turned])
     return dx_ND, d_gate, d_A, d_B
 
 
@@ -59,8 +59,7 @@ def _ranks(problem: Problem, p: int) -> list[int]:
 
 def _own(problem: Problem, p: int, rows_NQ: Tensor) -> Tensor:
     """Zeros in the columns of experts that a row did not choose, whatever was there."""
-    ranks = torch.tensor(_ranks(problem, p))
-    owner_Q = torch.repeat_interleave(torch.arange(len(ranks)), ranks, output_size=rows_NQ.shape[1])
+    owner_Q = torch.tensor([e for e, rank in enumerate(_ranks(problem, p)) for _ in range(rank)])
     mine_U1Q = (problem.expert_U[:, None] == owner_Q)[:, None]
     rows_ULQ = rows_NQ.view(len(problem.expert_U), -1, len(owner_Q))
     return torch.where(mine_U1Q, rows_ULQ, 0.0).view(rows_NQ.shape)

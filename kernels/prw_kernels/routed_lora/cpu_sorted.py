@@ -24,6 +24,8 @@ class Segments:
         order_U: the unit at each sorted place, stable.
         back_U: the sorted place of each unit.
         ends_E: where the places of each expert end.
+        counts: how many units chose each expert.
+        chosen: the experts that were chosen.
         given: whether the units came sorted, so that no row has to move.
     """
 
@@ -32,8 +34,8 @@ class Segments:
         # tolist, not item: on a CPU there is nothing to wait for, and no operator is recorded.
         self.given = bool((order_U == torch.arange(len(order_U))).all().tolist())
         ends: list[int] = ends_E.tolist()
-        spans = enumerate(zip([0, *ends[:-1]], ends, strict=True))
-        self.spans = [(e, start, stop) for e, (start, stop) in spans if stop > start]
+        self.counts = [stop - start for start, stop in zip([0, *ends[:-1]], ends, strict=True)]
+        self.chosen = [e for e, count in enumerate(self.counts) if count]
 
     @classmethod
     def of(cls, expert_U: Tensor, experts: int) -> Segments:
@@ -42,42 +44,27 @@ class Segments:
         back_U = torch.empty_like(order_U).scatter_(0, order_U, torch.arange(len(order_U)))
         return cls(order_U, back_U, torch.searchsorted(sorted_U, torch.arange(1, experts + 1)))
 
-    def rows(self, length: int) -> list[tuple[int, slice]]:
-        """Per expert that was chosen its sorted rows, `length` of them in a unit."""
-        return [(e, slice(start * length, stop * length)) for e, start, stop in self.spans]
+    def parts(self, sorted_NW: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each expert, of rows in sorted places."""
+        length = len(sorted_NW) // len(self.order_U)
+        return sorted_NW.split([count * length for count in self.counts])
 
-    def gathered(
-        self, given_ULD: Tensor, experts: Collection[int]
-    ) -> Iterator[tuple[int, slice, Tensor]]:
-        """The same with these rows ``[S, D]``, which are overwritten by those of the next.
+    def gathered(self, given_ULD: Tensor, experts: Collection[int]) -> Iterator[tuple[int, Tensor]]:
+        """The rows ``[S, D]`` of each chosen one of `experts`, of units in the given order.
 
-        Only for the given experts.
+        They are overwritten by those of the next expert.
         """
-        units, length, width = given_ULD.shape
-        given_UV, buffer_UV = given_ULD.view(units, -1), None
-        spans = [span for span in self.spans if span[0] in experts]
-        if not self.given and spans:
-            longest = max(stop - start for _, start, stop in spans)
-            buffer_UV = given_UV.new_empty(longest, length * width)
-        for e, start, stop in spans:
-            part_UV = given_UV[start:stop]
-            if buffer_UV is not None:
-                place = buffer_UV[: stop - start]
-                part_UV = torch.index_select(given_UV, 0, self.order_U[start:stop], out=place)
-            yield e, slice(start * length, stop * length), part_UV.view(-1, width)
-
-    def blank(
-        self, factors: list[list[Tensor]], needs: list[list[bool]]
-    ) -> list[list[Tensor | None]]:
-        """Room for the gradients that are wanted; zeros for an expert nobody chose."""
-        chosen = {e for e, _, _ in self.spans}
-        return [
-            [
-                (torch.empty_like if e in chosen else torch.zeros_like)(factor) if need else None
-                for e, (factor, need) in enumerate(zip(factors_p, needs_p, strict=True))
-            ]
-            for factors_p, needs_p in zip(factors, needs, strict=True)
-        ]
+        width, wanted = given_ULD.shape[-1], [e for e in self.chosen if e in experts]
+        if self.given or not wanted:
+            parts = self.parts(given_ULD.view(-1, width))
+            yield from ((e, parts[e]) for e in wanted)
+            return
+        given_UV, units = given_ULD.view(len(given_ULD), -1), self.order_U.split(self.counts)
+        buffer_UV = given_UV.new_empty(max(self.counts[e] for e in wanted), given_UV.shape[1])
+        for e in wanted:
+            rows_UV = buffer_UV[: self.counts[e]]
+            torch.index_select(given_UV, 0, units[e], out=rows_UV)
+            yield e, rows_UV.view(-1, width)
 
     def give_back(self, sorted_ULD: Tensor, given_ULD: Tensor) -> None:
         """Write units from their sorted places to the given order."""
@@ -86,27 +73,37 @@ class Segments:
             given_UV, sorted_UV = given_ULD.view(units, -1), sorted_ULD.view(units, -1)
             torch.index_select(sorted_UV, 0, self.back_U, out=given_UV)
 
+    def blank(self, like: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
+        """Room for the gradients that are wanted; zeros for an expert nobody chose."""
+        return [
+            None if not need else x.new_empty(x.shape) if count else x.new_zeros(x.shape)
+            for x, need, count in zip(like, needs, self.counts, strict=True)
+        ]
+
 
 def forward(problem: Problem, deltas: list[Tensor]) -> list[Tensor]:
     """Fill the residuals ``[U, L, O_p]``; returns what `backward` needs besides the problem."""
     experts = range(len(problem.A[0]))
     segments, h = Segments.of(problem.expert_U, len(experts)), _rank_sized(problem)
-    for e, rows, x_SD in segments.gathered(problem.x_ULD, experts):
-        for h_NR, A_p in zip(h, problem.A, strict=True):
-            torch.mm(x_SD, A_p[e].T, out=h_NR[rows, : len(A_p[e])])
+    h_parts = list(map(segments.parts, h))
+    for e, x_SD in segments.gathered(problem.x_ULD, experts):
+        for h_p, A_p in zip(h_parts, problem.A, strict=True):
+            torch.mm(x_SD, A_p[e].T, out=_first(h_p[e], len(A_p[e])))
     for p, (delta_ULO, B_p) in enumerate(zip(deltas, problem.B, strict=True)):
-        wh_NR = weighted(h[p], problem.weight(p).index_select(0, segments.order_U))
+        wh = segments.parts(weighted(h[p], problem.weight(p).index_select(0, segments.order_U)))
         sorted_ULO = delta_ULO if segments.given else torch.empty_like(delta_ULO)
-        sorted_NO = sorted_ULO.flatten(0, 1)
-        for e, rows in segments.rows(problem.x_ULD.shape[1]):
-            torch.mm(wh_NR[rows, : B_p[e].shape[1]], B_p[e].T, out=sorted_NO[rows])
+        sorted_NO = segments.parts(sorted_ULO.view(-1, len(B_p[0])))
+        for e in segments.chosen:
+            torch.mm(_first(wh[e], B_p[e].shape[1]), B_p[e].T, out=sorted_NO[e])
         segments.give_back(sorted_ULO, delta_ULO)
     return [segments.order_U, segments.back_U, segments.ends_E, *h]
 
 
 def saved_like(x: Tensor, expert: Tensor, A: list[list[Tensor]]) -> list[Tensor]:
     """Empty tensors shaped like what `forward` returns."""
-    indices = [expert.new_empty(size) for size in (expert.numel(), expert.numel(), len(A[0]))]
+    indices = [
+        torch.empty(size, dtype=torch.int64) for size in (expert.numel(), expert.numel(), len(A[0]))
+    ]
     rows = x.shape[:-1].numel()
     return indices + [x.new_empty(rows, max(len(A_RD) for A_RD in A_p)) for A_p in A]
 
@@ -123,7 +120,7 @@ def backward(problem: Problem, dy: list[Tensor], saved: list[Tensor], needs: Nee
             sums_U = (s_NR * h_NR).view(len(weights[p]), -1).sum(1)
             part_U = sums_U.index_select(0, segments.back_U) * problem.scale(p)
             d_gate = part_U if d_gate is None else d_gate + part_U
-    ws = list(map(weighted, s, weights))
+    ws = [segments.parts(weighted(s_NR, weight)) for s_NR, weight in zip(s, weights, strict=True)]
     dx = _to_x(problem, segments, ws) if needs.x else None
     return dx, d_gate, _to_A(problem, segments, ws, needs), d_B
 
@@ -132,41 +129,52 @@ def _through_B(
     problem: Problem, segments: Segments, dy: list[Tensor], wh: list[Tensor], needs: Needs
 ) -> tuple[list[Tensor], list[list[Tensor | None]]]:
     """``s`` in sorted places, and the gradients of B from the same gathered rows."""
-    s, grads = _rank_sized(problem), segments.blank(problem.B, needs.B)
+    s, grads = _rank_sized(problem), []
     for p, (dy_ULO, B_p) in enumerate(zip(dy, problem.B, strict=True)):
-        for e, rows, dy_SO in segments.gathered(dy_ULO, range(len(B_p))):
-            ranks, grad = slice(B_p[e].shape[1]), grads[p][e]
-            torch.mm(dy_SO, B_p[e], out=s[p][rows, ranks])
-            if grad is not None:
-                torch.mm(dy_SO.T, wh[p][rows, ranks], out=grad)
+        turned = segments.blank([B_OR.T for B_OR in B_p], needs.B[p])
+        s_p, wh_p = segments.parts(s[p]), segments.parts(wh[p])
+        for e, dy_SO in segments.gathered(dy_ULO, range(len(B_p))):
+            rank, grad_RO = B_p[e].shape[1], turned[e]
+            torch.mm(dy_SO, B_p[e], out=_first(s_p[e], rank))
+            if grad_RO is not None:  # dy^T wh is up to five times slower
+                torch.mm(_first(wh_p[e], rank).T, dy_SO, out=grad_RO)
+        grads.append([None if grad_RO is None else grad_RO.T for grad_RO in turned])
     return s, grads
 
 
-def _to_x(problem: Problem, segments: Segments, ws: list[Tensor]) -> Tensor:
+def _to_x(problem: Problem, segments: Segments, ws: list[tuple[Tensor, ...]]) -> Tensor:
     """The gradient of x, in the given order."""
     sorted_ULD = torch.empty_like(problem.x_ULD)
-    sorted_ND = sorted_ULD.flatten(0, 1)
-    for e, rows in segments.rows(problem.x_ULD.shape[1]):
+    parts = segments.parts(sorted_ULD.view(-1, sorted_ULD.shape[-1]))
+    for e in segments.chosen:
         for p, A_p in enumerate(problem.A):
-            ws_SR, dx_SD = ws[p][rows, : len(A_p[e])], sorted_ND[rows]
-            torch.addmm(dx_SD, ws_SR, A_p[e], beta=min(p, 1), out=dx_SD)
+            ws_SR = _first(ws[p][e], len(A_p[e]))
+            if p == 0:
+                torch.mm(ws_SR, A_p[e], out=parts[e])
+            else:
+                parts[e].addmm_(ws_SR, A_p[e])
     dx_ULD = sorted_ULD if segments.given else torch.empty_like(sorted_ULD)
     segments.give_back(sorted_ULD, dx_ULD)
     return dx_ULD
 
 
 def _to_A(
-    problem: Problem, segments: Segments, ws: list[Tensor], needs: Needs
+    problem: Problem, segments: Segments, ws: list[tuple[Tensor, ...]], needs: Needs
 ) -> list[list[Tensor | None]]:
     """The gradients of A; rows are gathered only for experts that learn."""
-    grads = segments.blank(problem.A, needs.A)
-    experts = [e for e in range(len(problem.A[0])) if any(needs_p[e] for needs_p in needs.A)]
-    for e, rows, x_SD in segments.gathered(problem.x_ULD, experts):
-        for ws_NR, grads_p in zip(ws, grads, strict=True):
+    grads = list(map(segments.blank, problem.A, needs.A))
+    learning = [e for e in range(len(problem.A[0])) if any(needs_p[e] for needs_p in needs.A)]
+    for e, x_SD in segments.gathered(problem.x_ULD, learning):
+        for ws_p, grads_p in zip(ws, grads, strict=True):
             grad = grads_p[e]
             if grad is not None:
-                torch.mm(ws_NR[rows, : len(grad)].T, x_SD, out=grad)
+                torch.mm(_first(ws_p[e], len(grad)).T, x_SD, out=grad)
     return grads
+
+
+def _first(rows_SR: Tensor, rank: int) -> Tensor:
+    """The columns that an expert of this rank has."""
+    return rows_SR if rows_SR.shape[1] == rank else rows_SR[:, :rank]
 
 
 def _rank_sized(problem: Problem) -> list[Tensor]:

@@ -60,11 +60,14 @@ def routed_lora(
         # On strides that do not fold, torch picks the product (and its bits) by requires_grad: a
         # veteran would differ from the expert that learnt.
         inputs = x.to(A[0][0].dtype).contiguous()
-        run = choose(backend, Case(inputs, A, scaling, expert))
-        deltas = run(inputs, A, B, scaling, expert, gate)
-        return tuple(_sum(result, delta) for result, delta in zip(results, deltas, strict=True))
+        chosen = choose(backend, Case(inputs, A, scaling, expert))
+        deltas = chosen.run(inputs, A, B, scaling, expert, gate)
+        pairs = zip(results, deltas, strict=True)
+        return tuple(_sum(result, delta, chosen.owned) for result, delta in pairs)
 
 
-def _sum(result: Tensor, delta: Tensor) -> Tensor:
-    """``result + delta`` in the dtype of the result."""
+def _sum(result: Tensor, delta: Tensor, in_place: bool) -> Tensor:
+    """``result + delta`` in the dtype of the result; memory that is there already is cheaper."""
+    if in_place and delta.dtype == result.dtype:
+        return delta.add_(result)
     return (result + delta).to(result.dtype)
