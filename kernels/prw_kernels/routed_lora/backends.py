@@ -45,7 +45,7 @@ class Case:
     @property
     def alike(self) -> bool:
         """Whether all experts of all projections have one rank and one scaling."""
-        ranks = {len(A_RD) for A_p in self.A for A_RD in A_p}
+        ranks = {A_RD.shape[0] for A_p in self.A for A_RD in A_p}
         return len(ranks) == 1 and len({s for row in self.scaling for s in row}) == 1
 
 

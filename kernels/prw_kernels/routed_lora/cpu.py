@@ -49,7 +49,7 @@ def cpu(
 
 def _way(x: Tensor, A: Sequence[Sequence[Tensor]]) -> ModuleType:
     """Shapes and dtypes decide, never values."""
-    ranks = max(sum(len(A_RD) for A_RD in A_p) for A_p in A)
+    ranks = max(sum(A_RD.shape[0] for A_RD in A_p) for A_p in A)
     small = x.dtype == torch.bfloat16 and ranks <= CONCAT_RANKS
     return cpu_concat if small else cpu_sorted
 

@@ -8,6 +8,8 @@ all experts of a projection side by side.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ def forward(problem: Problem, deltas: list[Tensor]) -> list[Tensor]:
 def saved_like(x: Tensor, expert: Tensor, A: list[list[Tensor]]) -> list[Tensor]:
     """Empty tensors shaped like what `forward` returns."""
     rows = x.shape[:-1].numel()
-    return [x.new_empty(rows, sum(len(A_RD) for A_RD in A_p)) for A_p in A]
+    return [x.new_empty(rows, sum(A_RD.shape[0] for A_RD in A_p)) for A_p in A]
 
 
 def backward(problem: Problem, dy: list[Tensor], saved: list[Tensor], needs: Needs) -> Grads:
@@ -45,7 +47,7 @@ def backward(problem: Problem, dy: list[Tensor], saved: list[Tensor], needs: Nee
             part_ND = _product(problem, p, ws_NQ, torch.cat(problem.A[p]), torch.empty_like(x_ND))
             dx_ND = part_ND if dx_ND is None else dx_ND.add_(part_ND)
         if needs.gate:
-            part_U = (s_NQ * h_NQ).view(len(weight_U), -1).sum(1) * problem.scale(p)
+            part_U = (s_NQ * h_NQ).view(weight_U.shape[0], -1).sum(1) * problem.scale(p)
             d_gate = part_U if d_gate is None else d_gate + part_U
         d_A.append(_pieces(problem, p, ws_NQ, x_ND, needs.A[p]))
         turned = _pieces(problem, p, weighted(h_NQ, weight_U), dy_NO, needs.B[p])
@@ -54,23 +56,24 @@ def backward(problem: Problem, dy: list[Tensor], saved: list[Tensor], needs: Nee
 
 
 def _ranks(problem: Problem, p: int) -> list[int]:
-    return [len(A_RD) for A_RD in problem.A[p]]
+    return [A_RD.shape[0] for A_RD in problem.A[p]]
 
 
 def _own(problem: Problem, p: int, rows_NQ: Tensor) -> Tensor:
     """Zeros in the columns of experts that a row did not choose, whatever was there."""
     owner_Q = torch.tensor([e for e, rank in enumerate(_ranks(problem, p)) for _ in range(rank)])
     mine_U1Q = (problem.expert_U[:, None] == owner_Q)[:, None]
-    rows_ULQ = rows_NQ.view(len(problem.expert_U), -1, len(owner_Q))
+    rows_ULQ = rows_NQ.view(problem.expert_U.shape[0], -1, owner_Q.shape[0])
     return torch.where(mine_U1Q, rows_ULQ, 0.0).view(rows_NQ.shape)
 
 
 def _product(problem: Problem, p: int, own_NQ: Tensor, factor_QW: Tensor, out_NW: Tensor) -> Tensor:
     """``own @ factor``; a factor with NaN or infinity reaches only the rows that chose it."""
-    if factor_QW.sum().isfinite().tolist():
+    total: float = factor_QW.sum().tolist()  # type: ignore[assignment]
+    if math.isfinite(total):
         return torch.mm(own_NQ, factor_QW, out=out_NW)
     ranks = _ranks(problem, p)
-    length = len(own_NQ) // len(problem.expert_U)
+    length = own_NQ.shape[0] // problem.expert_U.shape[0]
     expert_N1 = problem.expert_U.repeat_interleave(length)[:, None]
     parts = zip(own_NQ.split(ranks, dim=1), factor_QW.split(ranks), strict=True)
     for e, (own_NR, factor_RW) in enumerate(parts):

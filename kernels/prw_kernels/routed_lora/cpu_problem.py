@@ -96,5 +96,5 @@ def units(rows: Tensor, expert: Tensor) -> Tensor:
 
 def weighted(rows_NR: Tensor, weight_U: Tensor) -> Tensor:
     """Every row times the weight of its unit, in the dtype of the rows."""
-    folded = rows_NR.view(len(weight_U), -1) * weight_U[:, None]
+    folded = rows_NR.view(weight_U.shape[0], -1) * weight_U[:, None]
     return folded.to(rows_NR.dtype).view(rows_NR.shape)

@@ -32,7 +32,7 @@ class Segments:
     def __init__(self, order_U: Tensor, back_U: Tensor, ends_E: Tensor) -> None:
         self.order_U, self.back_U, self.ends_E = order_U, back_U, ends_E
         # tolist, not item: on a CPU there is nothing to wait for, and no operator is recorded.
-        self.given = bool((order_U == torch.arange(len(order_U))).all().tolist())
+        self.given = bool((order_U == torch.arange(order_U.shape[0])).all().tolist())
         ends: list[int] = ends_E.tolist()
         self.counts = [stop - start for start, stop in zip([0, *ends[:-1]], ends, strict=True)]
         self.chosen = [e for e, count in enumerate(self.counts) if count]
@@ -41,13 +41,14 @@ class Segments:
     def of(cls, expert_U: Tensor, experts: int) -> Segments:
         """Sort the units by expert."""
         sorted_U, order_U = torch.sort(expert_U, stable=True)
-        back_U = torch.empty_like(order_U).scatter_(0, order_U, torch.arange(len(order_U)))
+        back_U = torch.empty_like(order_U).scatter_(0, order_U, torch.arange(order_U.shape[0]))
         return cls(order_U, back_U, torch.searchsorted(sorted_U, torch.arange(1, experts + 1)))
 
     def parts(self, sorted_NW: Tensor) -> tuple[Tensor, ...]:
         """The rows of each expert, of rows in sorted places."""
-        length = len(sorted_NW) // len(self.order_U)
-        return sorted_NW.split([count * length for count in self.counts])
+        length = sorted_NW.shape[0] // self.order_U.shape[0]
+        parts: tuple[Tensor, ...] = sorted_NW.split([count * length for count in self.counts])
+        return parts
 
     def gathered(self, given_ULD: Tensor, experts: Collection[int]) -> Iterator[tuple[int, Tensor]]:
         """The rows ``[S, D]`` of each chosen one of `experts`, of units in the given order.
@@ -59,7 +60,7 @@ class Segments:
             parts = self.parts(given_ULD.view(-1, width))
             yield from ((e, parts[e]) for e in wanted)
             return
-        given_UV, units = given_ULD.view(len(given_ULD), -1), self.order_U.split(self.counts)
+        given_UV, units = given_ULD.view(given_ULD.shape[0], -1), self.order_U.split(self.counts)
         buffer_UV = given_UV.new_empty(max(self.counts[e] for e in wanted), given_UV.shape[1])
         for e in wanted:
             rows_UV = buffer_UV[: self.counts[e]]
@@ -69,7 +70,7 @@ class Segments:
     def give_back(self, sorted_ULD: Tensor, given_ULD: Tensor) -> None:
         """Write units from their sorted places to the given order."""
         if sorted_ULD is not given_ULD:
-            units = len(given_ULD)
+            units = given_ULD.shape[0]
             given_UV, sorted_UV = given_ULD.view(units, -1), sorted_ULD.view(units, -1)
             torch.index_select(sorted_UV, 0, self.back_U, out=given_UV)
 
@@ -88,11 +89,11 @@ def forward(problem: Problem, deltas: list[Tensor]) -> list[Tensor]:
     h_parts = list(map(segments.parts, h))
     for e, x_SD in segments.gathered(problem.x_ULD, experts):
         for h_p, A_p in zip(h_parts, problem.A, strict=True):
-            torch.mm(x_SD, A_p[e].T, out=_first(h_p[e], len(A_p[e])))
+            torch.mm(x_SD, A_p[e].T, out=_first(h_p[e], A_p[e].shape[0]))
     for p, (delta_ULO, B_p) in enumerate(zip(deltas, problem.B, strict=True)):
         wh = segments.parts(weighted(h[p], problem.weight(p).index_select(0, segments.order_U)))
         sorted_ULO = delta_ULO if segments.given else torch.empty_like(delta_ULO)
-        sorted_NO = segments.parts(sorted_ULO.view(-1, len(B_p[0])))
+        sorted_NO = segments.parts(sorted_ULO.view(-1, B_p[0].shape[0]))
         for e in segments.chosen:
             torch.mm(_first(wh[e], B_p[e].shape[1]), B_p[e].T, out=sorted_NO[e])
         segments.give_back(sorted_ULO, delta_ULO)
@@ -105,7 +106,7 @@ def saved_like(x: Tensor, expert: Tensor, A: list[list[Tensor]]) -> list[Tensor]
         torch.empty(size, dtype=torch.int64) for size in (expert.numel(), expert.numel(), len(A[0]))
     ]
     rows = x.shape[:-1].numel()
-    return indices + [x.new_empty(rows, max(len(A_RD) for A_RD in A_p)) for A_p in A]
+    return indices + [x.new_empty(rows, max(A_RD.shape[0] for A_RD in A_p)) for A_p in A]
 
 
 def backward(problem: Problem, dy: list[Tensor], saved: list[Tensor], needs: Needs) -> Grads:
@@ -117,7 +118,7 @@ def backward(problem: Problem, dy: list[Tensor], saved: list[Tensor], needs: Nee
     d_gate = None
     if needs.gate:
         for p, (s_NR, h_NR) in enumerate(zip(s, h, strict=True)):
-            sums_U = (s_NR * h_NR).view(len(weights[p]), -1).sum(1)
+            sums_U = (s_NR * h_NR).view(weights[p].shape[0], -1).sum(1)
             part_U = sums_U.index_select(0, segments.back_U) * problem.scale(p)
             d_gate = part_U if d_gate is None else d_gate + part_U
     ws = [segments.parts(weighted(s_NR, weight)) for s_NR, weight in zip(s, weights, strict=True)]
@@ -148,7 +149,7 @@ def _to_x(problem: Problem, segments: Segments, ws: list[tuple[Tensor, ...]]) ->
     parts = segments.parts(sorted_ULD.view(-1, sorted_ULD.shape[-1]))
     for e in segments.chosen:
         for p, A_p in enumerate(problem.A):
-            ws_SR = _first(ws[p][e], len(A_p[e]))
+            ws_SR = _first(ws[p][e], A_p[e].shape[0])
             if p == 0:
                 torch.mm(ws_SR, A_p[e], out=parts[e])
             else:
@@ -168,7 +169,7 @@ def _to_A(
         for ws_p, grads_p in zip(ws, grads, strict=True):
             grad = grads_p[e]
             if grad is not None:
-                torch.mm(_first(ws_p[e], len(grad)).T, x_SD, out=grad)
+                torch.mm(_first(ws_p[e], grad.shape[0]).T, x_SD, out=grad)
     return grads
 
 
@@ -181,7 +182,7 @@ def _rank_sized(problem: Problem) -> list[Tensor]:
     """Per projection ``[N, R]``; zeros where experts have fewer ranks than R."""
     rows, made = problem.x_ULD.shape[:2].numel(), []
     for A_p in problem.A:
-        ranks = {len(A_RD) for A_RD in A_p}
+        ranks = {A_RD.shape[0] for A_RD in A_p}
         make = problem.x_ULD.new_empty if len(ranks) == 1 else problem.x_ULD.new_zeros
         made.append(make(rows, max(ranks)))
     return made
