@@ -6,14 +6,15 @@ Shape suffixes: D input width, O output width, R rank, ``...`` the leading axes 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prw_kernels.routed_lora.op import check_routed, routed_lora
-from prw_kernels.routed_lora.tiled import check_tiled, picks_tiled, runs_tiled, tiled
+from prw_kernels.routed_lora.backends import Backend, Case
+from prw_kernels.routed_lora.checks import check
+from prw_kernels.routed_lora.op import routed_lora
+from prw_kernels.routed_lora.tiled import tiled, why_not_tiled
 
 
 def routed_linear(
@@ -26,7 +27,7 @@ def routed_linear(
     expert: Tensor | None = None,
     gate: Tensor | None = None,
     *,
-    backend: Literal["auto", "reference", "triton"] = "auto",
+    backend: Backend = "auto",
 ) -> tuple[Tensor, ...]:
     """Linear projections of ``x`` plus the gated residual of the routed expert.
 
@@ -56,17 +57,43 @@ def routed_linear(
     Raises:
         ValueError: as `routed_lora`.
     """
-    fold = backend == "triton" or picks_tiled(backend, x, A, expert)
-    if fold and runs_tiled(x) and _plain(x, weights, biases):
-        check_routed(x, scaling, expert, gate)
+    if _folds(backend, Case(x, A, scaling, expert)) and _plain(x, weights, biases):
+        _check_weights(x, weights, biases, B)
+        # Stand-ins for the results, of which only the shape is looked at.
+        like = [x.new_empty(()).expand(*x.shape[:-1], W.shape[0]) for W in weights]
+        check(like, x, A, B, scaling, expert, gate)
         A = [[a.to(x.dtype) for a in A_p] for A_p in A]
         B = [[b.to(x.dtype) for b in B_p] for B_p in B]
         given = [] if all(b is None for b in biases) else _filled(weights, biases)
         inputs = x.contiguous()
-        check_tiled(inputs, A, B, expert, gate, weights=weights, biases=given)
         return tiled(inputs, A, B, scaling, expert, gate, weights=weights, biases=given)
     results = [F.linear(x, W, b) for W, b in zip(weights, biases, strict=True)]
     return routed_lora(results, x, A, B, scaling, expert, gate, backend=backend)
+
+
+def _folds(backend: Backend, case: Case) -> bool:
+    """Whether the kernels are asked for, by name or by the rule of `choose`, and can run."""
+    if backend not in ("auto", "triton") or case.x.numel() == 0 or why_not_tiled(case.x):
+        return False
+    return backend == "triton" or (case.x.is_cuda and not case.plain)
+
+
+def _check_weights(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    B: Sequence[Sequence[Tensor]],
+) -> None:
+    if not len(weights) == len(biases) == len(B):
+        raise ValueError(f"{len(weights)} weights, {len(biases)} biases, {len(B)} projections")
+    for p, (W, bias) in enumerate(zip(weights, biases, strict=True)):
+        if W.dim() != 2 or W.shape[1] != x.shape[-1]:
+            raise ValueError(
+                f"weights[{p}] is {tuple(W.shape)}, which does not go with an input of width "
+                f"{x.shape[-1]}"
+            )
+        if bias is not None and bias.shape != W.shape[:1]:
+            raise ValueError(f"biases[{p}] is {tuple(bias.shape)}, expected ({W.shape[0]},)")
 
 
 def _plain(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:

@@ -17,104 +17,20 @@ from prw_kernels.routed_lora.reference import spread
 from prw_kernels.routed_lora.tiled_op import routed_lora_op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_BASES = ("results", "weights", "biases")
 
 
-def runs_tiled(x: Tensor) -> bool:
-    """Whether the kernels take such an input."""
-    return runs_triton(x.device) and x.dtype in DTYPES and x.numel() > 0
-
-
-def picks_tiled(
-    backend: str, x: Tensor, A: Sequence[Sequence[Tensor]], expert: Tensor | None
-) -> bool:
-    """Whether ``"auto"`` takes the kernels, by shapes, dtype and device.
-
-    That is on CUDA and ROCm devices with several experts: always in bf16 and fp16, and in fp32,
-    whose products are not done by tensor cores, where the alternative is every expert on every
-    token. One expert keeps the bits of a plain LoRA.
-    """
-    if backend != "auto" or not x.is_cuda or not runs_tiled(x) or len(A[0]) == 1 or expert is None:
-        return False
-    return x.itemsize == 2 or expert.dim() == x.dim() - 1
-
-
-def check_tiled(
-    x: Tensor,
-    A: Sequence[Sequence[Tensor]],
-    B: Sequence[Sequence[Tensor]],
-    expert: Tensor | None,
-    gate: Tensor | None,
-    *,
-    results: Sequence[Tensor] = (),
-    weights: Sequence[Tensor] = (),
-    biases: Sequence[Tensor] = (),
-) -> None:
-    """Say why the kernels cannot take these arguments of `routed_lora`.
-
-    Args:
-        x: ``[..., D]`` in the dtype of the factors.
-        A: see `tiled`, like the rest.
-        B: see there.
-        expert: see there.
-        gate: see there.
-        results: see there.
-        weights: see there.
-        biases: see there.
-
-    Raises:
-        ValueError: Triton is not installed, the device is not one it runs on, a dtype it does not
-            compute in (bf16 in the interpreter included), tensors on several devices, factors of
-            several dtypes, indices that are not int32 or int64, or a shape that does not fit.
-    """
+def why_not_tiled(x: Tensor) -> str:
+    """Why the kernels cannot take an x in this dtype on this device; empty if they can."""
     if not installed():
-        raise ValueError('backend "triton" needs the package triton: pip install "prw[triton]"')
+        return 'needs the package triton: pip install "prw[triton]"'
     if not runs_triton(x.device):
-        raise ValueError(
-            f'backend "triton" runs on CUDA and ROCm devices, and x is on {x.device}; use backend '
-            '"auto", or TRITON_INTERPRET=1 to try the kernels on a CPU'
+        return (
+            f"runs on CUDA and ROCm devices and x is on {x.device}; move it there, set "
+            "TRITON_INTERPRET=1 to try the kernels on a CPU"
         )
     if x.dtype not in DTYPES:
-        raise ValueError(
-            f'backend "triton" computes in float32, bfloat16 and float16, and the factors are '
-            f'{x.dtype}; use backend "reference"'
-        )
-    factors = [factor for factors in (*A, *B) for factor in factors]
-    for other in (*factors, expert, gate, *results, *weights, *biases):
-        if other is not None and other.device != x.device:
-            raise ValueError(f"x is on {x.device} and another argument on {other.device}")
-    for factor in factors:
-        if factor.dtype != x.dtype:
-            raise ValueError(f"factors of {x.dtype} and {factor.dtype}: give all in one dtype")
-    if expert is not None and expert.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"expert is {expert.dtype}; give int64 indices")
-    check_interpreted(x, gate, *results)
-    _check_shapes(x, A, B, results, weights, biases)
-
-
-def _check_shapes(
-    x: Tensor,
-    A: Sequence[Sequence[Tensor]],
-    B: Sequence[Sequence[Tensor]],
-    results: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-) -> None:
-    counts = {len(A), len(B), len(results) or len(weights)}
-    if len(counts) > 1 or len({len(row) for row in (*A, *B)}) > 1:
-        raise ValueError("results, A and B must be of the same projections and experts")
-    for p, (A_p, B_p) in enumerate(zip(A, B, strict=True)):
-        for e, (a_RD, b_OR) in enumerate(zip(A_p, B_p, strict=True)):
-            rank, size = a_RD.shape[0], B_p[0].shape[0]
-            if a_RD.shape != (rank, x.shape[-1]) or b_OR.shape != (size, rank):
-                raise ValueError(
-                    f"A[{p}][{e}] is {tuple(a_RD.shape)} and B[{p}][{e}] {tuple(b_OR.shape)}: "
-                    f"expected (rank, {x.shape[-1]}) and ({size}, rank)"
-                )
-        wanted = (*x.shape[:-1], size), (size, x.shape[-1]), (size,)
-        for name, shape, of in zip(_BASES, wanted, (results, weights, biases), strict=True):
-            if of and of[p].shape != shape:
-                raise ValueError(f"{name}[{p}] is {tuple(of[p].shape)}, expected {tuple(shape)}")
+        return f"computes in float32, bfloat16 and float16 and the factors are {x.dtype}; cast them"
+    return ""
 
 
 def tiled(
@@ -144,7 +60,14 @@ def tiled(
 
     Returns:
         Per projection ``[..., O_p]``.
+
+    Raises:
+        ValueError: tensors on several devices, or a dtype that Triton's interpreter gets wrong.
     """
+    for other in (expert, gate, *results, *weights, *biases):
+        if other is not None and other.device != x.device:
+            raise ValueError(f"x is on {x.device} and another argument on {other.device}")
+    check_interpreted(x, *results)
     lead = x.shape[:-1]
     x_TD = x.view(-1, x.shape[-1])
     if expert is None:

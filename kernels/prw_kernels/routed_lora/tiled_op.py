@@ -221,10 +221,6 @@ routed_lora_op.register_autograd(_backward, setup_context=_setup_context)
 
 def _group(x_TD: Tensor, expert_T: Tensor, experts: int, rank: int) -> Groups:
     if is_dense(experts, rank):
-        if expert_T.device.type == "cpu" and not bool(
-            ((expert_T >= 0) & (expert_T < experts)).all()
-        ):
-            raise ValueError(f"an expert index is outside the pool of {experts} experts")
         return Groups(slots=x_TD.shape[0], token=None, expert=expert_T, offset=None, dense=experts)
     found = segments(expert_T, experts, block=block_for(x_TD, rank))
     return _regroup(expert_T, found.token, found.expert, found.offset, experts)
