@@ -271,6 +271,17 @@ def test_only_experts_that_learn_get_gradients(device: str) -> None:
     assert all(factors[e].grad is not None for factors in everyone for e in (0, 2))
 
 
+@both
+@devices
+def test_strides_of_choice_and_gate_do_not_matter(device: str) -> None:
+    given = CASES["two-projections"].begin(device)
+    assert given.gate is not None
+    columns = torch.stack([given.gate.detach(), given.gate.detach() + 1], dim=1)
+    experts = torch.stack([given.expert, given.expert * 0], dim=1)
+    strided = replace(given, gate=columns[:, 0], expert=experts[:, 0])
+    assert all(map(torch.equal, strided.run(op), given.run(op)))
+
+
 @interpreted
 def test_one_output_alone_is_enough() -> None:
     given = CASES["two-projections"].begin()

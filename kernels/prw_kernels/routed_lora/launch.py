@@ -47,7 +47,7 @@ def shrink_gradient(
     if needs_gate:
         # One partial sum per program of a row; `columns` gives each at least 32 columns, or all.
         most = triton.cdiv(h_SQ.shape[1] // count * max(groups.dense, 1), 32)
-        d_gate = h_SQ.new_zeros((count, most, tokens), dtype=torch.float32)
+        d_gate = h_SQ.new_empty((count, most, tokens), dtype=torch.float32)
     of_projections = (value.chunk(count, dim=1) for value in (h_SQ, ws_SQ, wh_SQ))
     for p, (h_SR, ws_SR, wh_SR) in enumerate(zip(*of_projections, strict=True)):
         extra = (h_SR, wh_SR, gate_T, None if d_gate is None else d_gate[p], scaling)
@@ -68,6 +68,10 @@ def _gather(
     rank = out_SN.shape[1]
 
     def launch(t: Tile) -> None:
+        if extra[3] is not None:
+            extra[
+                3
+            ].zero_()  # the partial sums of a search's other tiles, and those without program
         rows, every = triton.cdiv(groups.slots, t.m), rank * max(groups.dense, 1)
         b_n = columns(every, t.n, rows)
         gather_kernel[(rows, triton.cdiv(every, b_n))](

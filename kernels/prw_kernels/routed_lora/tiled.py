@@ -93,7 +93,7 @@ def tiled(
 
 def _per_token(value: Tensor, lead: torch.Size) -> Tensor:
     """A choice per sample becomes one per token of it."""
-    return spread(value, len(lead)).expand(lead).reshape(-1)
+    return spread(value, len(lead)).expand(lead).reshape(-1).contiguous()
 
 
 def _one_scaling(
