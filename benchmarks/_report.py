@@ -105,7 +105,7 @@ def plot(result: dict[str, Any], file: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = [row for row in result["rows"] if row["backward"]][::-1]
-    figure = Figure(figsize=(9, 1.2 + 0.28 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(9, 1.7 + 0.28 * len(rows)), layout="constrained")
     axes = figure.subplots()
     places = range(len(rows))
     marks = dict(zip(LABELS, ("|", "o", "s", "D", "^", "x"), strict=True))
@@ -123,5 +123,5 @@ def plot(result: dict[str, Any], file: Path) -> None:
     axes.set_xlabel("forward + backward, times the frozen base alone (log)")
     axes.set_title(f"{result['device']}, {result['threads']} thread(s), torch {result['torch']}")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="upper right", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(file, dpi=110)

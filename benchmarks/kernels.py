@@ -12,9 +12,9 @@
 ``grouped``  sorted rows and `torch.nn.functional.grouped_mm`, differentiated by autograd
 
 Outputs and every gradient of each routed variant are compared with the reference in fp64, on at
-most 4096 tokens, before anything is timed; a wrong one ends the run with status 1. On a CPU use one
-thread (`OMP_NUM_THREADS=1`): times are process time. On CUDA they are taken between events with
-the L2 cache flushed, and up to 4096 tokens from a CUDA graph, too.
+most 4096 tokens, before anything is timed; a wrong one ends the run with status 1. On a CPU there
+is one thread and times are process time. On CUDA they are taken between events with the L2 cache
+flushed, and up to 4096 tokens from a CUDA graph, too.
 
 Every round draws a new batch and a new routing; ratios are medians of the ratios within a round.
 ``roof`` is the time in which this machine could do the work at its own measured rates.
@@ -58,6 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     found.add_argument("--compare", type=Path, help="an earlier --json of the same suite")
     found.add_argument("--plot", type=Path, help="draw the ratios to the base here")
     args = found.parse_args(arguments)
+    if args.device == "cpu":
+        torch.set_num_threads(1)  # process time counts every thread
     shapes = suite(args.suite or ("cpu" if args.device == "cpu" else "flux"), args.quick)
     rates = {s.dtype: round(gemm_rate(args.device, s.kind) / 1e9, 1) for s in shapes}
     result: dict[str, Any] = {
@@ -186,9 +188,7 @@ def on_cuda(runs: dict[str, Callable[[], object]], shape: Shape, device: str) ->
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         runs["ours"]()
         torch.cuda.synchronize()
-    launches = sum(
-        event.device_type == torch.autograd.DeviceType.CUDA for event in profiled.events()
-    )
+    kernels = [e for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     graphs = None
     if shape.tokens <= GRAPHED:
         replays = {name: graphed(runs[name]) for name in ("base", "plain", "ours")}

@@ -32,7 +32,7 @@ class Segments:
     def __init__(self, order_U: Tensor, back_U: Tensor, ends_E: Tensor) -> None:
         self.order_U, self.back_U, self.ends_E = order_U, back_U, ends_E
         # tolist, not item: on a CPU there is nothing to wait for, and no operator is recorded.
-        self.given = bool((order_U == torch.arange(order_U.shape[0])).all().tolist())
+        self.given = _is_identity(order_U)
         ends: list[int] = ends_E.tolist()
         self.counts = [stop - start for start, stop in zip([0, *ends[:-1]], ends, strict=True)]
         self.chosen = [e for e, count in enumerate(self.counts) if count]
@@ -65,7 +65,7 @@ class Segments:
         for e in wanted:
             rows_UV = buffer_UV[: self.counts[e]]
             torch.index_select(given_UV, 0, units[e], out=rows_UV)
-            yield e, rows_UV.view(-1, width)
+            yield e, rows_UV if given_ULD.shape[1] == 1 else rows_UV.view(-1, width)
 
     def give_back(self, sorted_ULD: Tensor, given_ULD: Tensor) -> None:
         """Write units from their sorted places to the given order."""
@@ -74,10 +74,10 @@ class Segments:
             given_UV, sorted_UV = given_ULD.view(units, -1), sorted_ULD.view(units, -1)
             torch.index_select(sorted_UV, 0, self.back_U, out=given_UV)
 
-    def blank(self, like: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
-        """Room for the gradients that are wanted; zeros for an expert nobody chose."""
+    def unchosen(self, like: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
+        """Gradients of zeros for experts that learn and that nobody chose."""
         return [
-            None if not need else x.new_empty(x.shape) if count else x.new_zeros(x.shape)
+            x.new_zeros(x.shape) if need and not count else None
             for x, need, count in zip(like, needs, self.counts, strict=True)
         ]
 
@@ -132,13 +132,13 @@ def _through_B(
     """``s`` in sorted places, and the gradients of B from the same gathered rows."""
     s, grads = _rank_sized(problem), []
     for p, (dy_ULO, B_p) in enumerate(zip(dy, problem.B, strict=True)):
-        turned = segments.blank([B_OR.T for B_OR in B_p], needs.B[p])
+        turned = segments.unchosen([B_OR.T for B_OR in B_p], needs.B[p])
         s_p, wh_p = segments.parts(s[p]), segments.parts(wh[p])
         for e, dy_SO in segments.gathered(dy_ULO, range(len(B_p))):
-            rank, grad_RO = B_p[e].shape[1], turned[e]
+            rank = B_p[e].shape[1]
             torch.mm(dy_SO, B_p[e], out=_first(s_p[e], rank))
-            if grad_RO is not None:  # dy^T wh is up to five times slower
-                torch.mm(_first(wh_p[e], rank).T, dy_SO, out=grad_RO)
+            if needs.B[p][e]:  # dy^T wh is up to five times slower
+                turned[e] = _first(wh_p[e], rank).T @ dy_SO
         grads.append([None if grad_RO is None else grad_RO.T for grad_RO in turned])
     return s, grads
 
@@ -163,14 +163,21 @@ def _to_A(
     problem: Problem, segments: Segments, ws: list[tuple[Tensor, ...]], needs: Needs
 ) -> list[list[Tensor | None]]:
     """The gradients of A; rows are gathered only for experts that learn."""
-    grads = list(map(segments.blank, problem.A, needs.A))
+    grads = list(map(segments.unchosen, problem.A, needs.A))
     learning = [e for e in range(len(problem.A[0])) if any(needs_p[e] for needs_p in needs.A)]
     for e, x_SD in segments.gathered(problem.x_ULD, learning):
-        for ws_p, grads_p in zip(ws, grads, strict=True):
-            grad = grads_p[e]
-            if grad is not None:
-                torch.mm(_first(ws_p[e], grad.shape[0]).T, x_SD, out=grad)
+        for p, A_p in enumerate(problem.A):
+            if needs.A[p][e]:
+                grads[p][e] = _first(ws[p][e], A_p[e].shape[0]).T @ x_SD
     return grads
+
+
+def _is_identity(order_U: Tensor) -> bool:
+    """Whether ``order[u] = u``; two places are enough to say no to most others."""
+    last = order_U.shape[0] - 1
+    if [*order_U[:1].tolist(), *order_U[last:].tolist()] != [0, last]:
+        return False
+    return bool((order_U == torch.arange(last + 1)).all().tolist())
 
 
 def _first(rows_SR: Tensor, rank: int) -> Tensor:
