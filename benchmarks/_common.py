@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+import prw
+
 
 def parser(name: str, about: str) -> argparse.ArgumentParser:
     """The arguments that every benchmark takes."""
@@ -34,17 +36,32 @@ def interleaved(
     warmup: int,
     device: str,
     clock: Callable[[], float] = time.perf_counter,
+    timer: Callable[[Callable[[], object]], float] | None = None,
+    fresh: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every variant in every round; a round runs each variant once, in turn."""
+    """Seconds of every variant in every round; a round runs each variant once, in turn.
+
+    With `fresh`, which makes new inputs before every round, the turn is reversed in every other
+    round, so that nobody always runs after the same neighbour. `timer` takes the time of one run
+    otherwise than by `clock`.
+    """
+
+    def timed(run: Callable[[], object]) -> float:
+        synchronise(device)
+        started = clock()
+        run()
+        synchronise(device)
+        return clock() - started
+
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(warmup + rounds):
-        for name, run in variants.items():
-            synchronise(device)
-            started = clock()
-            run()
-            synchronise(device)
+        if fresh:
+            fresh()
+        names = list(variants)
+        for name in reversed(names) if fresh and number % 2 else names:
+            took = (timer or timed)(variants[name])
             if number >= warmup:
-                seconds[name].append(clock() - started)
+                seconds[name].append(took)
     return seconds
 
 
@@ -89,6 +106,7 @@ def machine(device: str) -> dict[str, Any]:
     return {
         "device": name,
         "threads": torch.get_num_threads(),
+        "prw": prw.__version__,
         "torch": torch.__version__,
         "triton": triton_version(),
         "commit": told.stdout.strip() or "unknown",

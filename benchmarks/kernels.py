@@ -1,146 +1,202 @@
-"""What a routed LoRA costs beside one plain LoRA, forward and backward, K and V together.
+"""Routed LoRA beside what people use today: correctness first, then time, memory and launches.
 
-    python -m benchmarks.kernels [--device cpu|cuda] [--quick] [--json FILE]
+    python -m benchmarks.kernels [--device cpu|cuda] [--suite cpu|flux|llm] [--quick]
+                                 [--json FILE] [--compare OLD.json] [--plot FILE.png]
 
-``plain``       one LoRA pair on every sample, without routing: the floor
-``per_sample``  one expert per sample, gathered factors, written backward
-``autograd``    the same batched products, differentiated by autograd
-``reference``   every expert on every token
+``base``     the frozen linears alone; it is part of every other row
+``plain``    one unrouted LoRA: the peft library's own layer, where it is installed
+``ours``     `prw_kernels.routed_lora`, backend "auto"
+``loop``     PEFT's loop over adapters (`_mixed_batch_forward`), with index tensors
+``tuned``    the same loop with index_select and index_add_, which PEFT does not use
+``dense``    X-LoRA: every expert on every token
+``grouped``  sorted rows and `torch.nn.functional.grouped_mm`, differentiated by autograd
 
-One of the experts learns, as in a stage. Outputs and every gradient are compared with the reference
-in fp64 before anything is timed: a wrong result has no speed.
+Outputs and every gradient of each routed variant are compared with the reference in fp64, on at
+most 4096 tokens, before anything is timed; a wrong one ends the run with status 1. On a CPU there
+is one thread and times are process time. On CUDA they are taken between events with the L2 cache
+flushed, and up to 4096 tokens from a CUDA graph, too.
 
-Shapes: B samples, T tokens, D input and output width, E experts, R rank.
+Every round draws a new batch and a new routing; ratios are medians of the ratios within a round.
+``roof`` is the time in which this machine could do the work at its own measured rates.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import statistics
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import _report
+from benchmarks._ceilings import clocks, copy_rate, gemm_rate, graphed, roofline, seconds
 from benchmarks._common import interleaved, machine, parser, spread
-from prw_kernels.routed_lora.per_sample import per_sample
-from prw_kernels.routed_lora.reference import reference
+from benchmarks._peers import ROUTED, Plain, Problem, base, error, gradients, saved_bytes, truth
+from benchmarks._shapes import Shape, suite
 
-Deltas = Callable[["Problem"], list[Tensor]]
-
-
-class Problem:
-    """Random factors of E experts for two projections, and one batch."""
-
-    def __init__(self, shape: tuple[int, int, int, int, int], device: str, dtype: torch.dtype):
-        torch.manual_seed(0)
-        samples, tokens, width, experts, rank = shape
-        options = {"device": device, "dtype": dtype}
-        self.A = [[torch.randn(rank, width, **options) / width**0.5 for _ in range(experts)]
-                  for _ in "kv"]  # fmt: skip
-        self.B = [[torch.randn(width, rank, **options) / rank**0.5 for _ in range(experts)]
-                  for _ in "kv"]  # fmt: skip
-        self.expert_B = torch.arange(samples, device=device) % experts
-        self.weight_B = torch.rand(samples, **options).requires_grad_()
-        self.x_BTD = torch.randn(samples, tokens, width, **options).requires_grad_()
-        self.grad_BTO = torch.randn(samples, tokens, width, **options)
-        self.leaves = [self.x_BTD, self.weight_B]
-        self.leaves += [side[p][-1].requires_grad_() for side in (self.A, self.B) for p in (0, 1)]
-
-
-def plain(given: Problem) -> list[Tensor]:
-    """The newest expert for every sample."""
-    weight_B11 = given.weight_B[:, None, None]
-    return [F.linear(F.linear(given.x_BTD, A[-1]), B[-1]) * weight_B11
-            for A, B in zip(given.A, given.B, strict=True)]  # fmt: skip
-
-
-def gathered(given: Problem) -> list[Tensor]:
-    """The package's operation."""
-    return per_sample(given.x_BTD, given.A, given.B, given.expert_B, given.weight_B)
-
-
-def autograd(given: Problem) -> list[Tensor]:
-    """The same products without a backward of our own."""
-    found = []
-    for A, B in zip(given.A, given.B, strict=True):
-        A_BRD, B_BOR = (torch.stack(side)[given.expert_B] for side in (A, B))
-        h_BTR = torch.bmm(given.x_BTD, A_BRD.mT)
-        found.append(torch.bmm(h_BTR, B_BOR.mT) * given.weight_B[:, None, None])
-    return found
-
-
-def masked(given: Problem) -> list[Tensor]:
-    """The reference."""
-    ones = [[1.0] * len(given.A[0])] * 2
-    return reference(given.x_BTD, given.A, given.B, ones, given.expert_B, given.weight_B)
-
-
-WAYS: dict[str, Deltas] = {
-    "plain": plain, "per_sample": gathered, "autograd": autograd, "reference": masked,
-}  # fmt: skip
-
-
-def gradients(given: Problem, way: Deltas) -> tuple[Tensor, ...]:
-    """Forward and backward; gradients of the leaves."""
-    outputs = way(given)
-    return torch.autograd.grad(outputs, given.leaves, [given.grad_BTO] * len(outputs))
-
-
-def wrong(shape: tuple[int, int, int, int, int], device: str) -> str:
-    """Which way differs from the reference in fp64; "" for none."""
-    given = Problem(shape, device, torch.float64)
-    truth = [*masked(given), *gradients(given, masked)]
-    for name in ("per_sample", "autograd"):
-        found = [*WAYS[name](given), *gradients(given, WAYS[name])]
-        for ours, theirs in zip(found, truth, strict=True):
-            scale = theirs.abs().max().clamp(min=1)
-            if not (ours - theirs).abs().max() / scale < 1e-10:  # sums of some 1,000 terms in fp64
-                return f"{name} differs from the reference"
-    return ""
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+"""Of the largest value: some ten roundings of the dtype's epsilon, sums of some 1,000 in fp32."""
+CHECKED = 4096
+GRAPHED = 4096
+PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "_grouped_mm")
+MOVES = ("index_select", "sort", "cat", "scatter_", "copy_", "clone", "searchsorted")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Check, time, print; 1 where a result is wrong."""
     found = parser("kernels", __doc__ or "")
+    found.add_argument("--suite", choices=("cpu", "flux", "llm"))
+    found.add_argument("--compare", type=Path, help="an earlier --json of the same suite")
+    found.add_argument("--plot", type=Path, help="draw the ratios to the base here")
     args = found.parse_args(arguments)
-    shape = (48, 36, 128, 5, 32) if args.device == "cpu" else (8, 1024, 3072, 5, 128)
-    problem = wrong((4, 9, 24, 3, 4), args.device)
-    if problem:
-        print(f"no times: {problem}", file=sys.stderr)
-        return 1
-    given = Problem(shape, args.device, torch.float32 if args.device == "cpu" else torch.bfloat16)
-    variants: dict[str, Callable[[], object]] = {}
-    for name, way in WAYS.items():
-        variants[f"{name} forward"] = lambda way=way: way(given)
-        variants[f"{name} forward+backward"] = lambda way=way: gradients(given, way)
-    rounds = 10 if args.quick else 80
-    seconds = interleaved(variants, rounds=rounds, warmup=3, device=args.device)
-    result = {
-        "benchmark": "kernels",
-        **machine(args.device),
-        "shape": dict(zip(("samples", "tokens", "width", "experts", "rank"), shape, strict=True)),
-        "dtype": str(given.x_BTD.dtype),
-        "rounds": rounds,
-        "variants": {name: spread(values) for name, values in seconds.items()},
-    }
-    tell(result)
+    if args.device == "cpu":
+        torch.set_num_threads(1)  # process time counts every thread
+    shapes = suite(args.suite or ("cpu" if args.device == "cpu" else "flux"), args.quick)
+    rates = {s.dtype: round(gemm_rate(args.device, s.kind) / 1e9, 1) for s in shapes}
+    result: dict[str, Any] = {
+        "benchmark": "kernels", **machine(args.device), "clocks": clocks(args.device),
+        "gemm_GFLOP_per_s": rates, "copy_GB_per_s": round(copy_rate(args.device) / 1e9, 1),
+        "rows": [], "variants": {},
+    }  # fmt: skip
+    _report.head(result)
+    for shape in shapes:
+        errors = verdict(shape, args.device)
+        bad = [name for name, value in errors.items() if not value < TOLERANCE[shape.kind]]
+        if bad:
+            print(f"WRONG {shape.name}: {', '.join(bad)} in {errors}", file=sys.stderr)
+            return 1
+        for backward in (False, True):
+            row = timed(shape, args, backward) | {"error": errors["ours"]}
+            times = row.pop("times")
+            result["variants"] |= {f"{row['name']} {n}": v for n, v in times.items()}
+            result["rows"].append(row)
+            _report.line(row)
+    result["summary"] = _report.summary(result["rows"])
+    if args.compare:
+        _report.compare(result, json.loads(args.compare.read_text("utf-8")))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    if args.plot:
+        _report.plot(result, args.plot)
     return 0
 
 
-def tell(result: dict[str, object]) -> None:
-    """For people: times, and how many plain LoRAs that is."""
-    print("  ".join(f"{name} {result[name]}" for name in
-                    ("device", "threads", "torch", "commit", "shape", "dtype")))  # fmt: skip
-    variants = result["variants"]
-    assert isinstance(variants, dict)
-    for name, value in variants.items():
-        floor = variants[f"plain {name.partition(' ')[2]}"]["median_ms"]
-        print(f"{name:>28}  {value['median_ms']:8.2f} ms  [{value['p20_ms']:.2f}, "
-              f"{value['p80_ms']:.2f}]  {value['median_ms'] / floor:.2f} x")  # fmt: skip
+def verdict(shape: Shape, device: str) -> dict[str, float]:
+    """The worst relative error of every routed variant."""
+    p = Problem(replace(shape, tokens=min(shape.tokens, CHECKED)), device)
+    exact = truth(p)
+    return {name: error(p, way, exact) for name, way in ROUTED.items()}
+
+
+def timed(shape: Shape, args: argparse.Namespace, backward: bool) -> dict[str, Any]:
+    """Times of all variants of one shape, and what ours costs beside them."""
+    p = Problem(shape, args.device)
+    plain = Plain(p)
+    ways = {"base": (base, [p.x]), "plain": (plain, plain.leaves(p))}
+    ways |= {name: (way, p.leaves()) for name, way in ROUTED.items()}
+    runs: dict[str, Callable[[], object]] = {}
+    for name, (way, leaves) in ways.items():
+        if backward:
+            runs[name] = lambda way=way, leaves=leaves: gradients(way(p), p, leaves)
+        else:
+            runs[name] = torch.no_grad()(partial(way, p))
+    took = interleaved(
+        runs, rounds=3 if args.quick else 9, warmup=1 if args.quick else 2, device=args.device,
+        timer=partial(seconds, device=args.device), fresh=p.refresh,
+    )  # fmt: skip
+    over = {name: ratio(took[name], took["ours"]) for name in ("loop", "tuned", "dense", "grouped")}
+    row = {
+        "name": f"{shape.name} {'forward+backward' if backward else 'forward'}",
+        "shape": asdict(shape),
+        "backward": backward,
+        "plain_is": plain.name,
+        "times": {name: spread(values) for name, values in took.items()},
+        "base_ms": spread(took["base"])["median_ms"],
+        "ours_ms": spread(took["ours"]),
+        "ours_over": {
+            "base": ratio(took["ours"], took["base"]),
+            "plain": ratio(took["ours"], took["plain"]),
+            "roof": round(
+                statistics.median(took["ours"]) / roofline(shape, args.device, backward), 3
+            ),
+        },
+        "over_ours": over,
+        "over_base": {name: ratio(values, took["base"]) for name, values in took.items()},
+    }
+    if backward:
+        row["saved_bytes_per_token"] = {
+            name: round(saved_bytes(p, partial(ways[name][0], p)) / shape.tokens)
+            for name in ("plain", "ours", "loop")
+        }
+    return row | spent(runs["ours"], row, args.device) | on_cuda(runs, shape, args.device)
+
+
+def ratio(over: list[float], under: list[float]) -> float:
+    """Median of the ratios within a round."""
+    return round(statistics.median(a / b for a, b in zip(over, under, strict=True)), 3)
+
+
+class Spent(TorchDispatchMode):
+    """Process time of operators by kind: products, moves of rows, the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = {"products": 0.0, "moves": 0.0, "elementwise": 0.0}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        kind = "products" if name in PRODUCTS else "moves" if name in MOVES else "elementwise"
+        started = time.process_time()
+        found = func(*args, **(kwargs or {}))
+        self.seconds[kind] += time.process_time() - started
+        return found
+
+
+def spent(run: Callable[[], object], row: dict[str, Any], device: str) -> dict[str, Any]:
+    """Milliseconds of ours by kind of work on a CPU; Python and bookkeeping are what is left."""
+    if device != "cpu":
+        return {"spent_ms": None}
+    rounds = []
+    for _ in range(3):
+        with Spent() as mode:
+            run()
+        rounds.append(mode.seconds)
+    found = {kind: 1e3 * statistics.median(r[kind] for r in rounds) for kind in rounds[0]}
+    found["lora_products"] = max(0.0, found.pop("products") - row["base_ms"])
+    found = {"base": row["base_ms"], **found}
+    found["python"] = max(0.0, row["ours_ms"]["median_ms"] - sum(found.values()))
+    return {"spent_ms": {kind: round(value, 3) for kind, value in found.items()}}
+
+
+def on_cuda(runs: dict[str, Callable[[], object]], shape: Shape, device: str) -> dict[str, Any]:
+    """Peak memory, launches, and for few tokens the times of CUDA graphs; nothing on a CPU."""
+    if device == "cpu":
+        return {"peak_MB": None, "launches": None, "graph_ms": None}
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    runs["ours"]()
+    peak = torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        runs["ours"]()
+        torch.cuda.synchronize()
+    kernels = [e for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    graphs = None
+    if shape.tokens <= GRAPHED:
+        replays = {name: graphed(runs[name]) for name in ("base", "plain", "ours")}
+        graphs = {
+            name: spread([seconds(replay, device) for _ in range(20)])["median_ms"]
+            for name, replay in replays.items() if replay
+        }  # fmt: skip
+    return {"peak_MB": round(peak / 2**20, 1), "launches": len(kernels), "graph_ms": graphs}
 
 
 if __name__ == "__main__":

@@ -66,7 +66,10 @@ class Config:
         context_features: width K of the context of a call, appended to what routers read.
         new_column: the router column of a new expert begins at ``"zero"`` (the paper's), or at the
             ``"mean"`` of the others, which leaves every earlier input with its expert.
-        backend: ``"reference"`` runs the plain operator, ``"auto"`` the fastest one that fits.
+        backend: of `prw_kernels.routed_lora`: ``"reference"`` runs the plain operator, ``"cpu"``
+            and ``"triton"`` those written for these, ``"auto"`` the fastest that can compute a
+            call. The first forward names a backend that is not available in a ValueError, so that
+            a folder saved elsewhere still loads.
 
     Raises:
         ConfigError: a value that cannot work; the message names it and the fix.
@@ -85,7 +88,7 @@ class Config:
     router: str = "top1"
     context_features: int = 0
     new_column: Literal["zero", "mean"] = "zero"
-    backend: Literal["auto", "reference"] = "auto"
+    backend: Literal["auto", "reference", "cpu", "triton"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prw_kernels import routed_lora
-from prw_kernels.routed_lora.per_token import fits
+from prw_kernels.routed_lora import backends, cpu_concat
+from prw_kernels.routed_lora.cpu import _way
 
 # Sums of at most a few hundred products in fp64, in two orders: far below 1e-11.
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -104,7 +107,7 @@ LEADING = [(0,), (1,), (63,), (2, 0), (0, 3), (1, 1), (3, 21), (2, 3, 4)]
 
 @pytest.mark.parametrize("leading", LEADING, ids=str)
 @pytest.mark.parametrize("per_sample", [False, True], ids=["token", "sample"])
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_forward_and_all_gradients_are_the_formula(
     leading: tuple[int, ...], per_sample: bool, backend: str
 ) -> None:
@@ -135,7 +138,7 @@ def test_an_expert_without_tokens_gets_gradients_of_zeros(only: int, per_sample:
 
 
 @pytest.mark.parametrize("per_sample", [False, True], ids=["token", "sample"])
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_gradcheck(per_sample: bool, backend: str) -> None:
     case = Case((3, 2), per_sample=per_sample, rank=2, outs=(3, 2))
     # gradcheck perturbs the leaves in place, so they reach the operator through the case.
@@ -219,53 +222,125 @@ def test_outputs_keep_their_dtype_and_autocast_is_off_inside(per_sample: bool) -
         assert torch.equal(found, wanted)
 
 
-class Sorted(Case):
-    """The same in fp32 with widths that the sorted products take; the truth stays in fp64."""
+class Aligned(Case):
+    """Of any dtype, with experts of different ranks and scalings where asked; the truth is fp64."""
 
-    def __init__(self, leading: tuple[int, ...], **options: object) -> None:
-        super().__init__(leading, outs=(8, 12), **options)  # type: ignore[arg-type]
+    def __init__(self, leading: tuple[int, ...], *, uneven: bool = False, **options: Any) -> None:
+        super().__init__(leading, outs=(8, 12), **options)
         self.x = self.leaf(*leading, 16)
-        self.A = [[self.leaf(A.shape[0], 16) for A in A_p] for A_p in self.A]
+        ranks = [A.shape[0] + (e if uneven else 0) for e, A in enumerate(self.A[0])]
+        self.A = [[self.leaf(rank, 16) for rank in ranks] for _ in self.A]
+        self.B = [[self.leaf(out, rank) for rank in ranks] for out in (8, 12)]
+        if uneven:
+            self.scaling = [[0.5 * (p + e + 1) for e in range(len(ranks))] for p in range(2)]
 
-    def lowered(self, dtype: torch.dtype) -> Sorted:
-        """Itself with every leaf rounded to another dtype."""
+    def lowered(self, dtype: torch.dtype) -> Aligned:
+        """Itself with every leaf rounded to another dtype, but for the gate: that stays fp32."""
         twin = copy.copy(self)
         low = {id(leaf): leaf.detach().to(dtype).requires_grad_() for leaf in self.leaves}
-        twin.x, twin.gate = low[id(self.x)], low[id(self.gate)]
+        twin.gate = self.gate.detach().float().requires_grad_()
+        twin.x = low[id(self.x)]
         twin.results = [low[id(r)] for r in self.results]
         twin.A, twin.B = ([[low[id(f)] for f in row] for row in side] for side in (self.A, self.B))
         return twin
 
+    def assert_close_to(self, truth: Aligned, tolerance: float) -> None:
+        outputs, expected = self.run("cpu"), truth.formula()
+        found = [*outputs, *self.gradients(outputs)]
+        wanted = [*expected, *truth.gradients(expected, absent=True)]
+        for mine, theirs in zip(found, wanted, strict=True):
+            scale = float(theirs.detach().abs().max().clamp(min=1))
+            close = {"rtol": 0.0, "atol": tolerance * scale, "check_dtype": False}
+            torch.testing.assert_close(mine, theirs, **close)  # type: ignore[arg-type]
 
+
+SHAPES = [(1,), (63,), (3, 21), (2, 3, 4)]
+
+
+@pytest.mark.parametrize("uneven", [False, True], ids=["alike", "uneven"])
+@pytest.mark.parametrize("per_sample", [False, True], ids=["token", "sample"])
 @pytest.mark.parametrize("only", [None, 0, 2])
-@pytest.mark.parametrize("leading", [(1,), (63,), (3, 21), (2, 3, 4)], ids=str)
-def test_sorted_rows_are_the_formula(leading: tuple[int, ...], only: int | None) -> None:
-    case = Sorted(leading, rank=4, only=only)
-    low = case.lowered(torch.float32)
-    assert fits(low.x, low.A, low.B) and not fits(case.x, case.A, case.B)
-    outputs, expected = low.run("auto"), case.formula()
-    # fp32 sums of at most 63 products of normal numbers: 63 * 2**-24 of values below a thousand.
-    close = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}
-    torch.testing.assert_close(outputs, expected, **close)
-    torch.testing.assert_close(
-        low.gradients(outputs), case.gradients(expected, absent=True), **close
-    )
+@pytest.mark.parametrize("leading", SHAPES, ids=str)
+def test_the_cpu_is_the_formula_in_fp32(
+    leading: tuple[int, ...], only: int | None, per_sample: bool, uneven: bool
+) -> None:
+    case = Aligned(leading, rank=4, only=only, per_sample=per_sample, uneven=uneven)
+    # fp32 sums of at most 63 products: some ten roundings of 2**-24, of values up to the largest.
+    case.lowered(torch.float32).assert_close_to(case, 1e-5)
 
 
-def test_sorted_rows_keep_to_their_expert_and_to_shapes_that_fit() -> None:
-    case = Sorted((4, 6), rank=4, only=1).lowered(torch.float32)
-    before = case.run()
+@pytest.mark.parametrize("uneven", [False, True], ids=["alike", "uneven"])
+@pytest.mark.parametrize("per_sample", [False, True], ids=["token", "sample"])
+@pytest.mark.parametrize("rank", [4, 24], ids=["concatenated", "sorted"])
+def test_the_cpu_is_the_formula_in_bf16(rank: int, per_sample: bool, uneven: bool) -> None:
+    case = Aligned((3, 21), rank=rank, per_sample=per_sample, uneven=uneven)
+    low = case.lowered(torch.bfloat16)
+    assert (_way(low.x, low.A) is cpu_concat) == (rank == 4)
+    for leaf, rounded in zip(case.leaves, low.leaves, strict=True):
+        leaf.data.copy_(rounded)  # the same numbers: only the computation is rounded
+    # A few roundings of 2**-9 each, of values up to the largest.
+    low.assert_close_to(case, 2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [4, 24])
+def test_the_cpu_keeps_to_the_expert_of_a_row(dtype: torch.dtype, rank: int) -> None:
+    case = Aligned((4, 6), rank=rank, only=1).lowered(dtype)
+    before = case.run("cpu")
+    grads = case.gradients(before)
     with torch.no_grad():
         for factor in (case.A[0][0], case.B[1][2]):
             factor.fill_(torch.nan)
-    assert all(map(torch.equal, case.run(), before))
+    after = case.run("cpu")
+    assert all(map(torch.equal, after, before))
+    assert all(map(torch.equal, case.gradients(after), grads))
     case.A[0][0].requires_grad_(False)
-    sum(y.sum() for y in case.run()).backward()  # type: ignore[union-attr]
+    sum(y.sum() for y in case.run("cpu")).backward()  # type: ignore[union-attr]
     assert case.A[0][0].grad is None
-    for leading, rank in (((0,), 4), ((4, 6), 3)):
-        other = Sorted(leading, rank=rank).lowered(torch.float32)
-        assert not fits(other.x, other.A, other.B)
-        assert [y.shape for y in other.run()] == [r.shape for r in other.results]
+
+
+def test_units_that_came_sorted_give_the_same_bits() -> None:
+    case = Aligned((40,), rank=4).lowered(torch.float32)
+    case.expert = torch.arange(3).repeat_interleave(torch.tensor([7, 0, 33]))
+    moved = copy.copy(case)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(3))
+    stable = torch.cat([order[(order < 7).nonzero()[:, 0]].sort()[0], order[order >= 7].sort()[0]])
+    assert torch.equal(stable, torch.arange(40))
+    place = torch.empty_like(order).scatter_(0, (order >= 7).sort(stable=True)[1], torch.arange(40))
+    moved.x, moved.expert, moved.gate = case.x[place], case.expert[place], case.gate[place]
+    moved.results = [r[place] for r in case.results]
+    for found, wanted in zip(moved.run("cpu"), case.run("cpu"), strict=True):
+        assert torch.equal(found, wanted[place])
+
+
+def test_auto_says_once_what_it_picked(caplog: pytest.LogCaptureFixture) -> None:
+    backends._say.cache_clear()
+    case = Case((3, 5))
+    with caplog.at_level(logging.INFO, logger="prw_kernels"):
+        case.run("auto")
+        case.run("auto")
+        case.run("reference")
+    (message,) = caplog.messages
+    assert "on cpu" in message and "picks 'cpu'" in message
+
+
+def test_a_backend_that_cannot_is_named() -> None:
+    case = Case((3, 5))
+    with pytest.raises(ValueError, match="backend='rocket' is not available here; use 'auto'"):
+        case.run("rocket")
+    meta = torch.zeros(3, 5, device="meta")
+    with pytest.raises(
+        ValueError, match="backend='cpu' computes on a CPU and x is on meta.*'auto'"
+    ):
+        backends.choose("cpu", backends.Case(meta, [[meta, meta]], [[1.0, 1.0]], None))
+
+
+def test_double_backward_is_refused() -> None:
+    case = Case((3, 5))
+    (y, *_) = case.run("cpu")
+    (dx,) = torch.autograd.grad(y.square().sum(), case.x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
 
 
 def test_mistakes_are_named() -> None:
@@ -280,3 +355,31 @@ def test_mistakes_are_named() -> None:
         routed_lora(
             case.results, case.x, case.A, case.B, case.scaling, case.expert, torch.ones(3, 5, 1)
         )
+    with pytest.raises(ValueError, match="index 3; the pool has 0 to 2"):
+        Case((3, 5), only=3).run()
+    with pytest.raises(ValueError, match="expert has dtype torch.float64"):
+        case.expert = case.expert.double()
+        case.run()
+    case = Case((3, 5))
+    case.gate = case.gate[:, 0]
+    with pytest.raises(ValueError, match=r"gate has shape \(3,\) and expert \(3, 5\)"):
+        case.run()
+    case = Case((3, 5))
+    case.A[1][2] = case.leaf(3, 6)
+    with pytest.raises(ValueError, match=r"A\[1\]\[2\] \(3, 6\) and B.*no pair from width 5 to 4"):
+        case.run()
+    case = Case((3, 5))
+    case.B[0][1] = case.B[0][1].float()
+    with pytest.raises(ValueError, match="one dtype and one device"):
+        case.run()
+    case.results = [case.leaf(4, 5, 7), case.leaf(3, 5, 4)]
+    with pytest.raises(ValueError, match=r"results\[0\] has shape \(4, 5, 7\)"):
+        case.run()
+
+
+def test_a_nan_gate_reaches_its_token_only() -> None:
+    case = Case((3, 5))
+    with torch.no_grad():
+        case.gate[1, 2] = torch.nan
+    for y in case.run("cpu"):
+        assert y[1, 2].isnan().all() and y.isnan().sum() == y.shape[-1]

@@ -27,7 +27,7 @@ configs = st.builds(
     gate=st.sampled_from(["softmax", "one"]),
     noise=st.booleans(),
     new_column=st.sampled_from(["zero", "mean"]),
-    backend=st.sampled_from(["auto", "reference"]),
+    backend=st.sampled_from(["auto", "reference", "cpu", "triton"]),
 )
 
 
@@ -96,7 +96,7 @@ def test_alpha_is_twice_the_rank_unless_given() -> None:
         ({"alpha": float("nan")}, "positive number"),
         ({"alpha": "8"}, "positive number"),
         ({"granularity": "tokens"}, "one of token, sample; got 'tokens'"),
-        ({"backend": "cuda"}, "one of auto, reference"),
+        ({"backend": "cuda"}, "one of auto, reference, cpu, triton; got 'cuda'"),
         ({"noise": 1}, "True or False"),
     ],
 )

@@ -1,19 +1,17 @@
-"""Routed LoRA: the operator, its checks, and the choice of implementation.
+"""Routed LoRA: the operator.
 
 Shape suffixes: D input width, O output width, R rank, ``...`` the leading axes of the input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from prw_kernels.routed_lora.per_sample import per_sample
-from prw_kernels.routed_lora.per_token import fits, per_token
-from prw_kernels.routed_lora.reference import reference
+from prw_kernels.routed_lora.backends import Backend, Case, choose
+from prw_kernels.routed_lora.checks import check
 
 
 def routed_lora(
@@ -25,7 +23,7 @@ def routed_lora(
     expert: Tensor | None = None,
     gate: Tensor | None = None,
     *,
-    backend: Literal["auto", "reference"] = "auto",
+    backend: Backend = "auto",
 ) -> tuple[Tensor, ...]:
     """Add the gated residual of the routed expert to one or more linear projections of ``x``.
 
@@ -45,69 +43,33 @@ def routed_lora(
         expert: int64 in ``[0, experts)``, shaped like a prefix of ``x.shape[:-1]``: all of it for
             one choice per token, the first axis for one per sample. May be None with one expert.
         gate: weight of the choice, shaped like ``expert``; None means 1.
-        backend: ``"reference"`` computes every expert on every token; ``"auto"`` takes batched
-            products where there is one choice per sample and, on a CPU, products of sorted rows
-            where there is one per token, both in the same numbers up to rounding.
+        backend: ``"reference"`` computes every expert on every token and is the truth; ``"cpu"`` is
+            written by hand for CPUs; ``"triton"`` for GPUs; ``"auto"`` takes the fastest that can
+            compute the case, by its shapes, dtypes and device, and says so once in the log
+            ``prw_kernels``. All are the same numbers up to rounding.
 
     Returns:
         Per projection a tensor shaped and typed like its result.
 
     Raises:
-        ValueError: no expert, several without ``expert``, or an ``expert`` or ``gate`` whose shape
-            does not begin the shape of ``x``.
+        ValueError: arguments that do not fit together, an index outside the pool (seen on a CPU
+            only), or a backend that is not available or cannot compute the case.
     """
-    _check(x, scaling, expert, gate)
+    check(results, x, A, B, scaling, expert, gate)
     with torch.autocast(x.device.type, enabled=False):
         # On strides that do not fold, torch picks the product (and its bits) by requires_grad: a
         # veteran would differ from the expert that learnt.
         inputs = x.to(A[0][0].dtype).contiguous()
-        way = None
-        if backend == "auto" and expert is not None and len(scaling[0]) > 1:
-            way = _faster(inputs, A, B, scaling, expert)
-        if way is not None and expert is not None:
-            weight = torch.ones_like(expert, dtype=inputs.dtype) if gate is None else gate
-            deltas = way(inputs, A, B, expert, weight * scaling[0][0])
-        else:
-            deltas = reference(inputs, A, B, scaling, expert, gate)
-        return tuple(
-            (result + delta).to(result.dtype) for result, delta in zip(results, deltas, strict=True)
-        )
+        chosen = choose(backend, Case(inputs, A, scaling, expert))
+        if chosen.adds:
+            return tuple(chosen.run(inputs, A, B, scaling, expert, gate, results=results))
+        deltas = chosen.run(inputs, A, B, scaling, expert, gate)
+        pairs = zip(results, deltas, strict=True)
+        return tuple(_sum(result, delta, chosen.owned) for result, delta in pairs)
 
 
-def _check(
-    x: Tensor, scaling: Sequence[Sequence[float]], expert: Tensor | None, gate: Tensor | None
-) -> None:
-    experts = len(scaling[0]) if scaling else 0
-    if not experts:
-        raise ValueError("routed_lora needs at least one expert")
-    if expert is None and experts > 1:
-        raise ValueError(f"routed_lora has {experts} experts: say which with expert=")
-    for name, value in (("expert", expert), ("gate", gate)):
-        if value is not None and value.shape != x.shape[:-1][: value.dim()]:
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}, which does not begin the shape of the "
-                f"input {tuple(x.shape)}"
-            )
-
-
-def _faster(
-    x: Tensor,
-    A: Sequence[Sequence[Tensor]],
-    B: Sequence[Sequence[Tensor]],
-    scaling: Sequence[Sequence[float]],
-    expert: Tensor,
-) -> Callable[..., list[Tensor]] | None:
-    """The implementation that costs one LoRA, where there is one; shapes and dtypes decide."""
-    if not _alike(A, scaling):
-        return None
-    if x.dim() > 2 and expert.dim() == 1:
-        return per_sample
-    return per_token if expert.shape == x.shape[:-1] and fits(x, A, B) else None
-
-
-def _alike(A: Sequence[Sequence[Tensor]], scaling: Sequence[Sequence[float]]) -> bool:
-    """Whether all experts have one rank and one scaling, so that they can be stacked."""
-    return (
-        len({a.shape[0] for A_p in A for a in A_p}) == 1
-        and len({s for row in scaling for s in row}) == 1
-    )
+def _sum(result: Tensor, delta: Tensor, in_place: bool) -> Tensor:
+    """``result + delta`` in the dtype of the result; memory that is there already is cheaper."""
+    if in_place and delta.dtype == result.dtype:
+        return delta.add_(result)
+    return (result + delta).to(result.dtype)

@@ -17,23 +17,26 @@ def per_sample(
     x: Tensor,
     A: Sequence[Sequence[Tensor]],
     B: Sequence[Sequence[Tensor]],
+    scaling: Sequence[Sequence[float]],
     expert: Tensor,
-    weight: Tensor,
+    gate: Tensor | None,
 ) -> list[Tensor]:
-    """``delta_p = B_pe (A_pe x) * weight`` for ``e = expert[b]``, at the cost of one LoRA.
+    """``delta_p = B_pe (A_pe x) * scaling * gate`` for ``e = expert[b]``, at the cost of one LoRA.
 
     Args:
         x: ``[B, ..., D]`` in the dtype of the factors.
         A: per projection and expert ``[R, D]``, all of one rank.
         B: per projection and expert ``[O_p, R]``.
+        scaling: per projection and expert, all one number.
         expert: int64 ``[B]``.
-        weight: ``[B]``, gate times scaling.
+        gate: ``[B]``; None means 1.
 
     Returns:
         Per projection ``[B, ..., O_p]``.
     """
+    weight = torch.ones_like(expert, dtype=x.dtype) if gate is None else gate
     pairs = [factor for factors in (*A, *B) for factor in factors]
-    deltas = _PerSample.apply(x.flatten(1, -2), expert, weight, len(A), *pairs)  # type: ignore[no-untyped-call]
+    deltas = _PerSample.apply(x.flatten(1, -2), expert, weight * scaling[0][0], len(A), *pairs)  # type: ignore[no-untyped-call]
     return [delta.unflatten(1, x.shape[1:-1]) for delta in deltas]
 
 
