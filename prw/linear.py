@@ -159,7 +159,7 @@ class RoutedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # named as in nn.Linear, for calls by keyword
         """``base(x) + gate * alpha / rank * B_e A_e x``, shaped and typed like ``base(x)``."""
-        outputs, _ = self.pool.add({self.projection: self.base(input)}, input)
+        outputs, _ = self.pool.project({self.projection: self.base}, input)
         return outputs[self.projection]
 
 

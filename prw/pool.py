@@ -6,9 +6,9 @@ samples), ``...`` the leading axes of the input.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from prw.noise import gaussian_noise, group_id, word
 from prw.router import RouterPass, Routing, find_router, router_input
 from prw.schedule import Learning, schedule
 from prw.usage import observe
-from prw_kernels import routed_lora
+from prw_kernels import routed_linear, routed_lora
 
 
 @dataclass(frozen=True)
@@ -210,30 +210,63 @@ class Pool(nn.Module):
         view = self._view(call)
         if view.count == 0:
             return dict(outputs), None
-        asking = next(iter(outputs))
-        routing, inputs = self._route(x, call, view, asking)
+        routing, given = self._chosen(list(outputs), x, call, view)
+        results = routed_lora(list(outputs.values()), x, **given)
+        return dict(zip(outputs, results, strict=True)), routing
+
+    def project(
+        self, bases: Mapping[str, nn.Module], x: Tensor, call: Call | None = None
+    ) -> tuple[dict[str, Tensor], Routing | None]:
+        """Apply frozen base layers to ``x`` and `add` to their outputs.
+
+        Plain linear layers that nothing hooks into are computed together with their residuals where
+        kernels run (`prw_kernels.routed_linear`).
+
+        Args:
+            bases: some or all projections, by name.
+            x: ``[..., D]``.
+            call: as in `add`.
+
+        Returns:
+            As `add`.
+        """
+        call = self.slot.call if call is None else call
+        view = self._view(call)
+        plain = [base for base in bases.values() if _is_plain(base)]
+        if view.count == 0 or len(plain) < len(bases):
+            return self.add({name: base(x) for name, base in bases.items()}, x, call)
+        routing, given = self._chosen(list(bases), x, call, view)
+        weights, biases = [base.weight for base in plain], [base.bias for base in plain]
+        results = routed_linear(x, weights, biases, **given)
+        return dict(zip(bases, results, strict=True)), routing
+
+    def _chosen(
+        self, projections: Sequence[str], x: Tensor, call: Call, view: View
+    ) -> tuple[Routing, dict[str, Any]]:
+        """The routing, told to who listens, and the arguments that the operation takes from it."""
+        routing, inputs = self._route(x, call, view, projections[0])
         if not call.prompt.continues:
             if isinstance(call, Recall) and inputs is not None:
-                call.keep(self.name, asking, inputs.h_TD, self._counted(call))
-            if next(iter(self.projections)) in outputs:
+                call.keep(self.name, projections[0], inputs.h_TD, self._counted(call))
+            if next(iter(self.projections)) in projections:
                 self._observe(call, routing, inputs, view)
         forced = view.forced is not None
         indices = [view.forced] if view.forced is not None else list(range(view.count))
-        experts = [self.expert(index) for index in indices]
         learning = self.learning.experts
-        learns = [index in learning for index in indices]
-        given = factors(experts, learns, list(outputs), self.columns.anchor.dtype)
-        results = routed_lora(
-            list(outputs.values()),
-            x,
-            given.A,
-            given.B,
-            given.scaling,
-            expert=None if forced else routing.expert,
-            gate=None if forced else routing.gate,
-            backend=self.config.backend,
+        found = factors(
+            [self.expert(index) for index in indices],
+            [index in learning for index in indices],
+            projections,
+            self.columns.anchor.dtype,
         )
-        return dict(zip(outputs, results, strict=True)), routing
+        return routing, {
+            "A": found.A,
+            "B": found.B,
+            "scaling": found.scaling,
+            "expert": None if forced else routing.expert,
+            "gate": None if forced else routing.gate,
+            "backend": self.config.backend,
+        }
 
     def _view(self, call: Call) -> View:
         ledger = self.ledger
@@ -343,6 +376,13 @@ class Pool(nn.Module):
         if counted is not None and self.config.granularity == "sample" and counted.dim() > 1:
             return counted.flatten(1).any(1)
         return counted
+
+
+def _is_plain(base: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether calling the layer is ``F.linear`` and nothing else."""
+    hooks = [base._forward_hooks, base._forward_pre_hooks, base._backward_hooks]
+    hooks.append(base._backward_pre_hooks)
+    return type(base) is nn.Linear and "forward" not in vars(base) and not any(hooks)
 
 
 def _forced(shape: torch.Size, expert: int, count: int, x: Tensor) -> Routing:

@@ -290,3 +290,21 @@ def test_all_linear_says_what_it_leaves_out(caplog: pytest.LogCaptureFixture) ->
 def test_lazy_layers_are_refused() -> None:
     with pytest.raises(prw.ConfigError, match="no weights yet; run the model once"):
         weave(nn.Sequential(nn.LazyLinear(4)), ["0"])
+
+
+def test_what_hooks_into_a_base_layer_still_sees_it() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6))
+    woven = weave(model, ["0"])
+    woven.unlock("one")
+    shake(woven)
+    x, seen = torch.randn(3, 6), []
+    plain = model(x)
+    handle = model[0].base.register_forward_hook(lambda layer, given, y: seen.append(y) or 2 * y)
+    hooked = model(x)
+    handle.remove()
+    base = model[0].base(x)
+    assert len(seen) == 1 and torch.equal(seen[0], base)
+    torch.testing.assert_close(hooked - plain, base)
+    model[0].base.forward = lambda x: x  # as accelerate's offloading replaces it
+    torch.testing.assert_close(model(x) - x, plain - base)

@@ -1,0 +1,66 @@
+"""Layers of `prw` on the Triton kernels: residual first, base added to it, one node for K and V."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import prw
+
+pytestmark = pytest.mark.interpreted
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_k, self.to_v = nn.Linear(48, 64), nn.Linear(48, 64, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.to_k(x).sin() * self.to_v(x)
+
+
+def run(
+    backend: Literal["reference", "triton"], granularity: Literal["token", "sample"], stages: int
+) -> dict[str, Tensor]:
+    """Output and gradients after some stages, one of which is open."""
+    torch.manual_seed(0)
+    model = Attention()
+    config = prw.Config(
+        target_modules=["to_k", "to_v"],
+        rank=8,
+        backend=backend,
+        granularity=granularity,
+        share_router="parent",
+    )
+    weave = prw.weave(model, config)
+    for stage in range(stages):
+        weave.unlock(f"s{stage}")
+        for parameter in weave.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(3, 7, 48, requires_grad=True)
+    with weave.record(key=5) as routing:
+        y = model(x)
+    loss = y.square().mean()
+    if stages > 1:
+        loss = loss + prw.veteran_gate_loss(routing, density=0.8, weight=0.5)
+    loss.backward()
+    with weave.at_stage("s0"), torch.no_grad():
+        found = {"y": y.detach(), "x": x.grad, "at s0": model(x)}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            found[name] = parameter.grad
+    return found
+
+
+@pytest.mark.parametrize("granularity", ["token", "sample"])
+@pytest.mark.parametrize("stages", [1, 3])
+def test_a_layer_is_that_of_the_reference(
+    granularity: Literal["token", "sample"], stages: int
+) -> None:
+    wanted, found = (run(backend, granularity, stages) for backend in ("reference", "triton"))
+    assert list(found) == list(wanted)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
