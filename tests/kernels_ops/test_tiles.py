@@ -11,18 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from prw_kernels.tiles import (
-    ANY,
-    CANDIDATES,
-    INTERPRETER,
-    KERNELS,
-    SAFE,
-    TABLE,
-    Tile,
-    arch_of,
-    cache_file,
-    tile,
-)
+from prw_kernels.tiles import Tile, arch_of, cache_file, tile
+from prw_kernels.tiles.table import ANY, CANDIDATES, INTERPRETER, KERNELS, SAFE, TABLE
 
 SEGMENTED = ("gather", "scatter", "gram")
 

@@ -9,18 +9,6 @@ bits than one without; that is why it is never on by itself.
 """
 
 from prw_kernels.tiles.search import arch_of, cache_file, known_tiles, tile
-from prw_kernels.tiles.table import ANY, CANDIDATES, INTERPRETER, KERNELS, SAFE, TABLE, Tile
+from prw_kernels.tiles.table import Tile
 
-__all__ = [
-    "ANY",
-    "CANDIDATES",
-    "INTERPRETER",
-    "KERNELS",
-    "SAFE",
-    "TABLE",
-    "Tile",
-    "arch_of",
-    "cache_file",
-    "known_tiles",
-    "tile",
-]
+__all__ = ["Tile", "arch_of", "cache_file", "known_tiles", "tile"]
