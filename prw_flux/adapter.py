@@ -26,7 +26,7 @@ import prw
 from prw import Pool
 from prw.fingerprint import TOLERANCE, difference, drift
 from prw_flux.locate import adapter_folder, base_fingerprint, stored_fingerprint
-from prw_flux.source_cache import SourceCache
+from prw_flux.source_cache import Recorded
 from prw_flux.tasks import TASKS
 
 logger = logging.getLogger(__name__)
@@ -105,6 +105,7 @@ class PRWAdapter(ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(pools.values())
         self.weave = prw.Weave(pools, settings, fingerprint={})
         self._identity = uuid4().hex
+        self.known_digest = ("", "")  # (state_id, digest), see prw_flux.digests
 
     @classmethod
     def for_transformer(cls, transformer: FluxTransformer2DModel, **settings: Any) -> Self:
@@ -213,7 +214,7 @@ class PRWAdapter(ModelMixin, ConfigMixin):
         writes = tuple((id(p), p._version) for p in self.parameters())
         return f"{self._identity}/{stages}/{hash(writes):x}"
 
-    def require_layers(self, cache: SourceCache) -> None:
+    def require_layers(self, cache: Recorded) -> None:
         """Raise unless `cache` has one slot per block."""
         if len(cache) != len(self.blocks):
             raise ValueError(
