@@ -135,6 +135,17 @@ def require_sizes(step: int, **given: Any) -> None:
         )
 
 
+def require_encoded(asked: Asked) -> None:
+    """Raise ValueError for what acts when a source is encoded, in a call that has only a cache."""
+    late = {"mask_image": asked.mask_image, "source_size": asked.sizes.source_size}
+    found = [f"{name}=" for name, value in late.items() if value is not None]
+    if found:
+        raise ValueError(
+            f"{' and '.join(found)} would come too late for a source that is encoded: give it to "
+            "encode_source, or pass image= beside the cache."
+        )
+
+
 def require_mask(mask_image: Any, task: str) -> None:
     """Raise ValueError for a mask that the task does not know."""
     if mask_image is not None and task != Inpaint.name:

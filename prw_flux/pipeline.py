@@ -7,11 +7,8 @@ in FluxKontextPipeline's order; those it does not have follow, by name only.
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,42 +31,19 @@ from transformers import (
     T5TokenizerFast,
 )
 
-import prw
 from prw_flux import arguments
-from prw_flux.adapter import PRWAdapter, TaskSpec
+from prw_flux.adapter import PRWAdapter
 from prw_flux.arguments import Asked
 from prw_flux.attach import attach, attached
-from prw_flux.digests import adapter_digest, base_digest, tensor_digest
 from prw_flux.encode import ImageInput, sequence_length
 from prw_flux.loader import PRWLoaderMixin
 from prw_flux.locate import EMBEDDED, is_run, resolve_base, resolve_run
 from prw_flux.output import CoLoGenPipelineOutput, read_grounding
-from prw_flux.references import Reference, Sizes, references
+from prw_flux.plan import Plan, caches_serve, make_plan, metas
+from prw_flux.references import Sizes
 from prw_flux.source_cache import SourceCache, SourceMeta
 from prw_flux.sources import Encoded, Source, following
 from prw_flux.tasks.grounding import Ground, Overlay
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Plan:
-    """A call's source, checked and fitted; nothing of it has been encoded.
-
-    Attributes:
-        adapter, spec, route, scale: who acts, how and how strongly.
-        call: the routing call.
-        references: of the images; empty where there are only caches.
-        size: (height, width) of the result.
-    """
-
-    adapter: PRWAdapter
-    spec: TaskSpec
-    route: str
-    scale: float
-    call: prw.Call
-    references: tuple[Reference, ...]
-    size: tuple[int, int]
 
 
 class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
@@ -262,7 +236,9 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
             pooled = self._pooled(prompt)
         pooled = self._source_pooled(plan, pooled)
         assert pooled is not None
-        caches = self._source(plan, pooled, metas=self._metas(plan, pooled)).encode()
+        caches = self._source(
+            plan, pooled, metas=metas(plan, pooled, self.transformer, self.vae)
+        ).encode()
         self.maybe_free_model_hooks()
         return caches if images is not None else caches[0]
 
@@ -415,45 +391,39 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
             (results,) = super().__call__(height=height, width=width, return_dict=False, **flux)
             return _returned(results, None, return_dict)
 
-        arguments.require_numbers(image_guidance_scale=image_guidance_scale)
         plan = self._plan(asked)
+        arguments.require_numbers(image_guidance_scale=image_guidance_scale)
         self.check_inputs(height=plan.size[0], width=plan.size[1], **texts)
         prompts = arguments.prompt_count(prompt, prompt_embeds)
-        batches = [one.batch for one in plan.references] + [one.batch for one in asked.caches]
-        arguments.require_pairs(batches, prompts)
-        arguments.require_latents(
-            latents,
-            plan.size,
-            2 * self.vae_scale_factor,
-            self.transformer.config.in_channels,
-            prompts * num_images_per_prompt,
-        )
+        self._require_match(plan, asked, prompts, prompts * num_images_per_prompt, latents)
         if asked.caches and not use_kv_cache:
             raise ValueError("use_kv_cache=False would not use the source_cache: leave one out.")
         if image_guidance_scale != 1.0 and self.transformer.is_cache_enabled:
             raise ValueError(
-                "image_guidance_scale needs a second pass, which a step cache would confuse with "
-                "the first: call transformer.disable_cache() first."
+                "image_guidance_scale needs a second pass, which a step cache would take for the "
+                "first: call transformer.disable_cache() first."
             )
-
-        pooled_prompt = pooled_prompt_embeds
-        if self._uses_caches(plan, asked, prompt, pooled_prompt):
+        seen = source_pooled_embeds
+        if asked.caches and seen is None and plan.adapter.config.source_pooled == "prompt":
+            seen = self._pooled(prompt or "") if prompt_embeds is None else pooled_prompt_embeds
+        if caches_serve(plan, asked, seen, self.transformer, self.vae):
             source = Source.of_caches(self.transformer, plan.adapter, asked.caches)
         else:
-            pooled = self._source_pooled(plan, asked.pooled)
             source = self._source(
-                plan, pooled, images_per_prompt=num_images_per_prompt, keep=use_kv_cache
+                plan,
+                self._source_pooled(plan, source_pooled_embeds),
+                images_per_prompt=num_images_per_prompt,
+                keep=use_kv_cache,
             )
         with following(self.transformer, source, image_guidance_scale):
             (results,) = super().__call__(
                 height=plan.size[0], width=plan.size[1], return_dict=False, **flux
             )
-        grounding = None
+        marks = None
         if plan.spec.name == Ground.name and output_type != "latent":
-            picture = plan.references[0].picture() if plan.references else asked.caches[0].picture
             asks = [prompt] if isinstance(prompt, str) else prompt or [""] * prompts
-            grounding = None if picture is None else read_grounding(results, picture, asks)
-        return _returned(results, grounding, return_dict)
+            marks = _marks(plan, asked, results, asks)
+        return _returned(results, marks, return_dict)
 
     def _attached_adapter(self) -> PRWAdapter:
         adapter: PRWAdapter | None = self.prw
@@ -489,35 +459,17 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
         )
 
     def _plan(self, asked: Asked) -> Plan:
-        """Check and fit everything a call says about its source."""
-        adapter = self._attached_adapter()
-        arguments.require_numbers(source_scale=asked.scale)
-        task = asked.caches[0].meta.task if asked.task is None and asked.caches else asked.task
-        if asked.caches and not asked.images:
-            if asked.mask_image is not None or asked.sizes.source_size is not None:
-                raise ValueError(
-                    "mask_image= and source_size= act when a source is encoded: give them to "
-                    "encode_source, or pass image= beside the cache."
-                )
-        spec = adapter.task(task)
-        arguments.require_mask(asked.mask_image, spec.name)
-        route, scale = asked.route or "free", 1.0 if asked.scale is None else asked.scale
-        call = adapter.route(route)
-        channels = self.transformer.config.in_channels // 4
-        found = references(asked.images, spec, asked.sizes, channels, asked.mask_image)
-        if found:
-            size = found[0].result
-        else:
-            meta = asked.caches[0].meta
-            size = asked.sizes.result((meta.height, meta.width))
-        for name, given, used in zip(
-            ("height", "width"), (asked.sizes.height, asked.sizes.width), size, strict=True
-        ):
-            if given is not None and given != used:
-                logger.warning("%s=%d is no multiple of %d: %d is used.",
-                               name, given, asked.sizes.step, used)  # fmt: skip
-        return Plan(adapter=adapter, spec=spec, route=route, scale=scale, call=call,
-                    references=found, size=size)  # fmt: skip
+        return make_plan(self._attached_adapter(), asked, self.transformer.config.in_channels // 4)
+
+    def _require_match(
+        self, plan: Plan, asked: Asked, prompts: int, samples: int, latents: Tensor | None
+    ) -> None:
+        """Raise ValueError unless sources, prompts and given noise belong together."""
+        batches = [one.batch for one in plan.references] + [one.batch for one in asked.caches]
+        arguments.require_pairs(batches, prompts)
+        channels = self.transformer.config.in_channels
+        step = 2 * self.vae_scale_factor
+        arguments.require_latents(latents, plan.size, step, channels, samples)
 
     def _source_pooled(self, plan: Plan, given: Tensor | None) -> Tensor | None:
         """The pooled text of the source; None where it is that of each main pass."""
@@ -558,87 +510,6 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
             keep=keep,
         )
 
-    def _metas(self, plan: Plan, pooled: Tensor) -> list[SourceMeta]:
-        """What the caches of a plan's references remember."""
-        config = plan.adapter.config
-        common = SourceMeta(
-            adapter=adapter_digest(plan.adapter),
-            base=base_digest(self.transformer, self.vae),
-            source_timestep=config.source_timestep,
-            source_pooled=config.source_pooled,
-            pooled=tensor_digest(pooled),
-            task=plan.spec.name,
-            route=plan.route,
-            scale=plan.scale,
-            height=plan.size[0],
-            width=plan.size[1],
-        )
-        return [
-            dataclasses.replace(common, image=one.digest(), place=one.place)
-            for one in plan.references
-        ]
-
-    def _uses_caches(
-        self, plan: Plan, asked: Asked, prompt: Any, pooled_prompt: Tensor | None
-    ) -> bool:
-        """Whether the caches of a call serve it.
-
-        Raises:
-            ValueError: If they do not, and there is no image to encode again.
-        """
-        if not asked.caches:
-            return False
-        what = self._unfit(plan, asked, prompt, pooled_prompt)
-        if what is None:
-            return True
-        if not plan.references:
-            raise ValueError(
-                f"This source cache was made with another {what}: call encode_source again, or "
-                "pass image= beside it."
-            )
-        logger.warning(
-            "The source cache was made with another %s: the source is encoded again.", what
-        )
-        return False
-
-    def _unfit(
-        self, plan: Plan, asked: Asked, prompt: Any, pooled_prompt: Tensor | None
-    ) -> str | None:
-        """In what the caches of a call are not what it would record itself, in words."""
-        adapter, config = plan.adapter, plan.adapter.config
-        if len({len(adapter.blocks), *map(len, asked.caches)}) > 1:
-            return f"number of blocks ({len(asked.caches[0])}, not {len(adapter.blocks)})"
-        if plan.references and len(asked.caches) != len(plan.references):
-            return f"number of references ({len(asked.caches)}, not {len(plan.references)})"
-        pooled = asked.pooled
-        if config.source_pooled == "prompt" and pooled is None:
-            pooled = self._pooled(prompt) if pooled_prompt is None else pooled_prompt
-        known: dict[str, Any] = {
-            "source_timestep": config.source_timestep,
-            "source_pooled": config.source_pooled,
-            "task": asked.task,
-            "route": asked.route,
-            "scale": asked.scale,
-        }
-        if plan.references:
-            known |= {"task": plan.spec.name, "route": plan.route, "scale": plan.scale}
-        late = {
-            "adapter": adapter_digest(adapter),
-            "base": base_digest(self.transformer, self.vae),
-            "pooled": tensor_digest(pooled) if pooled is not None else None,
-        }
-        for index, cache in enumerate(asked.caches):
-            own: dict[str, Any] = {}
-            if plan.references:
-                reference = plan.references[index]
-                own = {"place": reference.place, "image": reference.digest()}
-            if plan.adapter.task(cache.meta.task).aligned:
-                own |= {"height": plan.size[0], "width": plan.size[1]}
-            what = cache.meta.difference(**known, **own, **late)
-            if what is not None:
-                return what
-        return None
-
     def _source_dtype(self) -> torch.dtype:
         """As FluxPipeline chooses the dtype of its latents."""
         model = self.text_encoder if self.text_encoder is not None else self.transformer
@@ -655,6 +526,12 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         pooled: Tensor = self._get_clip_prompt_embeds(texts)
         return pooled
+
+
+def _marks(plan: Plan, asked: Asked, results: Any, prompts: Sequence[str]) -> list[Overlay] | None:
+    """What the results of a grounding call mark; None where the source was given as latents."""
+    picture = plan.references[0].picture() if plan.references else asked.caches[0].picture
+    return None if picture is None else read_grounding(results, picture, prompts)
 
 
 def _returned(

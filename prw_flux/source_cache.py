@@ -9,7 +9,6 @@ Shapes: B samples, S source tokens, H heads, D channels of a head.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -123,15 +122,6 @@ class SourceMeta:
                 return hashes.get(name, f"{name} ({own!r}, not {value!r})")
         return None
 
-    def require(self, **wanted: str | float | None) -> None:
-        """Raise ValueError at the first difference."""
-        what = self.difference(**wanted)
-        if what is not None:
-            raise ValueError(
-                f"This source cache was made with another {what}: call encode_source again, or "
-                "pass image= beside it."
-            )
-
 
 class SourceCache:
     """One write-once slot per transformer block, in the order in which the blocks run.
@@ -236,11 +226,6 @@ class SourceCache:
         from prw_flux.cache_file import read_cache
 
         return read_cache(path, device)
-
-    def replace(self, **meta: str | float | None) -> SourceCache:
-        """The same keys and values with other meta data."""
-        changed = dataclasses.replace(self.meta, **meta)  # type: ignore[arg-type]
-        return SourceCache(len(self), changed, self.picture, self.slots)
 
 
 class JoinedCache:
