@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -16,6 +17,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
@@ -164,6 +166,29 @@ def make_pipe(make_base: Any, make_adapter: Any) -> Callable[..., CoLoGenPipelin
         return CoLoGenPipeline.from_pipe(base, prw=adapter)
 
     return make
+
+
+@pytest.fixture
+def photo() -> Callable[..., Image.Image]:
+    """A random picture, of its seed."""
+
+    def make(height: int = 32, width: int = 32, seed: int = 0) -> Image.Image:
+        rng = np.random.default_rng(seed)
+        return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+    return make
+
+
+@pytest.fixture
+def run() -> Callable[..., Any]:
+    """Three steps of a pipeline from a fixed seed, as latents unless the call says otherwise."""
+
+    def call(pipe: Any, prompt: Any = None, **kwargs: Any) -> Any:
+        settings = {"num_inference_steps": 3, "output_type": "latent"}
+        settings["generator"] = torch.Generator().manual_seed(5)
+        return pipe(prompt=prompt, **(settings | kwargs)).images
+
+    return call
 
 
 @pytest.fixture
