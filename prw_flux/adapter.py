@@ -233,7 +233,8 @@ class PRWAdapter(ModelMixin, ConfigMixin):
         if here != there:
             raise ValueError(
                 f"This adapter was made for {here[0]} + {here[1]} blocks of width {here[2]}, the "
-                f"transformer has {there[0]} + {there[1]} of width {there[2]}."
+                f"transformer has {there[0]} + {there[1]} of width {there[2]}: load the base it "
+                "was trained on, or an adapter of this one."
             )
         if transformer.config.in_channels != transformer.out_channels:
             raise ValueError(
@@ -249,7 +250,10 @@ class PRWAdapter(ModelMixin, ConfigMixin):
         found = base_fingerprint(transformer)
         problem = difference(self.weave.fingerprint, found)
         if problem is not None:
-            raise ValueError(f"This adapter was made for another base: {problem}.")
+            raise ValueError(
+                f"This adapter was made for another base: {problem}; load the base it was trained "
+                "on, or an adapter of this one."
+            )
         distance = drift(self.weave.fingerprint, found)
         if distance > TOLERANCE:
             logger.warning(

@@ -2,12 +2,12 @@
 
 The folder of an adapter and the file hold the same: each tensor is named after its file in the
 folder and its key there, ``router/<key>`` or ``experts/<index>-<name>/adapter_model/<key>``, and
-the JSON files are entries of the header, by their relative path.
+the JSON files are entries of the header, by their relative path. Unpacking gives the files of the
+folder byte for byte, so that the hashes in prw.json hold.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -89,19 +89,22 @@ def _write(folder: Path, header: dict[str, str], tensors: dict[str, Tensor]) -> 
             f"The adapter file has version {header['version']}, this library reads {VERSION}: "
             "upgrade prw."
         )
-    files: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        stem, _, key = name.rpartition("/")
-        files.setdefault(f"{stem}.safetensors", {})[key] = tensor
     index: dict[str, Any] = json.loads(header["prw.json"])
+    hashed = [name for name in index["sha256"] if name.endswith(".safetensors")]
+    files: dict[str, dict[str, Tensor]] = {name: {} for name in hashed}
+    for name, tensor in tensors.items():
+        stems = (file.removesuffix(".safetensors") for file in files)
+        stem = next((stem for stem in stems if name.startswith(f"{stem}/")), None)
+        if stem is None:
+            raise CheckpointError(f"The tensor {name} belongs to no file of an adapter.")
+        files[f"{stem}.safetensors"][name.removeprefix(f"{stem}/")] = tensor
     known = {*files, *(name for name in header if name.endswith(".json"))}
     if any(".." in Path(name).parts or Path(name).is_absolute() for name in known):
         raise CheckpointError("The adapter file names a path outside its folder: it is damaged.")
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        save_file(content, folder / name, metadata={"format": "pt"})
-        index["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        save_file(content, folder / name)
     for name, text in header.items():
         if name.endswith(".json"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(json.dumps(index) if name == "prw.json" else text, "utf-8")
+            (folder / name).write_text(text, "utf-8")

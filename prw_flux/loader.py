@@ -16,6 +16,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors import SafetensorError, safe_open
 
 from prw import CheckpointError
+from prw.hub import explained
 from prw_flux.adapter import PRWAdapter
 from prw_flux.attach import attach, detach
 from prw_flux.flat_file import FORMAT, load_flat
@@ -150,7 +151,8 @@ def _local_file(path: Path, weight_name: str | None, options: dict[str, Any]) ->
         from huggingface_hub import hf_hub_download
 
         given = {k: v for k, v in options.items() if v}
-        return Path(hf_hub_download(str(path), weight_name, **given))
+        with explained(str(path), options.get("revision")):
+            return Path(hf_hub_download(str(path), weight_name, **given))
     if weight_name is not None:
         path = path / (options.get("subfolder") or "") / weight_name
     if not path.is_file():

@@ -94,9 +94,14 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
             image_encoder=image_encoder,
             feature_extractor=feature_extractor,
         )
-        self.register_modules(prw=prw)
         if prw is not None:
+            if not isinstance(prw, PRWAdapter):
+                raise TypeError(
+                    f"prw must be a PRWAdapter, got {type(prw).__name__}: read one with "
+                    "PRWAdapter.from_pretrained(...), or use pipe.load_prw_weights(...)."
+                )
             attach(transformer, prw)
+        self.register_modules(prw=prw)
 
     @classmethod
     def from_pretrained(
