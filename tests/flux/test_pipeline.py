@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxPipeline
 from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prw_flux import CoLoGenPipeline, PRWAdapter, attached, detach
 from prw_flux.encode import encode_image, to_pixels
@@ -50,6 +55,127 @@ def test_without_an_image_it_is_flux_pipeline(
     np.testing.assert_array_equal(run(pipe, "a red square", **call), wanted)
     bare = CoLoGenPipeline.from_pipe(base)
     np.testing.assert_array_equal(run(bare, "a red square", **call), wanted)
+
+
+class Operations(TorchDispatchMode):
+    """How often each torch operation is dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("true_cfg", [1.0, 2.0])
+def test_text_to_image_dispatches_the_operations_of_stock(
+    make_base: Any, make_adapter: Any, true_cfg: float
+) -> None:
+    base = make_base()
+    call = {
+        "height": 32,
+        "width": 48,
+        "negative_prompt": "blue",
+        "true_cfg_scale": true_cfg,
+        "max_sequence_length": 10,
+        "output_type": "pt",
+    }
+    with Operations() as stock:
+        wanted = run(base, "a red square", **call)
+    pipe = CoLoGenPipeline.from_pipe(base, prw=make_adapter(base.transformer))
+    with Operations() as ours:
+        found = run(pipe, "a red square", **call)
+    assert_close(found, wanted, **EXACT)
+    assert ours.counts == stock.counts and sum(ours.counts.values()) > 1000
+    with Operations() as edited:
+        run(pipe, "a red square", image=photo(32, 48), task="edit", **call)
+    assert edited.counts != stock.counts  # the count can tell
+
+
+def test_arguments_come_in_kontexts_order() -> None:
+    def parameters(pipeline: Any) -> list[inspect.Parameter]:
+        return list(inspect.signature(inspect.unwrap(pipeline.__call__)).parameters.values())
+
+    kontext, ours = parameters(FluxKontextPipeline), parameters(CoLoGenPipeline)
+    assert [p.name for p in ours[: len(kontext)]] == [p.name for p in kontext]
+    assert {p.kind for p in ours[: len(kontext)]} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    own = ours[len(kontext) :]
+    assert {p.kind for p in own} == {inspect.Parameter.KEYWORD_ONLY}
+    wanted = """task route images mask_image source_cache source_size source_scale
+    source_pooled_embeds use_kv_cache image_guidance_scale"""
+    assert [p.name for p in own] == wanted.split()
+    # where another default stands, it is worked out from the source or the tokenizer
+    differing = {p.name for p, q in zip(ours, kontext, strict=False) if p.default != q.default}
+    assert differing == {"callback_on_step_end_tensor_inputs", "max_sequence_length", "max_area"}
+
+
+def test_a_text_may_stand_first(make_pipe: Any) -> None:
+    pipe = make_pipe()
+    call = {**STEPS, "height": 32, "width": 32}
+    first = pipe("a red square", generator=seeded(), **call).images
+    assert_close(run(pipe, "a red square", **call), first, **EXACT)
+    both = pipe(["a red square", "blue"], generator=[seeded(), seeded(6)], **call).images
+    assert_close(both[:1], first, rtol=0.0, atol=1e-5)  # a product over another number of rows
+
+
+@pytest.mark.parametrize("kind", [FluxPipeline, FluxKontextPipeline])
+def test_any_flux_pipeline_lends_its_components(
+    make_base: Any, make_adapter: Any, kind: Any
+) -> None:
+    base = make_base()
+    if kind is FluxKontextPipeline:
+        base = FluxKontextPipeline(**base.components)
+    adapter = make_adapter(base.transformer)
+    pipe = CoLoGenPipeline.from_pipe(base, prw=adapter)
+    assert pipe.transformer is base.transformer and pipe.vae is base.vae and pipe.prw is adapter
+    wanted = run(pipe, "a", image=photo(), task="edit")
+    again = CoLoGenPipeline.from_pipe(pipe)
+    assert again.prw is adapter
+    assert_close(run(again, "a", image=photo(), task="edit"), wanted, **EXACT)
+    other = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    assert CoLoGenPipeline.from_pipe(pipe, scheduler=other).scheduler is other
+    with pytest.raises(TypeError, match="no argument unet: components are"):
+        CoLoGenPipeline.from_pipe(pipe, unet=None)
+    with pytest.raises(TypeError, match="prw must be a PRWAdapter, got str: read one with"):
+        CoLoGenPipeline.from_pipe(pipe, prw="adapter/")
+
+
+def test_another_kind_of_pipeline_lends_nothing() -> None:
+    with pytest.raises(TypeError, match="SimpleNamespace has no FLUX.1 transformer: give"):
+        CoLoGenPipeline.from_pipe(SimpleNamespace(components={"unet": None}))
+
+
+@pytest.mark.parametrize("kind", ["pil", "np", "pt", "latent"])
+def test_output_types(make_pipe: Any, kind: str) -> None:
+    pipe = make_pipe()
+    call = {"image": photo(), "task": "edit", "height": 32, "width": 48, "output_type": kind}
+    images = run(pipe, "a", num_images_per_prompt=2, **call)
+    if kind == "pil":
+        assert [image.size for image in images] == [(48, 32)] * 2
+    else:
+        shape = {"np": (2, 32, 48, 3), "pt": (2, 3, 32, 48), "latent": (2, 6, 64)}[kind]
+        assert images.shape == shape
+        assert type(images) is (np.ndarray if kind == "np" else Tensor)
+
+
+def test_one_generator_per_result(make_pipe: Any) -> None:
+    pipe = make_pipe()
+    call = {"image": photo(), "task": "edit"}
+    both = run(pipe, "a", num_images_per_prompt=2, generator=[seeded(1), seeded(2)], **call)
+    for i, seed in enumerate((1, 2)):
+        alone = run(pipe, "a", generator=seeded(seed), **call)
+        assert_close(both[i : i + 1], alone, rtol=0.0, atol=1e-5)  # another number of rows
+
+
+def test_progress_bar(make_pipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = make_pipe()
+    run(pipe, "a", image=photo(), task="edit")
+    assert capsys.readouterr().err == ""
+    pipe.set_progress_bar_config(disable=False, desc="steps")
+    run(pipe, "a", image=photo(), task="edit")
+    assert "steps: 100%" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tiny_vae", [False, True])
@@ -186,6 +312,31 @@ def test_callbacks_see_and_change_the_latents(make_pipe: Any) -> None:
 
     out = run(pipe, "a", image=photo(), task="edit", callback_on_step_end=zero)
     assert steps == [0, 1, 2] and not out.any()
+
+
+def test_callbacks_see_and_change_the_embeddings(make_pipe: Any) -> None:
+    pipe = make_pipe()
+    embeds, pooled, _ = pipe.encode_prompt("blue", max_sequence_length=10)
+    call = {"image": photo(), "task": "edit"}
+
+    def swap(pipe: Any, step: int, time: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        assert set(tensors) == {"latents", "prompt_embeds"}
+        return {"prompt_embeds": embeds}
+
+    names = ["latents", "prompt_embeds"]
+    out = run(
+        pipe, "a", callback_on_step_end=swap, callback_on_step_end_tensor_inputs=names, **call
+    )
+    assert not torch.equal(out, run(pipe, "a", **call))
+    with pytest.raises(ValueError, match="has to be in"):
+        run(pipe, "a", callback_on_step_end_tensor_inputs=["noise"], **call)
+
+    def stop(pipe: Any, step: int, time: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = True
+        return tensors
+
+    one = run(pipe, "a", callback_on_step_end=stop, **call)
+    assert not torch.equal(one, out)
 
 
 def test_return_tuple_and_numpy(make_pipe: Any) -> None:
