@@ -1,4 +1,4 @@
-"""Replacing a folder in one step: a crash leaves the old one or the new one, never half."""
+"""Replacing a folder or a file in one step: a crash leaves the old or the new, never half."""
 
 from __future__ import annotations
 
@@ -33,6 +33,24 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
         _fsync(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def replace_file(path: str | Path) -> Iterator[Path]:
+    """Yield the name of a file beside `path`; when the block ends well it takes `path`'s place.
+
+    It is synced to disk before. When the block raises, it is removed and `path` is untouched.
+    """
+    path = Path(os.path.abspath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
+    try:
+        yield new
+        _fsync(new)
+        new.replace(path)
+        _fsync(path.parent)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def settle(path: str | Path) -> None:

@@ -27,7 +27,7 @@ import prw
 from prw import Pool
 from prw.fingerprint import TOLERANCE, difference, drift
 from prw_flux.locate import adapter_folder, base_fingerprint, stored_fingerprint
-from prw_flux.source_cache import SourceCache
+from prw_flux.source_cache import Recorded
 from prw_flux.tasks import TASKS
 
 logger = logging.getLogger(__name__)
@@ -106,6 +106,7 @@ class PRWAdapter(ModelMixin, ConfigMixin):
         self.blocks = nn.ModuleList(pools.values())
         self.weave = prw.Weave(pools, settings, fingerprint={})
         self._identity = uuid4().hex
+        self.known_digest = ("", "")  # (state_id, digest), see prw_flux.digests
 
     @classmethod
     def for_transformer(cls, transformer: FluxTransformer2DModel, **settings: Any) -> Self:
@@ -214,7 +215,7 @@ class PRWAdapter(ModelMixin, ConfigMixin):
         writes = tuple((id(p), p._version) for p in self.parameters())
         return f"{self._identity}/{stages}/{hash(writes):x}"
 
-    def require_layers(self, cache: SourceCache) -> None:
+    def require_layers(self, cache: Recorded) -> None:
         """Raise unless `cache` has one slot per block."""
         if len(cache) != len(self.blocks):
             raise ValueError(
@@ -233,7 +234,8 @@ class PRWAdapter(ModelMixin, ConfigMixin):
         if here != there:
             raise ValueError(
                 f"This adapter was made for {here[0]} + {here[1]} blocks of width {here[2]}, the "
-                f"transformer has {there[0]} + {there[1]} of width {there[2]}."
+                f"transformer has {there[0]} + {there[1]} of width {there[2]}: load the base it "
+                "was trained on, or an adapter of this one."
             )
         if transformer.config.in_channels != transformer.out_channels:
             raise ValueError(
@@ -278,7 +280,10 @@ class PRWAdapter(ModelMixin, ConfigMixin):
         found = base_fingerprint(transformer)
         problem = difference(self.weave.fingerprint, found)
         if problem is not None:
-            raise ValueError(f"This adapter was made for another base: {problem}.")
+            raise ValueError(
+                f"This adapter was made for another base: {problem}; load the base it was trained "
+                "on, or an adapter of this one."
+            )
         distance = drift(self.weave.fingerprint, found)
         if distance > TOLERANCE:
             logger.warning(

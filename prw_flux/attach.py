@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_flux import (
 
 from prw_flux.adapter import PRWAdapter
 from prw_flux.processor import PRWFluxAttnProcessor
-from prw_flux.source_cache import SourceCache
+from prw_flux.source_cache import Recorded
 
 
 def processors(transformer: FluxTransformer2DModel) -> list[Any]:
@@ -80,7 +80,7 @@ def require_attached(transformer: FluxTransformer2DModel) -> PRWAdapter:
     return adapter
 
 
-def bind(transformer: FluxTransformer2DModel, cache: SourceCache | None) -> None:
+def bind(transformer: FluxTransformer2DModel, cache: Recorded | None) -> None:
     """Give each processor its own slot of `cache`, or none, for the passes that follow.
 
     One that looked its slot up by its number would be compiled once per layer. Where gradients are
@@ -94,7 +94,7 @@ def bind(transformer: FluxTransformer2DModel, cache: SourceCache | None) -> None
 
 
 @contextmanager
-def bound(transformer: FluxTransformer2DModel, cache: SourceCache) -> Iterator[None]:
+def bound(transformer: FluxTransformer2DModel, cache: Recorded) -> Iterator[None]:
     """`bind` while open; afterwards nothing keeps the cache alive."""
     bind(transformer, cache)
     try:

@@ -20,7 +20,7 @@ import prw
 from prw_flux.adapter import PRWAdapter
 from prw_flux.attach import attach, bound, require_attached
 from prw_flux.parallel import require_spreadable
-from prw_flux.source_cache import FluxCall, SourceCache, SourceMeta
+from prw_flux.source_cache import FluxCall, Recorded, SourceCache, SourceMeta
 from prw_flux.step_caches import bridged
 
 
@@ -33,6 +33,7 @@ def source_pass(
     guidance_B: Tensor | None = None,
     call: prw.Call | prw.Record | None = None,
     *,
+    scale: float = 1.0,
     meta: SourceMeta | None = None,
 ) -> SourceCache:
     """Run the source through the transformer with no text, recording K and V of every block.
@@ -45,6 +46,7 @@ def source_pass(
         timestep_B: Time that modulates the source: 0, or that of the noisy latent.
         guidance_B: Guidance that modulates the source; 1 where None and the model embeds one.
         call: Routing call; None takes the one bound to the adapter's weave.
+        scale: Of the experts' residual: 1 as trained, 0 the keys and values of the base.
         meta: Kept with the cache.
 
     Returns:
@@ -55,7 +57,7 @@ def source_pass(
     adapter.require_device(transformer)
     require_spreadable(transformer, source_BSC)
     cache = SourceCache(len(adapter.blocks), meta)
-    flux_call = FluxCall(cache, "source", adapter.resolve(call))
+    flux_call = FluxCall(cache, "source", adapter.resolve(call), scale)
     with bridged(transformer), bound(transformer, cache):
         transformer(
             hidden_states=source_BSC,
@@ -83,7 +85,7 @@ def main_pass(
     pooled_BP: Tensor,
     timestep_B: Tensor,
     guidance_B: Tensor | None = None,
-    cache: SourceCache | None = None,
+    cache: Recorded | None = None,
 ) -> Tensor:
     """Velocity of the noisy latents, given text and (unless `cache` is None) a source.
 

@@ -86,9 +86,9 @@ class PRWFluxAttnProcessor(FluxAttnProcessor):
         if prw.mode == "source":
             slot.write(key, value.contiguous())
         else:
-            source_key, source_value = slot.read(key.shape[0])
-            key = torch.cat([key, source_key.to(key.dtype)], dim=1)
-            value = torch.cat([value, source_value.to(value.dtype)], dim=1)
+            source_key, source_value = slot.read(key)
+            key = torch.cat([key, source_key], dim=1)
+            value = torch.cat([value, source_value], dim=1)
         out_BSHD = dispatch_attention_fn(
             query,
             key,
@@ -114,6 +114,9 @@ class PRWFluxAttnProcessor(FluxAttnProcessor):
                 )
             base = {"to_k": key, "to_v": value}
             refined = refine(self.pool, base, x_BSO, call.prw, self._parallel_config)
+            if call.scale != 1.0:
+                refined["to_k"] = torch.lerp(key, refined["to_k"], call.scale)
+                refined["to_v"] = torch.lerp(value, refined["to_v"], call.scale)
             key, value = refined["to_k"], refined["to_v"]
         return query, key, value, *text
 

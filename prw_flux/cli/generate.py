@@ -58,7 +58,7 @@ def run_generate(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     given = {} if source is None else {"image": source, "task": args.task, "route": args.route}
     image = pipe(
-        args.prompt,
+        prompt=args.prompt,
         height=size,
         width=size,
         num_inference_steps=args.steps,

@@ -68,21 +68,24 @@ def caches(pipe: Any, eager: bool) -> dict[str, Any]:
 
 
 class Seen:
-    """How often the attention of each block ran in a source pass and in a main pass."""
+    """How often an attention ran: in source passes, in main passes, in passes without source."""
 
     def __init__(self, transformer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.source = self.main = 0
+        self.clear()
         kind = type(processors(transformer)[0])
         original = kind.__call__
 
         @functools.wraps(original)  # diffusers passes what the signature names, and drops the rest
         def counted(processor: Any, attn: Any, hidden_states: Tensor, *args: Any, **kw: Any) -> Any:
             call: FluxCall | None = kw.get("prw")
-            if call is not None:
-                setattr(self, call.mode, getattr(self, call.mode) + 1)
+            mode = "stock" if call is None else call.mode
+            setattr(self, mode, getattr(self, mode) + 1)
             return original(processor, attn, hidden_states, *args, **kw)
 
         monkeypatch.setattr(kind, "__call__", counted)
+
+    def clear(self) -> None:
+        self.source = self.main = self.stock = 0
 
 
 def recorded(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
@@ -127,7 +130,7 @@ def test_a_step_cache_never_touches_the_source(
 
     def again(eager: bool) -> Tensor:
         found.clear()
-        seen.source = seen.main = 0
+        seen.clear()
         pipe.transformer.enable_cache(caches(pipe, eager)[name])
         results = [edited(pipe, **call) for _ in range(2)]  # nothing is left for the next image
         pipe.transformer.disable_cache()
@@ -150,6 +153,23 @@ def test_a_step_cache_never_touches_the_source(
         for a, b in zip(found, 2 * sources, strict=True):
             assert_close(a, b, **EXACT)
     assert_close(edited(pipe, **call), wanted, **EXACT)
+
+
+@pytest.mark.parametrize("name", ["FirstBlockCache", "TaylorSeer", "PyramidAttentionBroadcast"])
+def test_a_step_cache_never_takes_one_velocity_for_the_other(
+    make_bare_pipe: Any, edited: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Image guidance compares with a pass without source, which no cache may skip or learn from."""
+    pipe = make_bare_pipe()
+    wanted = edited(pipe, image_guidance_scale=2.0)
+    seen = Seen(pipe.transformer, monkeypatch)
+    pipe.transformer.enable_cache(caches(pipe, eager=False)[name])
+    assert_close(edited(pipe, image_guidance_scale=2.0), wanted, **EXACT)
+    pipe.transformer.disable_cache()
+    pipe.transformer.enable_cache(caches(pipe, eager=True)[name])
+    seen.clear()
+    edited(pipe, image_guidance_scale=2.0)
+    assert seen.stock == 3 * 3 and seen.source == 3 and seen.main < 3 * 3
 
 
 # Attention kernels ----------------------------------------------------------------------------
