@@ -323,6 +323,14 @@ class PRWAdapter(ModelMixin, ConfigMixin):
         adapter.eval()
         return adapter
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As `torch.nn.Module.to`, but that routers keep float32.
+
+        ModelMixin's warns at every cast that an empty list of modules should be kept in float32.
+        """
+        nn.Module.to(self, *args, **kwargs)
+        return self
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts; a cast below float32 leaves the routers as they are."""
         routers = [module for pool in self.pools for module in pool.columns.modules()]

@@ -64,7 +64,7 @@ def test_some_of_the_stages_only(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("verb", ["", "demo", "train", "generate", "evaluate", "report", "inspect",
-                                  "data", "tiny", "tiny build"])  # fmt: skip
+                                  "memory", "data", "tiny", "tiny build"])  # fmt: skip
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*verb.split(), "--help"])
