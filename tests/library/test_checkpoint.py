@@ -172,6 +172,15 @@ def test_a_crash_between_two_renames_is_put_right(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_file_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
+    """Nor a device, as /dev/null: exchanging two names would."""
+    _, weave = trained("one")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(prw.CheckpointError, match="is no folder; choose another name"):
+        weave.save(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_other_folders_are_not_overwritten(tmp_path: Path) -> None:
     _, weave = trained("one")
     (tmp_path / "photos").mkdir()
