@@ -20,6 +20,7 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 
 import prw
@@ -109,7 +110,7 @@ class PRWAdapter(ModelMixin, ConfigMixin):
 
     @classmethod
     def for_transformer(cls, transformer: FluxTransformer2DModel, **settings: Any) -> Self:
-        """An adapter without experts that fits `transformer`, on its device, in float32."""
+        """An adapter without experts that fits `transformer`, where that runs, in float32."""
         adapter: Self = cls(
             num_layers=len(transformer.transformer_blocks),
             num_single_layers=len(transformer.single_transformer_blocks),
@@ -117,7 +118,7 @@ class PRWAdapter(ModelMixin, ConfigMixin):
             **settings,
         )
         adapter.weave.fingerprint = base_fingerprint(transformer)
-        adapter.to(transformer.device)
+        adapter.to(get_module_execution_device(transformer))
         return adapter
 
     # Tasks and routes -------------------------------------------------------------------------
@@ -243,6 +244,35 @@ class PRWAdapter(ModelMixin, ConfigMixin):
                 "(dev, schnell, Kontext), not Fill, Canny or Depth."
             )
         self._require_base(transformer)
+
+    def require_device(self, transformer: FluxTransformer2DModel) -> None:
+        """Raise unless the adapter lies where `transformer` computes.
+
+        Offloading moves the layers of a transformer to a device as they run. It leaves the adapter
+        alone, whose experts no layer calls, so the adapter has to be there already.
+        """
+        here = next((p.device for p in self.parameters()), None)
+        there = get_module_execution_device(transformer)
+        if here is None or (here.type, here.index or 0) == (there.type, there.index or 0):
+            return
+        if here.type == "meta":
+            raise ValueError(
+                "The weights of this adapter are on the meta device (offloading was enabled with "
+                "the adapter among the offloaded models, or it was never loaded): load it again "
+                "and leave it out of offloading, as CoLoGenPipeline does."
+            )
+        raise ValueError(
+            f"The adapter is on {here}, but the transformer computes on {there}: call "
+            f"adapter.to({str(there)!r}). Offloading never moves an adapter that joined after it "
+            "was enabled."
+        )
+
+    def enable_group_offload(self, onload_device: torch.device, **_: Any) -> None:
+        """Move to `onload_device` and stay: 3.8 % of FLUX.1 with five experts of rank 128.
+
+        Group offloading waits for a layer to be called; experts are reached from the attention.
+        """
+        self.to(onload_device)
 
     def _require_base(self, transformer: FluxTransformer2DModel) -> None:
         if not self.weave.fingerprint:  # built by hand, from shapes alone

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 import prw
 from prw_flux.adapter import PRWAdapter
-from prw_flux.attach import attach, require_attached
+from prw_flux.attach import attach, bound, require_attached
+from prw_flux.parallel import require_spreadable
 from prw_flux.source_cache import FluxCall, Recorded, SourceCache, SourceMeta
+from prw_flux.step_caches import bridged
 
 
 def source_pass(
@@ -52,12 +54,11 @@ def source_pass(
     """
     adapter = require_attached(transformer)
     batch = source_BSC.shape[0]
+    adapter.require_device(transformer)
+    require_spreadable(transformer, source_BSC)
     cache = SourceCache(len(adapter.blocks), meta)
     flux_call = FluxCall(cache, "source", adapter.resolve(call), scale)
-    context: AbstractContextManager[Any] = (
-        transformer.cache_context("source") if transformer.is_cache_enabled else nullcontext()
-    )
-    with context:
+    with bridged(transformer), bound(transformer, cache):
         transformer(
             hidden_states=source_BSC,
             encoder_hidden_states=source_BSC.new_zeros(
@@ -105,21 +106,24 @@ def main_pass(
     if text_ids_L3 is None:
         text_ids_L3 = noisy_ids_N3.new_zeros(text_BLE.shape[1], 3)
     extra: dict[str, Any] = {}
+    context: AbstractContextManager[None] = nullcontext()
     if cache is not None:
         adapter = require_attached(transformer)
         adapter.require_layers(cache)
         extra = {"joint_attention_kwargs": {"prw": FluxCall(cache, "main")}}
-    velocity: Tensor = transformer(
-        hidden_states=noisy_BNC,
-        encoder_hidden_states=text_BLE,
-        pooled_projections=pooled_BP,
-        timestep=timestep_B,
-        img_ids=noisy_ids_N3,
-        txt_ids=text_ids_L3,
-        guidance=_guidance(transformer, guidance_B, noisy_BNC),
-        return_dict=False,
-        **extra,
-    )[0]
+        context = bound(transformer, cache)
+    with context:
+        velocity: Tensor = transformer(
+            hidden_states=noisy_BNC,
+            encoder_hidden_states=text_BLE,
+            pooled_projections=pooled_BP,
+            timestep=timestep_B,
+            img_ids=noisy_ids_N3,
+            txt_ids=text_ids_L3,
+            guidance=_guidance(transformer, guidance_B, noisy_BNC),
+            return_dict=False,
+            **extra,
+        )[0]
     return velocity
 
 

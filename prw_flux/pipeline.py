@@ -403,11 +403,6 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
         self._require_match(plan, asked, prompts, prompts * num_images_per_prompt, latents)
         if asked.caches and not use_kv_cache:
             raise ValueError("use_kv_cache=False would not use the source_cache: leave one out.")
-        if image_guidance_scale != 1.0 and self.transformer.is_cache_enabled:
-            raise ValueError(
-                "image_guidance_scale needs a second pass, which a step cache would take for the "
-                "first: call transformer.disable_cache() first."
-            )
         seen = source_pooled_embeds
         if asked.caches and seen is None and plan.adapter.config.source_pooled == "prompt":
             seen = self._pooled(prompt or "") if prompt_embeds is None else pooled_prompt_embeds

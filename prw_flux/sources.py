@@ -6,7 +6,7 @@ P pooled width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 import prw
 from prw_flux.adapter import PRWAdapter
+from prw_flux.attach import attached, bind
 from prw_flux.passes import source_pass
 from prw_flux.source_cache import FluxCall, Recorded, SourceCache, SourceMeta, joined
+from prw_flux.step_caches import bridged
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,11 +109,6 @@ class Source:
         for known, cache in self.recorded:
             if known is pooled_MP:
                 return cache
-        if self.transformer.is_cache_enabled:
-            raise ValueError(
-                "This adapter records its source inside the sampling loop, which a step cache "
-                "would skip: call transformer.disable_cache() first."
-            )
         pooled = pooled_MP[:: self.images_per_prompt] if self.pooled_BP is None else self.pooled_BP
         time = self.adapter.source_time(timestep_M)[:1]
         guidance = self.adapter.source_guidance(guidance_M)
@@ -171,8 +168,10 @@ def following(
         joint = kwargs.get("joint_attention_kwargs") or {}
         if "prw" in joint:  # a pass that was started from here
             return None
+        _require_whole(transformer, source.adapter, joint)
         cache = source.at(kwargs["timestep"], kwargs["guidance"], kwargs["pooled_projections"])
         call = FluxCall(cache, "main")
+        bind(transformer, cache)
         return args, {**kwargs, "joint_attention_kwargs": {**joint, "prw": call}}
 
     def strengthen(
@@ -181,7 +180,9 @@ def following(
         joint = kwargs["joint_attention_kwargs"]
         if joint["prw"] is None or joint["prw"].mode == "source":
             return None
-        without = module(*args, **{**kwargs, "joint_attention_kwargs": {**joint, "prw": None}})[0]
+        stock = {**kwargs, "joint_attention_kwargs": {**joint, "prw": None}}
+        with bridged(transformer):  # a step cache would take this pass for the one before it
+            without = module(*args, **stock)[0]
         return (without + image_guidance * (output[0] - without),)
 
     handles = [transformer.register_forward_pre_hook(join, with_kwargs=True)]
@@ -193,3 +194,22 @@ def following(
     finally:
         for handle in handles:
             handle.remove()
+        if attached(transformer) is source.adapter:
+            bind(transformer, None)
+
+
+def _require_whole(
+    transformer: FluxTransformer2DModel, adapter: PRWAdapter, joint: Mapping[str, Any]
+) -> None:
+    """Raise where a source would be lost, or would be made by other weights than the result."""
+    if attached(transformer) is not adapter:
+        raise ValueError(
+            "The attention processors were replaced while sampling, so the source would be lost: "
+            "leave them alone until the pipeline returns."
+        )
+    if joint.get("scale", 1.0) != 1.0:
+        raise ValueError(
+            f"joint_attention_kwargs={{'scale': {joint['scale']}}} would scale the LoRAs of the "
+            "noisy latents but not of the source, which is encoded once: use "
+            "pipe.set_adapters(names, weights) instead."
+        )

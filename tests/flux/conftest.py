@@ -246,3 +246,63 @@ def short_config(tiny_base: Path) -> Any:
          "stages.*.batch_size=2", "optimizer.warmup=1", "remember=3"]
     )  # fmt: skip
     return replace(config, stages=config.stages[:3])
+
+
+@pytest.fixture
+def make_bare_pipe(make_transformer: Any, make_adapter: Any) -> Callable[..., Any]:
+    """A CoLoGenPipeline without text encoders, for `embedded` calls."""
+
+    def make(transformer: Any = None, **settings: Any) -> Any:
+        from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
+
+        from prw_flux import CoLoGenPipeline
+
+        transformer = make_transformer() if transformer is None else transformer
+        adapter = make_adapter(transformer, **settings)
+        torch.manual_seed(4)
+        pipe = CoLoGenPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            vae=AutoencoderTiny(
+                latent_channels=16,
+                encoder_block_out_channels=(4, 4, 4, 4),
+                decoder_block_out_channels=(4, 4, 4, 4),
+            ),
+            text_encoder=None,
+            tokenizer=None,
+            text_encoder_2=None,
+            tokenizer_2=None,
+            transformer=transformer,
+            prw=adapter,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+@pytest.fixture
+def edited() -> Callable[..., Tensor]:
+    """Latents of a pipeline with a fixed source, text, pooled sentence and noise."""
+
+    def run(pipe: Any, **call: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(6)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(pipe.transformer.dtype)
+
+        call = {
+            "prompt_embeds": draw(1, 5, 32),
+            "pooled_prompt_embeds": draw(1, 16),
+            "latents": draw(1, 4, 64),
+            "image": draw(1, 16, 4, 4),
+            "source_pooled_embeds": draw(1, 16),
+            "task": "edit",
+            "height": 32,
+            "width": 32,
+            "num_inference_steps": 3,
+            "output_type": "latent",
+        } | call
+        out: Tensor = pipe(**{k: v for k, v in call.items() if v is not None}).images
+        return out
+
+    return run

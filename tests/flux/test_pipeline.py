@@ -509,18 +509,6 @@ def test_stock_processors_are_replaced_again(make_pipe: Any) -> None:
     assert_close(run(pipe, "a", image=photo(), task="edit"), wanted, **EXACT)
 
 
-def test_a_step_cache_is_refused_where_the_source_is_in_the_loop(make_pipe: Any) -> None:
-    from diffusers import FirstBlockCacheConfig
-
-    pipe = make_pipe(source_timestep="current")
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(ValueError, match="disable_cache"):
-        run(pipe, "a", image=photo(), task="edit")
-    pipe = make_pipe()
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
-    assert run(pipe, "a", image=photo(), task="edit").isfinite().all()
-
-
 def test_the_registry_serves_an_adapter_without_tasks_of_its_own(make_transformer: Any) -> None:
     adapter = PRWAdapter.for_transformer(make_transformer(), rank=4)
     assert {"inpaint", "ground", "control", "customise", "edit"} <= set(adapter.tasks)
