@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prw import CheckpointError
-from prw.atomic import replace_file
+from prw.atomic import replace_file, replace_folder
+from prw.checkpoint import INDEX, read
 from prw_flux.adapter import PRWAdapter
 
 FORMAT: Final = "prw_flux.adapter"
@@ -37,20 +39,45 @@ def save_flat(adapter: PRWAdapter, path: str | os.PathLike[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="prw-") as place:
         folder = Path(place) / "adapter"
         adapter.save_pretrained(folder)
-        tensors: dict[str, Tensor] = {}
-        header = {"format": FORMAT, "version": str(VERSION)}
-        for file in sorted(folder.rglob("*")):
-            name = file.relative_to(folder)
-            if file.suffix == ".json":
-                header[name.as_posix()] = file.read_text("utf-8")
-            elif file.suffix == ".safetensors":
-                stem = name.with_suffix("").as_posix()
-                tensors |= {f"{stem}/{key}": tensor for key, tensor in load_file(file).items()}
-        try:
-            with replace_file(Path(path)) as new:
-                save_file(tensors, new, metadata=header)
-        except (OSError, SafetensorError) as problem:
-            raise CheckpointError(f"The adapter cannot be written to {path}: {problem}.") from None
+        pack(folder, path)
+
+
+def pack(folder: Path, path: str | os.PathLike[str]) -> None:
+    """Write the adapter in `folder`, whose hashes are verified first, to one file, all or nothing.
+
+    Raises:
+        CheckpointError: If the folder is damaged, or the file cannot be written.
+    """
+    index = json.loads((read(folder).folder / INDEX).read_text("utf-8"))
+    names = sorted({INDEX, *index["sha256"], *index.get("extra", ())})
+    tensors: dict[str, Tensor] = {}
+    header = {"format": FORMAT, "version": str(VERSION)}
+    try:
+        for name in names:
+            if name.endswith(".safetensors"):
+                stem = name.removesuffix(".safetensors")
+                found = load_file(folder / name)
+                tensors |= {f"{stem}/{key}": tensor for key, tensor in found.items()}
+            else:
+                header[name] = (folder / name).read_text("utf-8")
+        with replace_file(Path(path)) as new:
+            save_file(tensors, new, metadata=header)
+    except (OSError, SafetensorError) as problem:
+        raise CheckpointError(f"The adapter cannot be written to {path}: {problem}.") from None
+
+
+def unpack(path: str | os.PathLike[str], folder: Path) -> None:
+    """Write the adapter in a file to a new folder, byte for byte what was packed; all or nothing.
+
+    Raises:
+        CheckpointError: If the file is damaged or of a newer version, or the folder is not new.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists: choose the name of a new folder.")
+    with unpacked(path) as made:
+        read(made)
+        with replace_folder(folder.resolve()) as new:
+            shutil.copytree(made, new, dirs_exist_ok=True)
 
 
 def load_flat(path: str | os.PathLike[str]) -> PRWAdapter:

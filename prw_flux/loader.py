@@ -97,10 +97,7 @@ def open_adapter(
     """The adapter at a folder, in a file or on the Hub; arguments as in `load_prw_weights`."""
     path = Path(location)
     if path.is_dir() and weight_name is None:
-        inner = path / (options.get("subfolder") or "")
-        if is_run(inner) and not (inner / "config.json").is_file():
-            inner = inner / "adapter"
-        _require_adapter_folder(inner)
+        inner = adapter_place(path / (options.get("subfolder") or ""))
         adapter: PRWAdapter = PRWAdapter.from_pretrained(inner)
         return adapter
     if path.is_file() or path.suffix or weight_name is not None:
@@ -114,6 +111,34 @@ def is_adapter(path: Path) -> bool:
     if path.is_dir():
         return is_run(path) or ((path / "prw.json").is_file() and (path / "config.json").is_file())
     return path.is_file() and _kind(path) == "adapter"
+
+
+def adapter_place(folder: Path) -> Path:
+    """The folder of an adapter: this one, or the one in this run.
+
+    Raises:
+        CheckpointError: If it holds a LoRA, or an adapter as one file.
+        FileNotFoundError: If there is no adapter.
+    """
+    if is_run(folder) and not (folder / "config.json").is_file():
+        folder = folder / "adapter"
+    _require_adapter_folder(folder)
+    return folder
+
+
+def adapter_file(path: Path) -> Path:
+    """`path`, if it is the file of an adapter.
+
+    Raises:
+        CheckpointError: If it is something else.
+        FileNotFoundError: If there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}: check the name.")
+    kind = _kind(path)
+    if kind != "adapter":
+        raise CheckpointError(_not_an_adapter(path, kind))
+    return path
 
 
 def _require_adapter_folder(folder: Path) -> None:
@@ -139,10 +164,7 @@ def _require_adapter_folder(folder: Path) -> None:
 
 
 def _of_file(path: Path) -> PRWAdapter:
-    kind = _kind(path)
-    if kind != "adapter":
-        raise CheckpointError(_not_an_adapter(path, kind))
-    return load_flat(path)
+    return load_flat(adapter_file(path))
 
 
 def _local_file(path: Path, weight_name: str | None, options: dict[str, Any]) -> Path:
