@@ -10,7 +10,7 @@ import difflib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -67,6 +67,7 @@ class PRWAdapter(ModelMixin, ConfigMixin):
         source_pooled: Whose pooled text modulates the source: "task", "prompt" or "empty".
         tasks: name -> {"sentence": str, "aligned": bool}; None takes the five of `prw_flux.tasks`.
         resolution: Side in pixels of a square with the area of the training images, if known.
+        trained: Names of the tasks that a stage has trained; None where that is not known.
     """
 
     _no_split_modules = ["Pool"]
@@ -87,6 +88,7 @@ class PRWAdapter(ModelMixin, ConfigMixin):
         source_pooled: Literal["task", "prompt", "empty"] = "task",
         tasks: Mapping[str, Mapping[str, Any]] | None = None,
         resolution: int | None = None,
+        trained: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         _require_choice("source_timestep", source_timestep)
@@ -139,6 +141,21 @@ class PRWAdapter(ModelMixin, ConfigMixin):
         specs = [*self.tasks.values(), TaskSpec(name, sentence, aligned)]
         known = {t.name: {"sentence": t.sentence, "aligned": t.aligned} for t in specs}
         self.register_to_config(tasks=known)
+
+    def note_trained(self, name: str) -> None:
+        """Record that a stage trains this task; where earlier ones are not known, so it stays."""
+        known = self.config.trained
+        if known is not None and name not in known:
+            self.register_to_config(trained=[*known, name])
+
+    def require_trained(self, name: str) -> None:
+        """Raise ValueError for a task that no stage has trained, as far as that is known."""
+        known = self.config.trained
+        if known is not None and name not in known:
+            raise ValueError(
+                f"This adapter was not trained for {name!r}, only for {', '.join(known) or 'none'}:"
+                " choose one of those, or train a stage for it."
+            )
 
     def task(self, name: str | None) -> TaskSpec:
         """A task by name, or the only one for None.

@@ -391,7 +391,10 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
         if not asked.images and not asked.caches:
             arguments.require_no_source(
                 {"task": task, "route": route, "mask_image": mask_image, "source_size": source_size,
-                 "source_scale": source_scale, "source_pooled_embeds": source_pooled_embeds}
+                 "source_scale": source_scale, "source_pooled_embeds": source_pooled_embeds,
+                 "max_area": max_area, "use_kv_cache": None if use_kv_cache else False,
+                 "image_guidance_scale":
+                     None if image_guidance_scale == 1.0 else image_guidance_scale}
             )  # fmt: skip
             (results,) = super().__call__(height=height, width=width, return_dict=False, **flux)
             return _returned(results, None, return_dict)
@@ -406,7 +409,9 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
         seen = source_pooled_embeds
         if asked.caches and seen is None and plan.adapter.config.source_pooled == "prompt":
             seen = self._pooled(prompt or "") if prompt_embeds is None else pooled_prompt_embeds
-        if caches_serve(plan, asked, seen, self.transformer, self.vae):
+        negative = negative_prompt is not None or negative_prompt_embeds is not None
+        branches = 2 if true_cfg_scale > 1 and negative else 1
+        if caches_serve(plan, asked, seen, self.transformer, self.vae, branches=branches):
             source = Source.of_caches(self.transformer, plan.adapter, asked.caches)
         else:
             source = self._source(

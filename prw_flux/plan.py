@@ -58,6 +58,7 @@ def make_plan(adapter: PRWAdapter, asked: Asked, channels: int) -> Plan:
         if not asked.images:
             arguments.require_encoded(asked)
     spec = adapter.task(task)
+    adapter.require_trained(spec.name)
     arguments.require_mask(asked.mask_image, spec.name)
     route = asked.route or "free"
     call = adapter.route(route)
@@ -114,7 +115,13 @@ def metas(plan: Plan, pooled: Tensor, transformer: nn.Module, vae: nn.Module) ->
 
 
 def caches_serve(
-    plan: Plan, asked: Asked, pooled: Tensor | None, transformer: nn.Module, vae: nn.Module
+    plan: Plan,
+    asked: Asked,
+    pooled: Tensor | None,
+    transformer: nn.Module,
+    vae: nn.Module,
+    *,
+    branches: int = 1,
 ) -> bool:
     """Whether the caches of a call are what it would record itself; False where there are none.
 
@@ -122,6 +129,7 @@ def caches_serve(
         plan, asked: the call.
         pooled: [B, P] that must have modulated the source; None where that is not known.
         transformer, vae: what the source went through.
+        branches: prompts per result, 2 under true CFG.
 
     Raises:
         ValueError: If they are not, and there is no image to encode instead. With one, a line in
@@ -130,6 +138,8 @@ def caches_serve(
     if not asked.caches:
         return False
     what = _misfit(plan, asked, pooled, transformer, vae)
+    if what is None and branches > 1 and plan.adapter.config.source_pooled == "prompt":
+        what = "prompt than the negative one, which true CFG needs a source for"
     if what is None:
         return True
     if not plan.references:

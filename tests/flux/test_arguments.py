@@ -67,6 +67,8 @@ def test_sizes_and_numbers(idle: Any, photo: Any) -> None:
     )
     refused(idle, "width must be .* got 32.5", width=32.5, **edit)
     refused(idle, "width must be .* got -16", width=-16)
+    refused(idle, "max_area= and use_kv_cache= and image_guidance_scale= act on a source",
+            max_area=256, use_kv_cache=False, image_guidance_scale=2.0)  # fmt: skip
     refused(idle, r"source_size must be .*, or \(height, width\)", source_size=(1, 2, 3), **edit)
     refused(idle, "max_area must be", max_area=True, **edit)
     refused(idle, "source_scale must be finite and at least 0, got -1", source_scale=-1, **edit)
@@ -88,6 +90,9 @@ def test_tasks_routes_and_masks(idle: Any, photo: Any) -> None:
     refused(idle, "give one mask of that size", image=photo(16), task="inpaint", mask_image=mask)
     refused(idle, "mask_image= and source_size= act on a source", mask_image=mask, source_size=16)
     refused(idle, "task= acts on a source", task="edit")
+    idle.prw.register_to_config(trained=[])
+    idle.prw.note_trained("ground")
+    refused(idle, "not trained for 'edit', only for ground: choose one", image=photo(), task="edit")
 
 
 def test_other_arguments(idle: Any, photo: Any) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from prw_flux import PRWAdapter, attach, source_pass
 from prw_flux.cli import main
+from prw_flux.cli.memory import NAMES
 from prw_flux.encode import position_ids
 from prw_flux.memory import GIB, budget, flux1, source_bytes
 from prw_flux.stored import FLOAT8
@@ -60,3 +62,17 @@ def test_the_verb_tells_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert "1.38" in capsys.readouterr().out
     assert main(["memory", "--cache", "fp9"]) == 1
     assert "no precision 'bf16' / 'fp9'" in capsys.readouterr().err
+
+
+def test_the_table_of_the_page_is_what_the_verb_prints() -> None:
+    page = Path(__file__).parents[2] / "docs/pages/howto/edit-images.md"
+    rows = [line.strip("| ").split(" | ") for line in page.read_text("utf-8").splitlines()]
+    told = {
+        name: numbers for name, *numbers in rows if len(numbers) == 3 and name in NAMES.values()
+    }
+    parts = {base: budget(base=base) for base in ("bf16", "int8", "nf4")}
+    wanted = {
+        name: [f"{getattr(part, key) / GIB:.2f}" for part in parts.values()]
+        for key, name in NAMES.items()
+    }
+    assert told == wanted

@@ -142,6 +142,11 @@ def test_any_flux_pipeline_lends_its_components(
         CoLoGenPipeline.from_pipe(pipe, prw="adapter/")
 
 
+def test_a_kontext_folder_loads(make_base: Any, tmp_path: Path) -> None:
+    FluxKontextPipeline(**make_base().components).save_pretrained(tmp_path)
+    assert CoLoGenPipeline.from_pretrained(tmp_path).prw is None
+
+
 def test_another_kind_of_pipeline_lends_nothing() -> None:
     with pytest.raises(TypeError, match="SimpleNamespace has no FLUX.1 transformer: give"):
         CoLoGenPipeline.from_pipe(SimpleNamespace(components={"unet": None}))

@@ -132,6 +132,19 @@ def test_pooled_embeddings_are_part_of_a_cache(make_pipe: Any, photo: Any, run: 
         run(pipe, "a", source_cache=cache, source_pooled_embeds=2 * pooled)
 
 
+def test_a_cache_that_saw_a_prompt_serves_one_branch(
+    make_pipe: Any, photo: Any, run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = make_pipe(source_pooled="prompt")
+    cache = pipe.encode_source(photo(), task="edit", prompt="a")
+    call = {"negative_prompt": "blue", "true_cfg_scale": 2.0, "source_cache": cache}
+    with pytest.raises(ValueError, match="another prompt than the negative one"):
+        run(pipe, "a", **call)
+    wanted = run(pipe, "a", image=photo(), task="edit", **(call | {"source_cache": None}))
+    assert_close(run(pipe, "a", image=photo(), **call), wanted, **EXACT)
+    run(pipe, "a", **(call | {"true_cfg_scale": 1.0}))
+
+
 def test_rounded_sizes_are_told(
     make_pipe: Any, photo: Any, run: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -115,6 +115,8 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
     with pytest.raises(ValueError, match="record it first"):
         SourceCache(2).save(path)
+    with pytest.raises(CheckpointError, match="is no file; choose another name"):
+        recorded().save(tmp_path)
 
 
 def test_files_that_are_no_caches(tmp_path: Path) -> None:
