@@ -218,7 +218,11 @@ def test_the_newest_expert_can_be_trained_on_a_task_of_ones_own(
     ("extra", "said"),
     [
         ([], ""),
-        (["--task", "edit", "--image", "photo.png"], ""),
+        (["--task", "control", "--image", "photo.png"], ""),
+        (
+            ["--task", "edit", "--image", "photo.png"],
+            "not trained for 'edit', only for inpaint, gr",
+        ),
         (["--task", "inpaint", "--image", "photo.png", "--mask", "mask.png"], ""),
         (["--task", "control", "--image", "photo.png", "--lines", "canny"], ""),
         (["--task", "edit"], "give one with --image"),
