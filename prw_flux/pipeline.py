@@ -36,7 +36,7 @@ from prw_flux.adapter import PRWAdapter
 from prw_flux.arguments import Asked
 from prw_flux.attach import attach, attached
 from prw_flux.encode import ImageInput, sequence_length
-from prw_flux.loader import PRWLoaderMixin
+from prw_flux.loader import PRWLoaderMixin, is_adapter
 from prw_flux.locate import EMBEDDED, is_run, resolve_base, resolve_run
 from prw_flux.output import CoLoGenPipelineOutput, read_grounding
 from prw_flux.plan import Plan, caches_serve, make_plan, metas
@@ -139,6 +139,11 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
         if str(folder) == EMBEDDED:
             pretrained_model_name_or_path = resolve_base(EMBEDDED)
         elif folder.is_dir() and not (folder / "model_index.json").is_file():
+            if is_adapter(folder):
+                raise FileNotFoundError(
+                    f"{folder} is an adapter without its base: load the base, then call "
+                    "pipe.load_prw_weights(...) with it."
+                )
             raise FileNotFoundError(
                 f"{folder} is neither a pipeline (no model_index.json) nor a run (no run.json)."
             )

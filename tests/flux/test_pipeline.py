@@ -426,6 +426,12 @@ def test_a_damaged_run_says_so(tmp_path: Path, text: str) -> None:
         CoLoGenPipeline.from_pretrained(tmp_path)
 
 
+def test_an_adapter_needs_its_base(make_pipe: Any, tmp_path: Path) -> None:
+    make_pipe().prw.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(FileNotFoundError, match=r"without its base: load the base, then call"):
+        CoLoGenPipeline.from_pretrained(tmp_path / "adapter")
+
+
 def test_a_folder_that_is_neither(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="neither a pipeline .* nor a run"):
         CoLoGenPipeline.from_pretrained(tmp_path)
