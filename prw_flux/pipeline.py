@@ -43,6 +43,7 @@ from prw_flux.plan import Plan, caches_serve, make_plan, metas
 from prw_flux.references import Sizes
 from prw_flux.source_cache import SourceCache, SourceMeta
 from prw_flux.sources import Encoded, Source, following
+from prw_flux.stored import require_storable
 from prw_flux.tasks.grounding import Ground, Overlay
 
 
@@ -199,6 +200,8 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
         source_pooled_embeds: Tensor | None = None,
         max_area: int | None = None,
         _auto_resize: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Any:
         """Run a source through the transformer once, for any number of calls with `source_cache`.
 
@@ -210,6 +213,8 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
             route, mask_image, source_scale, source_size: As in a call.
             height, width, max_area, _auto_resize: Of the images to be generated, as in a call.
             source_pooled_embeds: [B, P] instead of the pooled text that the adapter asks for.
+            device, dtype: How the caches are stored, as in `SourceCache.to`; each as soon as it is
+                recorded, so that only one of `images` is on the accelerator in full.
 
         Returns:
             A `SourceCache` (`.nbytes`, `.to()`, `.save()`), or a list of them for `images`.
@@ -227,6 +232,7 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
             mask_image=mask_image,
             pooled=source_pooled_embeds,
         )
+        require_storable(dtype)
         if not asked.images:
             raise ValueError("encode_source needs a source: pass image= or images=.")
         plan = self._plan(asked)
@@ -246,9 +252,8 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
             pooled = self._pooled(prompt)
         pooled = self._source_pooled(plan, pooled)
         assert pooled is not None
-        caches = self._source(
-            plan, pooled, metas=metas(plan, pooled, self.transformer, self.vae)
-        ).encode()
+        known = metas(plan, pooled, self.transformer, self.vae)
+        caches = self._source(plan, pooled, metas=known, storage=(device, dtype)).encode()
         self.maybe_free_model_hooks()
         return caches if images is not None else caches[0]
 
@@ -496,6 +501,7 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
         metas: Sequence[SourceMeta] | None = None,
         images_per_prompt: int = 1,
         keep: bool = True,
+        storage: tuple[torch.device | str | None, torch.dtype | None] = (None, None),
     ) -> Source:
         """Encode the images of a plan, to be recorded by the transformer."""
         device, dtype = self._execution_device, self._source_dtype()
@@ -518,6 +524,7 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
             scale=plan.scale,
             images_per_prompt=images_per_prompt,
             keep=keep,
+            storage=storage,
         )
 
     def _source_dtype(self) -> torch.dtype:

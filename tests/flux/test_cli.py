@@ -265,6 +265,24 @@ def test_generate(
         assert size_of(Path("out.png")) == (64, 64)
 
 
+def test_grounding_tells_what_it_marked(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trained: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64), "white").save("photo.png")
+    words = ["generate", "--run", trained, "--prompt", "mark it in cyan", "--out", "out.png",
+             "--task", "ground", "--image", "photo.png", "--steps", "1"]  # fmt: skip
+    status, out, _ = told(capsys, *words, "--json")
+    facts = json.loads(out)
+    assert status == 0 and 0 <= facts["confidence"] <= 1
+    assert (facts["box"] is None) == (facts["confidence"] == 0)
+    status, out, _ = told(capsys, *words)
+    assert status == 0 and ("nothing marked" in out or "confidence" in out)
+
+
 def test_data_shows_what_each_task_gets(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     sheet = tmp_path / "sheet.png"
     status, out, _ = told(capsys, "data", "--size", "64", "--count", "3", "--out", sheet, "--json")
