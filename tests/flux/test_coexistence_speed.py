@@ -19,7 +19,7 @@ from diffusers import (
 from torch import Tensor
 from torch.testing import assert_close
 
-from prw_flux import FluxCall
+from prw_flux import FluxCall, TwoPass
 from prw_flux.attach import processors
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
@@ -243,3 +243,25 @@ def test_the_number_of_graphs_does_not_grow_with_depth(
         found[blocks] = graphs(pipe, edited)
     assert len(set(found.values())) == 1, found
     assert next(iter(found.values())) <= 8
+
+
+@pytest.mark.slow
+def test_training_compiles_layer_by_layer(
+    make_transformer: Any, make_adapter: Any, make_batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With gradients a layer keeps its number, so dynamo needs room for each; exact all the same."""
+    transformer, batch = deep(make_transformer, 5), make_batch()
+    adapter = make_adapter(transformer)
+    module = TwoPass(transformer, adapter).train()
+
+    def gradients() -> list[Tensor]:
+        adapter.zero_grad()
+        module(**batch, call=adapter.weave.call(key=1)).square().mean().backward()
+        return [parameter.grad.clone() for parameter in adapter.weave.parameters()]
+
+    torch._dynamo.reset()
+    wanted = gradients()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
+    transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+    for found, gradient in zip(gradients(), wanted, strict=True):
+        assert_close(found, gradient, rtol=1e-5, atol=1e-6)  # as compiled, sums may be reordered

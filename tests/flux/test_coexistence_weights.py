@@ -11,10 +11,11 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from diffusers.quantizers.nunchaku.nunchaku_quantizer import NunchakuLiteQuantizer
 from peft import LoraConfig
+from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
-from prw_flux import CoLoGenPipeline, attach, attached, detach, main_pass
+from prw_flux import CoLoGenPipeline, attach, attached, detach, main_pass, source_pass
 from prw_flux.attach import processors
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
@@ -110,6 +111,52 @@ def test_an_adapter_made_beside_a_lora_fits_the_base_without_it(
     pipe.load_lora_weights(lora_file, adapter_name="style")
     late = make_adapter(pipe.transformer)
     assert late.weave.fingerprint == make_adapter(make_transformer()).weave.fingerprint
+
+
+def test_a_cache_knows_the_loras_it_was_made_with(
+    make_bare_pipe: Any, edited: Any, lora_file: Path
+) -> None:
+    pipe = make_bare_pipe()
+    cache = pipe.encode_source(
+        torch.zeros(1, 16, 4, 4), task="edit", source_pooled_embeds=torch.zeros(1, 16)
+    )
+    cached = {"image": None, "source_pooled_embeds": None, "source_cache": cache}
+    wanted = edited(pipe, **cached)
+    pipe.load_lora_weights(lora_file, adapter_name="style")
+    for weight in (1.0, 0.5):
+        pipe.set_adapters(["style"], [weight])
+        with pytest.raises(ValueError, match="another base .or base LoRA."):
+            edited(pipe, **cached)
+    pipe.unload_lora_weights()
+    assert_close(edited(pipe, **cached), wanted, **EXACT)
+
+
+def test_one_expert_is_not_a_lora(
+    make_bare_pipe: Any, make_adapter: Any, edited: Any, make_batch: Any, tmp_path: Path
+) -> None:
+    """Where all rows are of the source it is the same; where there are others it is not."""
+    pipe, batch = make_bare_pipe(), make_batch()
+
+    def source(pipe: Any, route: str) -> Any:
+        return source_pass(
+            pipe.transformer, batch["source_BSC"], batch["source_ids_S3"],
+            batch["source_pooled_BP"], torch.zeros(1), call=pipe.prw.route(route),
+        )  # fmt: skip
+
+    pipe.prw.weave.export_expert("stage1", tmp_path / "expert")
+    state = load_file(tmp_path / "expert/adapter_model.safetensors")
+    stock = make_bare_pipe(stages=0)
+    state = {name.replace("base_model.model.", "transformer."): t for name, t in state.items()}
+    halves = [name for name in state if "lora_A" in name]
+    alphas = {name.replace("lora_A.weight", "alpha"): 8.0 for name in halves}  # twice the rank
+    stock.transformer.load_lora_adapter(
+        state, network_alphas=alphas, prefix="transformer", adapter_name="expert"
+    )
+    for a, b in zip(source(pipe, "expert:stage1"), source(stock, "free"), strict=True):
+        assert_close(b.key_BSHD, a.key_BSHD, **CLOSE)
+        assert_close(b.value_BSHD, a.value_BSHD, **CLOSE)
+    difference = edited(stock) - edited(pipe, route="expert:stage1")
+    assert difference.abs().max() > 0.01
 
 
 def test_fused_projections(make_bare_pipe: Any, edited: Any) -> None:
