@@ -339,7 +339,7 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
                 where it fits and else encoded again, with a line in the log; alone, it must fit.
             source_size: (height, width) at which the source is encoded, or the side of a square of
                 that area. An aligned source is stretched over the result by its positions: half the
-                side is a quarter of the source's cost.
+                side is a quarter of the cost, for an adapter that was trained so.
             source_scale: Of what the experts add to the source's keys and values. 1 (where None) is
                 as trained, 0 is the base's own reading of the source, which is not "no source".
             source_pooled_embeds: [B, P] instead of the pooled text that the adapter asks for.
@@ -369,7 +369,7 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
             "pooled_prompt_embeds": pooled_prompt_embeds,
             "negative_prompt_embeds": negative_prompt_embeds,
             "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
-            "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs),
+            "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs or ()),
             "max_sequence_length": max_sequence_length,
         }
         flux = texts | {
