@@ -51,9 +51,8 @@ def write_cache(cache: SourceCache, path: str | os.PathLike[str]) -> None:
     }
     try:
         with replace_file(Path(path)) as new:
-            # a copy of its own for each: safetensors refuses tensors that share memory
-            own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-            save_file(own, new, metadata=header)
+            here = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(here, new, metadata=header)
     except (OSError, SafetensorError) as problem:
         raise CheckpointError(f"The source cache cannot be written to {path}: {problem}.") from None
 

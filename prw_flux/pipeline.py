@@ -36,13 +36,14 @@ from prw_flux.adapter import PRWAdapter
 from prw_flux.arguments import Asked
 from prw_flux.attach import attach, attached
 from prw_flux.encode import ImageInput, sequence_length
-from prw_flux.loader import PRWLoaderMixin
+from prw_flux.loader import PRWLoaderMixin, is_adapter
 from prw_flux.locate import EMBEDDED, is_run, resolve_base, resolve_run
 from prw_flux.output import CoLoGenPipelineOutput, read_grounding
 from prw_flux.plan import Plan, caches_serve, make_plan, metas
 from prw_flux.references import Sizes
 from prw_flux.source_cache import SourceCache, SourceMeta
 from prw_flux.sources import Encoded, Source, following
+from prw_flux.stored import require_storable
 from prw_flux.tasks.grounding import Ground, Overlay
 
 
@@ -139,6 +140,11 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
         if str(folder) == EMBEDDED:
             pretrained_model_name_or_path = resolve_base(EMBEDDED)
         elif folder.is_dir() and not (folder / "model_index.json").is_file():
+            if is_adapter(folder):
+                raise FileNotFoundError(
+                    f"{folder} is an adapter without its base: load the base, then call "
+                    "pipe.load_prw_weights(...) with it."
+                )
             raise FileNotFoundError(
                 f"{folder} is neither a pipeline (no model_index.json) nor a run (no run.json)."
             )
@@ -194,6 +200,8 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
         source_pooled_embeds: Tensor | None = None,
         max_area: int | None = None,
         _auto_resize: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Any:
         """Run a source through the transformer once, for any number of calls with `source_cache`.
 
@@ -205,6 +213,8 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
             route, mask_image, source_scale, source_size: As in a call.
             height, width, max_area, _auto_resize: Of the images to be generated, as in a call.
             source_pooled_embeds: [B, P] instead of the pooled text that the adapter asks for.
+            device, dtype: How the caches are stored, as in `SourceCache.to`; each as soon as it is
+                recorded, so that only one of `images` is on the accelerator in full.
 
         Returns:
             A `SourceCache` (`.nbytes`, `.to()`, `.save()`), or a list of them for `images`.
@@ -222,6 +232,7 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
             mask_image=mask_image,
             pooled=source_pooled_embeds,
         )
+        require_storable(dtype)
         if not asked.images:
             raise ValueError("encode_source needs a source: pass image= or images=.")
         plan = self._plan(asked)
@@ -241,9 +252,8 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
             pooled = self._pooled(prompt)
         pooled = self._source_pooled(plan, pooled)
         assert pooled is not None
-        caches = self._source(
-            plan, pooled, metas=metas(plan, pooled, self.transformer, self.vae)
-        ).encode()
+        known = metas(plan, pooled, self.transformer, self.vae)
+        caches = self._source(plan, pooled, metas=known, storage=(device, dtype)).encode()
         self.maybe_free_model_hooks()
         return caches if images is not None else caches[0]
 
@@ -329,7 +339,7 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
                 where it fits and else encoded again, with a line in the log; alone, it must fit.
             source_size: (height, width) at which the source is encoded, or the side of a square of
                 that area. An aligned source is stretched over the result by its positions: half the
-                side is a quarter of the source's cost.
+                side is a quarter of the cost, for an adapter that was trained so.
             source_scale: Of what the experts add to the source's keys and values. 1 (where None) is
                 as trained, 0 is the base's own reading of the source, which is not "no source".
             source_pooled_embeds: [B, P] instead of the pooled text that the adapter asks for.
@@ -359,7 +369,7 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
             "pooled_prompt_embeds": pooled_prompt_embeds,
             "negative_prompt_embeds": negative_prompt_embeds,
             "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
-            "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs),
+            "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs or ()),
             "max_sequence_length": max_sequence_length,
         }
         flux = texts | {
@@ -491,6 +501,7 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
         metas: Sequence[SourceMeta] | None = None,
         images_per_prompt: int = 1,
         keep: bool = True,
+        storage: tuple[torch.device | str | None, torch.dtype | None] = (None, None),
     ) -> Source:
         """Encode the images of a plan, to be recorded by the transformer."""
         device, dtype = self._execution_device, self._source_dtype()
@@ -513,6 +524,7 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
             scale=plan.scale,
             images_per_prompt=images_per_prompt,
             keep=keep,
+            storage=storage,
         )
 
     def _source_dtype(self) -> torch.dtype:

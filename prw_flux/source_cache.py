@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import prw
-from prw_flux.stored import DTYPES, Stored
+from prw_flux.stored import Stored, require_storable
 
 
 class Slot:
@@ -203,9 +203,7 @@ class SourceCache:
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
-        if dtype is not None and dtype not in DTYPES:
-            names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-            raise ValueError(f"A source cache is stored as one of {names}, not as {dtype}.")
+        require_storable(dtype)
         where = torch.device(device) if device is not None else None
         slots = []
         for slot in self.slots:

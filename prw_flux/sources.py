@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from torch import Tensor, nn
 
@@ -54,6 +55,7 @@ class Source:
         scale: Of the experts' residual.
         images_per_prompt: Consecutive samples of a main pass with one prompt.
         keep: False records again in every main pass.
+        storage: device and dtype of what is recorded, as in `SourceCache.to`; None as it comes.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Source:
         scale: float = 1.0,
         images_per_prompt: int = 1,
         keep: bool = True,
+        storage: tuple[torch.device | str | None, torch.dtype | None] = (None, None),
     ) -> None:
         self.transformer = transformer
         self.adapter = adapter
@@ -76,6 +79,7 @@ class Source:
         self.scale = scale
         self.images_per_prompt = images_per_prompt
         self.keep = keep and adapter.config.source_timestep == "zero"
+        self.storage = storage
         self.recorded: list[tuple[Tensor, Recorded]] = []
         self.fixed: Recorded | None = None
 
@@ -142,7 +146,7 @@ class Source:
                 meta=reference.meta,
             )
             cache.picture = reference.picture
-            caches.append(cache)
+            caches.append(cache if self.storage == (None, None) else cache.to(*self.storage))
         return caches
 
 

@@ -17,6 +17,13 @@ LARGEST: Final = 448.0
 DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64, FLOAT8)
 
 
+def require_storable(dtype: torch.dtype | None) -> None:
+    """Raise ValueError for a dtype in which nothing is stored; None is none."""
+    if dtype is not None and dtype not in DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+        raise ValueError(f"A source cache is stored as one of {names}, not as {dtype}.")
+
+
 @dataclass(frozen=True)
 class Stored:
     """A tensor x, or x = values * scale with values in float8.
@@ -38,11 +45,10 @@ class Stored:
 
     def tensor(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """x [B, S, H, D] where it is needed; moved as it is stored, widened there."""
-        values = self.values.to(device, non_blocking=True)
-        if self.scale is None:
-            return values.to(dtype)
-        scale = self.scale.to(device, non_blocking=True)
-        return (values.to(torch.float32) * scale).to(dtype)
+        moved = self._moved(device)
+        if moved.scale is None:
+            return moved.values.to(dtype)
+        return (moved.values.to(torch.float32) * moved.scale).to(dtype)
 
     def to(self, device: torch.device | None, dtype: torch.dtype | None) -> Stored:
         """The same x elsewhere, or stored as another dtype; None keeps what is.
@@ -52,11 +58,16 @@ class Stored:
         """
         where = device if device is not None else self.values.device
         if dtype is None or dtype == self.values.dtype:
-            scale = self.scale.to(where) if self.scale is not None else None
-            return Stored(self.values.to(where), scale)
-        if dtype == FLOAT8:
-            return quantised(self.values.to(where))
+            return self._moved(where)
+        if dtype == FLOAT8:  # where it is, so that half as much is moved
+            return quantised(self.values)._moved(where)
         return Stored(self.tensor(where, dtype))
+
+    def _moved(self, device: torch.device) -> Stored:
+        # a copy to the CPU that is not waited for may be read before it has arrived
+        late = device.type != "cpu"
+        scale = None if self.scale is None else self.scale.to(device, non_blocking=late)
+        return Stored(self.values.to(device, non_blocking=late), scale)
 
 
 def quantised(x_BSHD: Tensor) -> Stored:

@@ -378,6 +378,11 @@ def test_sizes_follow_the_source_and_the_adapter(make_pipe: Any) -> None:
     assert pipe(prompt="a", image=photo(64, 64), **call).images[0].size == (32, 32)
     assert pipe(prompt="a", image=photo(20, 80), **call).images[0].size == (64, 16)
     assert pipe(prompt="a", image=photo(), height=16, width=50, **call).images[0].size == (48, 16)
+    assert pipe(prompt="a", image=photo(64, 64), max_area=48**2, **call).images[0].size == (48, 48)
+    assert pipe(prompt="a", image=photo(64, 48), _auto_resize=False, **call).images[0].size == (
+        48,
+        64,
+    )
     pipe.prw.register_to_config(resolution=None)
     assert pipe(prompt="a", image=photo(64, 33), **call).images[0].size == (32, 64)
 
@@ -424,6 +429,12 @@ def test_a_damaged_run_says_so(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(ValueError, match="does not say which base"):
         CoLoGenPipeline.from_pretrained(tmp_path)
+
+
+def test_an_adapter_needs_its_base(make_pipe: Any, tmp_path: Path) -> None:
+    make_pipe().prw.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(FileNotFoundError, match=r"without its base: load the base, then call"):
+        CoLoGenPipeline.from_pretrained(tmp_path / "adapter")
 
 
 def test_a_folder_that_is_neither(tmp_path: Path) -> None:

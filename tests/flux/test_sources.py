@@ -131,6 +131,18 @@ def test_small_storage_changes_little(make_pipe: Any, photo: Any, run: Any) -> N
     assert 0 < error < 0.05, error  # a sixteenth per value at most, averaged over keys
 
 
+def test_references_are_stored_as_they_are_recorded(make_pipe: Any, photo: Any, run: Any) -> None:
+    pipe = make_pipe()
+    call = {"images": [photo(), photo(seed=1)], "task": "edit"}
+    stored = pipe.encode_source(device="cpu", dtype=FLOAT8, **call)
+    later = [cache.to("cpu", FLOAT8) for cache in pipe.encode_source(**call)]
+    assert stored[0].slots[0].key_BSHD.dtype == FLOAT8
+    found, wanted = (run(pipe, "a", source_cache=caches) for caches in (stored, later))
+    assert_close(found, wanted, **EXACT)
+    with pytest.raises(ValueError, match="stored as one of"):
+        pipe.encode_source(photo(), task="edit", dtype=torch.int8)
+
+
 def test_a_small_source_serves_a_large_result(make_pipe: Any, photo: Any, run: Any) -> None:
     pipe = make_pipe()
     seen = count_source_passes(pipe)
