@@ -1,4 +1,4 @@
-"""Replacing a folder in one step: a crash leaves the old one or the new one, never half."""
+"""Replacing a folder or a file in one step: a crash leaves the old or the new, never half."""
 
 from __future__ import annotations
 
@@ -20,8 +20,13 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
 
     All files are synced to disk before. When the block raises, the new folder is removed and
     `path` is untouched.
+
+    Raises:
+        NotADirectoryError: `path` is a file or a device, which is left alone.
     """
     path = Path(os.path.abspath(path))
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is no folder; choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
     folder.mkdir()
@@ -33,6 +38,29 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
         _fsync(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def replace_file(path: str | Path) -> Iterator[Path]:
+    """Yield the name of a file beside `path`; when the block ends well it takes `path`'s place.
+
+    It is synced to disk before. When the block raises, it is removed and `path` is untouched.
+
+    Raises:
+        FileExistsError: `path` is a folder or a device, which is left alone.
+    """
+    path = Path(os.path.abspath(path))
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is no file; choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
+    try:
+        yield new
+        _fsync(new)
+        new.replace(path)
+        _fsync(path.parent)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def settle(path: str | Path) -> None:

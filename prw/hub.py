@@ -67,7 +67,7 @@ def push_to_hub(
         memories=memories and _remembers(weave),
     )  # fmt: skip
     hub = _library()
-    with tempfile.TemporaryDirectory(prefix="prw-") as place, _explained(repo_id, revision):
+    with tempfile.TemporaryDirectory(prefix="prw-") as place, explained(repo_id, revision):
         folder = Path(place) / "weave"
         checkpoint.save(
             folder, weave.pools, weave.ledger, weave.config, weave.fingerprint,
@@ -121,7 +121,7 @@ def _download(
     from prw import __version__
 
     hub = _library()
-    with _explained(repo_id, revision):
+    with explained(repo_id, revision):
         folder = Path(
             hub.snapshot_download(
                 repo_id, revision=revision, cache_dir=cache_dir, token=token,
@@ -149,7 +149,7 @@ def _library() -> Any:
 
 
 @contextmanager
-def _explained(repo_id: str, revision: str | None) -> Iterator[None]:
+def explained(repo_id: str, revision: str | None) -> Iterator[None]:
     """Say in one sentence what went wrong between here and the Hub."""
     from huggingface_hub import errors
 

@@ -14,12 +14,14 @@ from prw_flux import _imports as _imports  # before anything imports diffusers' 
 from prw_flux import recipes, tiny
 from prw_flux.adapter import PRWAdapter, TaskSpec
 from prw_flux.attach import attach, attached, detach
+from prw_flux.output import CoLoGenPipelineOutput
 from prw_flux.passes import TwoPass, main_pass, source_pass
 from prw_flux.pipeline import CoLoGenPipeline
 from prw_flux.source_cache import FluxCall, SourceCache, SourceMeta
 
 __all__ = [
     "CoLoGenPipeline",
+    "CoLoGenPipelineOutput",
     "FluxCall",
     "PRWAdapter",
     "SourceCache",

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import repeat
 from typing import Any
 
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxTransformer2DModel
+import torch
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxAttnProcessor,
+    FluxTransformer2DModel,
+)
 
 from prw_flux.adapter import PRWAdapter
 from prw_flux.processor import PRWFluxAttnProcessor
+from prw_flux.source_cache import Recorded
 
 
 def processors(transformer: FluxTransformer2DModel) -> list[Any]:
@@ -22,9 +31,10 @@ def attach(transformer: FluxTransformer2DModel, adapter: PRWAdapter) -> None:
     Attaching a second adapter replaces the first. Weights and state dict are not touched.
 
     Raises:
-        ValueError: If the adapter was made for another transformer, or foreign processors (of an
-            IP-Adapter, of a quantised attention) are in place.
+        ValueError: If the adapter was made for another transformer, or foreign attention layers
+            (nunchaku's) or processors (of an IP-Adapter) are in place.
     """
+    _require_stock_layers(transformer)
     adapter.require_fit(transformer)
     _require_replaceable(transformer)
     _install(transformer, [PRWFluxAttnProcessor(adapter, i) for i in range(len(adapter.blocks))])
@@ -68,6 +78,45 @@ def require_attached(transformer: FluxTransformer2DModel) -> PRWAdapter:
             "prw_flux.attach(transformer, adapter) first."
         )
     return adapter
+
+
+def bind(transformer: FluxTransformer2DModel, cache: Recorded | None) -> None:
+    """Give each processor its own slot of `cache`, or none, for the passes that follow.
+
+    One that looked its slot up by its number would be compiled once per layer. Where gradients are
+    enabled nothing is bound and it does look it up, in the call of its own pass: a block may be
+    recomputed when another cache is bound.
+    """
+    installed = processors(transformer)
+    slots = cache.slots if cache is not None and not torch.is_grad_enabled() else repeat(None)
+    for processor, slot in zip(installed, slots, strict=False):
+        processor.slot = slot
+
+
+@contextmanager
+def bound(transformer: FluxTransformer2DModel, cache: Recorded) -> Iterator[None]:
+    """`bind` while open; afterwards nothing keeps the cache alive."""
+    bind(transformer, cache)
+    try:
+        yield
+    finally:
+        bind(transformer, None)
+
+
+def _require_stock_layers(transformer: FluxTransformer2DModel) -> None:
+    """Raise for nunchaku, whose models and fused layers leave no place between K, V and RoPE."""
+    blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
+    for block in blocks:
+        attention = dict(block.named_children()).get("attn")
+        layers = dict(attention.named_children()).values() if attention is not None else ()
+        odd = [type(x) for x in layers if "nunchaku" in type(x).__module__]
+        if not isinstance(attention, FluxAttention) or odd:
+            found = odd[0] if odd else type(block if attention is None else attention)
+            raise ValueError(
+                f"The attention of this transformer is {found.__module__}.{found.__qualname__}, "
+                "which PRW cannot act inside (nunchaku is one such): load the base with diffusers "
+                "itself, in bfloat16 or quantised by bitsandbytes or torchao."
+            )
 
 
 def _require_replaceable(transformer: FluxTransformer2DModel) -> None:

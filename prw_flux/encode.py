@@ -7,6 +7,7 @@ Pixels are float in [-1, 1], channels first.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,17 +44,19 @@ def position_ids(
     columns: int,
     *,
     offset: tuple[int, int] = (0, 0),
+    stretch: tuple[float, float] = (1.0, 1.0),
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """[rows * columns, 3] rotary positions (0, row, column) of packed tokens, shifted by `offset`.
+    """[rows * columns, 3] rotary positions of packed tokens.
 
-    A source with offset (0, 0) shares the positions of the image that is generated (aligned tasks);
-    (0, -columns) puts it beside that image (customised generation).
+    Row i lies at (i + 1/2) s - 1/2 + offset, so that a source of half the size, stretched by
+    s = 2, covers the image that is generated; columns likewise. Offset (0, 0) shares the positions
+    of that image (aligned tasks), (0, -columns) lies beside it (customised generation).
     """
     ids = torch.zeros(rows, columns, 3)
-    ids[..., 1] = torch.arange(rows)[:, None] + offset[0]
-    ids[..., 2] = torch.arange(columns)[None, :] + offset[1]
+    ids[..., 1] = ((torch.arange(rows) + 0.5) * stretch[0] - 0.5 + offset[0])[:, None]
+    ids[..., 2] = ((torch.arange(columns) + 0.5) * stretch[1] - 0.5 + offset[1])[None, :]
     return ids.reshape(-1, 3).to(device=device, dtype=dtype)
 
 
@@ -67,7 +70,7 @@ def whole_size(pixels: float, step: int) -> int:
     return max(step, round(pixels / step) * step)
 
 
-def fitted_size(height: int, width: int, resolution: int | None, step: int) -> tuple[int, int]:
+def fitted_size(height: int, width: int, resolution: float | None, step: int) -> tuple[int, int]:
     """The shape height x width at an area of resolution^2 pixels, in multiples of `step`.
 
     Without a resolution the size stays, unless it is above a megapixel.
@@ -92,8 +95,15 @@ def to_pixels(
     """
     if isinstance(image, (list, tuple)):
         if not image:
-            raise ValueError("The list of images is empty.")
-        return torch.cat([to_pixels(one, size) for one in image])
+            raise ValueError("The list of images is empty: leave it out, or give an image.")
+        parts = [to_pixels(one, size) for one in image]
+        sizes = {f"{one.shape[-1]} x {one.shape[-2]}" for one in parts}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"The images of a batch differ in size ({', '.join(sorted(sizes))}): resize them "
+                "to one size, or give each a call of its own."
+            )
+        return torch.cat(parts)
     pixels = 2.0 * _unit_range(image) - 1.0
     return pixels if size is None else resize(pixels, size)
 
@@ -118,21 +128,34 @@ def _unit_range(image: Any) -> Tensor:
     if isinstance(image, np.ndarray):
         return _channels_first(image)
     if not isinstance(image, Tensor):
-        raise TypeError(f"An image must be PIL, numpy or a tensor, got {type(image).__name__}.")
+        how = ": open it first, diffusers.utils.load_image(...)" if _is_path(image) else ""
+        raise TypeError(
+            f"An image must be PIL, numpy or a tensor, got {type(image).__name__}{how}."
+        )
     tensor = image if image.ndim == 4 else image[None]
     if tensor.ndim != 4 or tensor.shape[1] != 3:
-        raise ValueError(f"An image tensor must be [3, h, w] or [B, 3, h, w]: {list(image.shape)}.")
+        raise ValueError(
+            f"An image tensor must be [3, h, w] or [B, 3, h, w], got {list(image.shape)}."
+        )
     return _scaled(tensor.detach())
+
+
+def _is_path(image: Any) -> bool:
+    return isinstance(image, (str, os.PathLike))
 
 
 def _channels_first(array: np.ndarray[Any, Any]) -> Tensor:
     batch = array if array.ndim == 4 else array[None]
     if batch.ndim != 4 or batch.shape[-1] != 3:
-        raise ValueError(f"An image array must be [h, w, 3] or [B, h, w, 3]: {list(array.shape)}.")
+        raise ValueError(
+            f"An image array must be [h, w, 3] or [B, h, w, 3], got {list(array.shape)}."
+        )
     return _scaled(torch.from_numpy(np.ascontiguousarray(batch)).permute(0, 3, 1, 2))
 
 
 def _scaled(tensor: Tensor) -> Tensor:
+    if not tensor.numel():
+        raise ValueError(f"An image has no pixels: its shape is {list(tensor.shape)}.")
     if tensor.dtype == torch.uint8:
         return tensor.to(torch.float32).contiguous() / 255.0
     if not tensor.is_floating_point():

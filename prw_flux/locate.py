@@ -12,6 +12,7 @@ from diffusers.models.transformers.transformer_flux import FluxTransformer2DMode
 from huggingface_hub import snapshot_download
 
 from prw.fingerprint import fingerprint
+from prw.hub import explained
 
 EMBEDDED = "tiny-flux"
 
@@ -67,13 +68,14 @@ def adapter_folder(source: str | os.PathLike[str], kwargs: Mapping[str, Any]) ->
     subfolder = kwargs.get("subfolder") or ""
     folder = Path(source)
     if not folder.exists() and str(source).count("/") == 1 and not str(source).startswith("."):
-        folder = Path(
-            snapshot_download(
-                str(source),
-                allow_patterns=[f"{subfolder}/**" if subfolder else "**"],
-                **{k: kwargs[k] for k in ("revision", "token", "cache_dir") if kwargs.get(k)},
+        with explained(str(source), kwargs.get("revision")):
+            folder = Path(
+                snapshot_download(
+                    str(source),
+                    allow_patterns=[f"{subfolder}/**" if subfolder else "**"],
+                    **{k: kwargs[k] for k in ("revision", "token", "cache_dir") if kwargs.get(k)},
+                )
             )
-        )
     folder = folder / subfolder
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a PRW adapter (it has no config.json).")

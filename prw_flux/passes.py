@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 import prw
 from prw_flux.adapter import PRWAdapter
-from prw_flux.attach import attach, require_attached
-from prw_flux.source_cache import FluxCall, SourceCache, SourceMeta
+from prw_flux.attach import attach, bound, require_attached
+from prw_flux.parallel import require_spreadable
+from prw_flux.source_cache import FluxCall, Recorded, SourceCache, SourceMeta
+from prw_flux.step_caches import bridged
 
 
 def source_pass(
@@ -31,6 +33,7 @@ def source_pass(
     guidance_B: Tensor | None = None,
     call: prw.Call | prw.Record | None = None,
     *,
+    scale: float = 1.0,
     meta: SourceMeta | None = None,
 ) -> SourceCache:
     """Run the source through the transformer with no text, recording K and V of every block.
@@ -43,6 +46,7 @@ def source_pass(
         timestep_B: Time that modulates the source: 0, or that of the noisy latent.
         guidance_B: Guidance that modulates the source; 1 where None and the model embeds one.
         call: Routing call; None takes the one bound to the adapter's weave.
+        scale: Of the experts' residual: 1 as trained, 0 the keys and values of the base.
         meta: Kept with the cache.
 
     Returns:
@@ -50,12 +54,11 @@ def source_pass(
     """
     adapter = require_attached(transformer)
     batch = source_BSC.shape[0]
+    adapter.require_device(transformer)
+    require_spreadable(transformer, source_BSC)
     cache = SourceCache(len(adapter.blocks), meta)
-    flux_call = FluxCall(cache, "source", adapter.resolve(call))
-    context: AbstractContextManager[Any] = (
-        transformer.cache_context("source") if transformer.is_cache_enabled else nullcontext()
-    )
-    with context:
+    flux_call = FluxCall(cache, "source", adapter.resolve(call), scale)
+    with bridged(transformer), bound(transformer, cache):
         transformer(
             hidden_states=source_BSC,
             encoder_hidden_states=source_BSC.new_zeros(
@@ -82,7 +85,7 @@ def main_pass(
     pooled_BP: Tensor,
     timestep_B: Tensor,
     guidance_B: Tensor | None = None,
-    cache: SourceCache | None = None,
+    cache: Recorded | None = None,
 ) -> Tensor:
     """Velocity of the noisy latents, given text and (unless `cache` is None) a source.
 
@@ -103,21 +106,24 @@ def main_pass(
     if text_ids_L3 is None:
         text_ids_L3 = noisy_ids_N3.new_zeros(text_BLE.shape[1], 3)
     extra: dict[str, Any] = {}
+    context: AbstractContextManager[None] = nullcontext()
     if cache is not None:
         adapter = require_attached(transformer)
         adapter.require_layers(cache)
         extra = {"joint_attention_kwargs": {"prw": FluxCall(cache, "main")}}
-    velocity: Tensor = transformer(
-        hidden_states=noisy_BNC,
-        encoder_hidden_states=text_BLE,
-        pooled_projections=pooled_BP,
-        timestep=timestep_B,
-        img_ids=noisy_ids_N3,
-        txt_ids=text_ids_L3,
-        guidance=_guidance(transformer, guidance_B, noisy_BNC),
-        return_dict=False,
-        **extra,
-    )[0]
+        context = bound(transformer, cache)
+    with context:
+        velocity: Tensor = transformer(
+            hidden_states=noisy_BNC,
+            encoder_hidden_states=text_BLE,
+            pooled_projections=pooled_BP,
+            timestep=timestep_B,
+            img_ids=noisy_ids_N3,
+            txt_ids=text_ids_L3,
+            guidance=_guidance(transformer, guidance_B, noisy_BNC),
+            return_dict=False,
+            **extra,
+        )[0]
     return velocity
 
 

@@ -1,13 +1,14 @@
 """CoLoGen as a diffusers pipeline: FLUX.1 with a source image, a task and a route.
 
 The denoising loop, callbacks, true CFG and text to image are FluxPipeline's own code. What is added
-happens before each call of the transformer: the recorded source joins its attention.
+happens before each call of the transformer: the recorded source joins its attention. Arguments are
+in FluxKontextPipeline's order; those it does not have follow, by name only.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,26 +31,23 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from prw_flux.adapter import PRWAdapter, TaskSpec
+from prw_flux import arguments
+from prw_flux.adapter import PRWAdapter
+from prw_flux.arguments import Asked
 from prw_flux.attach import attach, attached
-from prw_flux.encode import (
-    ImageInput,
-    encode_image,
-    fitted_size,
-    pack,
-    position_ids,
-    resize,
-    sequence_length,
-    source_offset,
-    to_pixels,
-    whole_size,
-)
+from prw_flux.encode import ImageInput, sequence_length
+from prw_flux.loader import PRWLoaderMixin, is_adapter
 from prw_flux.locate import EMBEDDED, is_run, resolve_base, resolve_run
+from prw_flux.output import CoLoGenPipelineOutput, read_grounding
+from prw_flux.plan import Plan, caches_serve, make_plan, metas
+from prw_flux.references import Sizes
 from prw_flux.source_cache import SourceCache, SourceMeta
-from prw_flux.sources import Source, fingerprint, following
+from prw_flux.sources import Encoded, Source, following
+from prw_flux.stored import require_storable
+from prw_flux.tasks.grounding import Ground, Overlay
 
 
-class CoLoGenPipeline(FluxPipeline):
+class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
     """FLUX.1 that sees a source image through the experts of a `PRWAdapter`.
 
     Without an image it is FluxPipeline, bit for bit.
@@ -97,9 +95,14 @@ class CoLoGenPipeline(FluxPipeline):
             image_encoder=image_encoder,
             feature_extractor=feature_extractor,
         )
-        self.register_modules(prw=prw)
         if prw is not None:
+            if not isinstance(prw, PRWAdapter):
+                raise TypeError(
+                    f"prw must be a PRWAdapter, got {type(prw).__name__}: read one with "
+                    "PRWAdapter.from_pretrained(...), or use pipe.load_prw_weights(...)."
+                )
             attach(transformer, prw)
+        self.register_modules(prw=prw)
 
     @classmethod
     def from_pretrained(
@@ -137,6 +140,11 @@ class CoLoGenPipeline(FluxPipeline):
         if str(folder) == EMBEDDED:
             pretrained_model_name_or_path = resolve_base(EMBEDDED)
         elif folder.is_dir() and not (folder / "model_index.json").is_file():
+            if is_adapter(folder):
+                raise FileNotFoundError(
+                    f"{folder} is an adapter without its base: load the base, then call "
+                    "pipe.load_prw_weights(...) with it."
+                )
             raise FileNotFoundError(
                 f"{folder} is neither a pipeline (no model_index.json) nor a run (no run.json)."
             )
@@ -144,248 +152,380 @@ class CoLoGenPipeline(FluxPipeline):
         return pipe
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, prw: PRWAdapter | None = None) -> Self:
-        """Share the components of any FLUX.1 pipeline; nothing is copied or cast."""
+    def from_pipe(
+        cls, pipeline: DiffusionPipeline, prw: PRWAdapter | None = None, **components: Any
+    ) -> Self:
+        """Share the components of any FLUX.1 pipeline; nothing is copied or cast.
+
+        Args:
+            pipeline: FluxPipeline, FluxKontextPipeline, a CoLoGenPipeline and so on.
+            prw: The adapter; None keeps the one of a CoLoGenPipeline.
+            components: Instead of the pipeline's own, as in diffusers.
+
+        Raises:
+            TypeError: If it is not a FLUX.1 pipeline, `prw` is no adapter, or a component has no
+                place in this pipeline.
+            ValueError: If the adapter does not fit the transformer.
+        """
         wanted = set(cls._get_signature_keys(cls)[0])
-        components = {k: v for k, v in pipeline.components.items() if k in wanted}
+        unknown = ", ".join(sorted(set(components) - wanted))
+        if unknown:
+            raise TypeError(
+                f"from_pipe has no argument {unknown}: components are {', '.join(sorted(wanted))}."
+            )
+        shared = {k: v for k, v in pipeline.components.items() if k in wanted} | components
+        if not isinstance(shared.get("transformer"), FluxTransformer2DModel):
+            raise TypeError(
+                f"{type(pipeline).__name__} has no FLUX.1 transformer: give a FluxPipeline, a "
+                "FluxKontextPipeline or another pipeline of FLUX.1."
+            )
         if prw is not None:
-            components["prw"] = prw
-        return cls(**components)
+            shared["prw"] = prw
+        return cls(**shared)
 
     @torch.no_grad()
     def encode_source(
         self,
-        image: ImageInput | Sequence[ImageInput],
+        image: ImageInput | Sequence[ImageInput] | None = None,
         *,
+        images: Sequence[Any] | None = None,
         task: str | None = None,
-        prompt: str | Sequence[str] | None = None,
+        prompt: str | list[str] | None = None,
         route: str = "free",
+        mask_image: Any = None,
+        source_scale: float = 1.0,
         height: int | None = None,
         width: int | None = None,
+        source_size: int | tuple[int, int] | None = None,
         source_pooled_embeds: Tensor | None = None,
-    ) -> SourceCache:
+        max_area: int | None = None,
+        _auto_resize: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Any:
         """Run a source through the transformer once, for any number of calls with `source_cache`.
 
         Args:
             image: One image, or a batch as a list.
+            images: Several references of one result instead, a cache for each.
             task: A task of the adapter; it may be left out where the adapter has only one.
             prompt: Needed where the adapter's `source_pooled` is "prompt"; not read elsewhere.
-            route: "free", "stage:NAME" or "expert:NAME".
-            height, width: Of the images to be generated; from the image where None.
+            route, mask_image, source_scale, source_size: As in a call.
+            height, width, max_area, _auto_resize: Of the images to be generated, as in a call.
             source_pooled_embeds: [B, P] instead of the pooled text that the adapter asks for.
+            device, dtype: How the caches are stored, as in `SourceCache.to`; each as soon as it is
+                recorded, so that only one of `images` is on the accelerator in full.
+
+        Returns:
+            A `SourceCache` (`.nbytes`, `.to()`, `.save()`), or a list of them for `images`.
 
         Raises:
             ValueError: If the adapter's source follows the current timestep, so that a cache would
                 be wrong at the next step; or for an unknown task or route.
         """
-        adapter = self._attached_adapter()
-        if adapter.config.source_timestep == "current":
+        asked = Asked(
+            images=arguments.all_images(image, images),
+            task=task,
+            route=route,
+            scale=source_scale,
+            sizes=self._sizes(height, width, source_size, max_area, _auto_resize),
+            mask_image=mask_image,
+            pooled=source_pooled_embeds,
+        )
+        require_storable(dtype)
+        if not asked.images:
+            raise ValueError("encode_source needs a source: pass image= or images=.")
+        plan = self._plan(asked)
+        config = plan.adapter.config
+        if config.source_timestep == "current":
             raise ValueError(
                 'This adapter was trained with source_timestep="current": its source changes with '
                 "every step and cannot be encoded once. Pass image= to each call instead."
             )
-        if adapter.config.source_pooled == "prompt" and source_pooled_embeds is None:
+        pooled = source_pooled_embeds
+        if config.source_pooled == "prompt" and pooled is None:
             if prompt is None:
                 raise ValueError(
                     'This adapter was trained with source_pooled="prompt": give encode_source the '
                     "prompt= that the calls will use."
                 )
-            source_pooled_embeds = self._pooled(prompt)
-        source = self._source(image, task, route, height, width, source_pooled_embeds)
-        cache = source.encode()
+            pooled = self._pooled(prompt)
+        pooled = self._source_pooled(plan, pooled)
+        assert pooled is not None
+        known = metas(plan, pooled, self.transformer, self.vae)
+        caches = self._source(plan, pooled, metas=known, storage=(device, dtype)).encode()
         self.maybe_free_model_hooks()
-        return cache
+        return caches if images is not None else caches[0]
 
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | list[str] | None = None,
         image: ImageInput | Sequence[ImageInput] | None = None,
+        prompt: str | list[str] | None = None,
+        prompt_2: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        true_cfg_scale: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 28,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 3.5,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: list[Tensor] | None = None,
+        negative_ip_adapter_image: Any = None,
+        negative_ip_adapter_image_embeds: list[Tensor] | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
+        max_area: int | None = None,
+        _auto_resize: bool = True,
         *,
         task: str | None = None,
         route: str | None = None,
-        source_cache: SourceCache | None = None,
+        images: Sequence[Any] | None = None,
+        mask_image: Any = None,
+        source_cache: SourceCache | Sequence[SourceCache] | None = None,
+        source_size: int | tuple[int, int] | None = None,
+        source_scale: float | None = None,
         source_pooled_embeds: Tensor | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_images_per_prompt: int = 1,
-        max_sequence_length: int | None = None,
-        **flux: Any,
+        use_kv_cache: bool = True,
+        image_guidance_scale: float = 1.0,
     ) -> Any:
         """Generate.
 
         Args:
-            prompt: Text, one or a batch; or give `prompt_embeds` and `pooled_prompt_embeds`.
-            image: The source: PIL, numpy uint8 [h, w, 3], tensor [3, h, w] in [0, 1], packed-ready
-                latents [B, C, H, W], or a list with one image per prompt. None with no
-                `source_cache` is plain text to image.
+            image: The source: PIL, numpy uint8 [h, w, 3], tensor [3, h, w] in [0, 1], latents
+                [B, C, H, W], or a list with one image per prompt. None with neither `images` nor
+                `source_cache` is text to image, bit for bit FluxPipeline's; a text that stands
+                first is the prompt.
+            prompt: One text or a batch; or give `prompt_embeds` and `pooled_prompt_embeds`.
+            prompt_2, negative_prompt, negative_prompt_2, true_cfg_scale: As in FluxPipeline. Each
+                branch has its own recorded source where the adapter's source sees the prompt.
+            height, width: Of the result. From the source where None: its shape at `max_area`.
+            num_inference_steps, sigmas, guidance_scale: As in FluxPipeline.
+            num_images_per_prompt: Results per prompt, consecutive in the output.
+            generator, latents: As in FluxPipeline, one generator or one per result.
+            prompt_embeds, pooled_prompt_embeds: As in FluxPipeline.
+            ip_adapter_image, ip_adapter_image_embeds: Of text to image only; an IP-Adapter and a
+                source exclude each other.
+            negative_ip_adapter_image, negative_ip_adapter_image_embeds: Likewise.
+            negative_prompt_embeds, negative_pooled_prompt_embeds: As in FluxPipeline.
+            output_type: "pil", "np", "pt" or "latent" (packed).
+            return_dict: False returns a tuple.
+            joint_attention_kwargs: As in FluxPipeline; never changed.
+            callback_on_step_end, callback_on_step_end_tensor_inputs: As in FluxPipeline.
+            max_sequence_length: Text tokens; the second tokenizer's limit, at most 512, where None.
+            max_area: Pixels of the result where height and width are None; where this is None, too,
+                those the adapter was trained at, or the source's own, at most a megapixel.
+            _auto_resize: False leaves the source its size, but for whole tokens.
             task: How the source is placed and what its pooled sentence says; never an expert.
             route: Which experts may act: "free" (default), "stage:NAME" (the adapter as it was at
                 the end of that stage) or "expert:NAME" (that expert alone, gate 1).
-            source_cache: Of `encode_source`, instead of `image`.
+            images: Several references of one result, one entry each; none sees another. The first
+                decides the size. Of a task that is not aligned, each lies left of the one before.
+            mask_image: Of task "inpaint": white is painted grey in the source and filled.
+            source_cache: Of `encode_source`, one or a list. Beside `image` or `images`, it is used
+                where it fits and else encoded again, with a line in the log; alone, it must fit.
+            source_size: (height, width) at which the source is encoded, or the side of a square of
+                that area. An aligned source is stretched over the result by its positions: half the
+                side is a quarter of the cost, for an adapter that was trained so.
+            source_scale: Of what the experts add to the source's keys and values. 1 (where None) is
+                as trained, 0 is the base's own reading of the source, which is not "no source".
             source_pooled_embeds: [B, P] instead of the pooled text that the adapter asks for.
-            height, width: Of the result. From the source where None: its shape at the area the
-                adapter was trained at, or its own size, at most a megapixel, if that is unknown.
-            num_images_per_prompt: Results per prompt, consecutive in the output.
-            max_sequence_length: Text tokens; the second tokenizer's limit, at most 512, where None.
-            flux: Every other keyword of FluxPipeline: prompt_2, negative_prompt, true_cfg_scale,
-                num_inference_steps, sigmas, guidance_scale, generator, latents, prompt_embeds,
-                output_type, return_dict, callback_on_step_end and so on.
+            use_kv_cache: False encodes the source again in every step, for the same bits.
+            image_guidance_scale: w in v0 + w (v - v0), with v0 the velocity without a source; not 1
+                costs a text-to-image pass per step and branch.
 
         Returns:
-            FluxPipelineOutput, or a tuple if `return_dict=False`.
+            CoLoGenPipelineOutput: `images` and, of task "ground", `grounding`, one
+            (box, mask, confidence) per image. A tuple of what is not None if `return_dict=False`.
 
         Raises:
-            ValueError: For an unknown task or route, a source without an adapter, or a cache that
-                was made by another adapter, task, route or pooled text.
+            ValueError, TypeError: For an argument that cannot work, before anything is computed:
+                an unknown task or route, a source without an adapter, a cache that was made by
+                another adapter, base, task, route or pooled text.
         """
-        if prompt is not None and not isinstance(prompt, (str, list)):
-            raise TypeError(
-                f"prompt must be a str or a list of str, got {type(prompt).__name__}; the prompt "
-                "comes first here, pass the source as image=."
-            )
+        image, prompt = arguments.text_first(image, prompt)
+        arguments.require_kwargs(joint_attention_kwargs)
         if max_sequence_length is None:
             max_sequence_length = sequence_length(self.tokenizer_2)
-        flux |= {
+        texts = {
             "prompt": prompt,
-            "num_images_per_prompt": num_images_per_prompt,
+            "prompt_2": prompt_2,
+            "negative_prompt": negative_prompt,
+            "negative_prompt_2": negative_prompt_2,
+            "prompt_embeds": prompt_embeds,
+            "pooled_prompt_embeds": pooled_prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
+            "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs or ()),
             "max_sequence_length": max_sequence_length,
         }
-        if image is None and source_cache is None:
-            if task is not None or route is not None:
-                raise ValueError("task= and route= act on a source: pass image= or source_cache=.")
-            return super().__call__(height=height, width=width, **flux)
-        if image is not None and source_cache is not None:
-            raise ValueError("Pass image= or source_cache=, not both.")
-        if source_cache is not None:
-            source = self._cached_source(source_cache, task, route, height, width, flux)
+        flux = texts | {
+            "true_cfg_scale": true_cfg_scale,
+            "num_inference_steps": num_inference_steps,
+            "sigmas": sigmas,
+            "guidance_scale": guidance_scale,
+            "num_images_per_prompt": num_images_per_prompt,
+            "generator": generator,
+            "latents": latents,
+            "ip_adapter_image": ip_adapter_image,
+            "ip_adapter_image_embeds": ip_adapter_image_embeds,
+            "negative_ip_adapter_image": negative_ip_adapter_image,
+            "negative_ip_adapter_image_embeds": negative_ip_adapter_image_embeds,
+            "output_type": output_type,
+            "joint_attention_kwargs": joint_attention_kwargs,
+            "callback_on_step_end": callback_on_step_end,
+        }
+        asked = Asked(
+            images=arguments.all_images(image, images),
+            caches=arguments.all_caches(source_cache),
+            task=task,
+            route=route,
+            scale=source_scale,
+            sizes=self._sizes(height, width, source_size, max_area, _auto_resize),
+            mask_image=mask_image,
+            pooled=source_pooled_embeds,
+        )
+        if not asked.images and not asked.caches:
+            arguments.require_no_source(
+                {"task": task, "route": route, "mask_image": mask_image, "source_size": source_size,
+                 "source_scale": source_scale, "source_pooled_embeds": source_pooled_embeds,
+                 "max_area": max_area, "use_kv_cache": None if use_kv_cache else False,
+                 "image_guidance_scale":
+                     None if image_guidance_scale == 1.0 else image_guidance_scale}
+            )  # fmt: skip
+            (results,) = super().__call__(height=height, width=width, return_dict=False, **flux)
+            return _returned(results, None, return_dict)
+
+        plan = self._plan(asked)
+        arguments.require_numbers(image_guidance_scale=image_guidance_scale)
+        self.check_inputs(height=plan.size[0], width=plan.size[1], **texts)
+        prompts = arguments.prompt_count(prompt, prompt_embeds)
+        self._require_match(plan, asked, prompts, prompts * num_images_per_prompt, latents)
+        if asked.caches and not use_kv_cache:
+            raise ValueError("use_kv_cache=False would not use the source_cache: leave one out.")
+        seen = source_pooled_embeds
+        if asked.caches and seen is None and plan.adapter.config.source_pooled == "prompt":
+            seen = self._pooled(prompt or "") if prompt_embeds is None else pooled_prompt_embeds
+        negative = negative_prompt is not None or negative_prompt_embeds is not None
+        branches = 2 if true_cfg_scale > 1 and negative else 1
+        if caches_serve(plan, asked, seen, self.transformer, self.vae, branches=branches):
+            source = Source.of_caches(self.transformer, plan.adapter, asked.caches)
         else:
-            assert image is not None
             source = self._source(
-                image,
-                task,
-                route or "free",
-                height,
-                width,
-                source_pooled_embeds,
-                num_images_per_prompt,
+                plan,
+                self._source_pooled(plan, source_pooled_embeds),
+                images_per_prompt=num_images_per_prompt,
+                keep=use_kv_cache,
             )
-        height, width = source.size
-        with following(self.transformer, source):
-            return super().__call__(height=height, width=width, **flux)
+        with following(self.transformer, source, image_guidance_scale):
+            (results,) = super().__call__(
+                height=plan.size[0], width=plan.size[1], return_dict=False, **flux
+            )
+        marks = None
+        if plan.spec.name == Ground.name and output_type != "latent":
+            asks = [prompt] if isinstance(prompt, str) else prompt or [""] * prompts
+            marks = _marks(plan, asked, results, asks)
+        return _returned(results, marks, return_dict)
 
     def _attached_adapter(self) -> PRWAdapter:
         adapter: PRWAdapter | None = self.prw
         if adapter is None:
             raise ValueError(
-                "This pipeline has no PRW adapter, so it cannot use a source image: load a trained "
-                "run, or CoLoGenPipeline.from_pipe(pipe, prw=adapter)."
+                "This pipeline has no PRW adapter, so it cannot use a source image: "
+                "pipe.load_prw_weights(...), or CoLoGenPipeline.from_pipe(pipe, prw=adapter)."
             )
         if attached(self.transformer) is not adapter:
             attach(self.transformer, adapter)
         return adapter
 
-    def _source(
+    def _sizes(
         self,
-        image: ImageInput | Sequence[ImageInput],
-        task: str | None,
-        route: str,
         height: int | None,
         width: int | None,
-        pooled: Tensor | None,
-        images_per_prompt: int = 1,
-    ) -> Source:
-        """The source of a call, which also says how large the result is."""
-        adapter = self._attached_adapter()
-        spec = adapter.task(task)
-        call = adapter.route(route)
-        latents, height, width = self._source_latents(image, spec, height, width)
-        rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
-        dtype = self._source_dtype()
-        ids = position_ids(
-            rows,
-            columns,
-            offset=source_offset(spec.aligned, columns),
-            device=self._execution_device,
-            dtype=dtype,
+        source_size: int | tuple[int, int] | None,
+        max_area: int | None,
+        auto_resize: bool,
+    ) -> Sizes:
+        step = 2 * self.vae_scale_factor
+        arguments.require_sizes(
+            step, height=height, width=width, source_size=source_size, max_area=max_area
         )
-        if pooled is None and adapter.config.source_pooled != "prompt":
-            pooled = self._pooled("" if adapter.config.source_pooled == "empty" else spec.sentence)
-        meta = SourceMeta(
-            adapter=adapter.state_id,
-            source_timestep=adapter.config.source_timestep,
-            source_pooled=adapter.config.source_pooled,
-            pooled=fingerprint(pooled) if pooled is not None else "",
-            task=spec.name,
-            route=route,
+        resolution = self.prw.config.resolution if self.prw is not None else None
+        return Sizes(
             height=height,
             width=width,
+            source_size=source_size,
+            resolution=resolution if max_area is None else max_area**0.5,
+            auto_resize=auto_resize,
+            step=step,
         )
-        tokens = pack(latents).to(device=self._execution_device, dtype=dtype)
-        pooled = pooled.to(tokens) if pooled is not None else None
-        return Source(self.transformer, adapter, tokens, ids, pooled, call, meta, images_per_prompt)
 
-    def _source_latents(
-        self,
-        image: ImageInput | Sequence[ImageInput],
-        spec: TaskSpec,
-        height: int | None,
-        width: int | None,
-    ) -> tuple[Tensor, int, int]:
-        """Latents [B, C, H, W] of the source, and the size of the result in pixels.
+    def _plan(self, asked: Asked) -> Plan:
+        return make_plan(self._attached_adapter(), asked, self.transformer.config.in_channels // 4)
 
-        An aligned source is resized to the result, whose places it shares; any other keeps its
-        shape.
-        """
-        channels, factor = self.transformer.config.in_channels // 4, self.vae_scale_factor
-        if isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == channels:
-            own = (image.shape[2] * factor, image.shape[3] * factor)
-            height, width = height or own[0], width or own[1]
-            if spec.aligned and (height, width) != own:
-                raise ValueError(
-                    f"Latents of {own[0]} x {own[1]} pixels cannot be the source of an "
-                    f"aligned task at {height} x {width}: pass the image, or that size."
-                )
-            return image, height, width
-        pixels = to_pixels(image)
-        rows, columns = pixels.shape[-2], pixels.shape[-1]
-        fitted = fitted_size(rows, columns, self.prw.config.resolution, 2 * factor)
-        height, width = self._size(height or fitted[0], width or fitted[1])
-        pixels = resize(pixels, (height, width) if spec.aligned else fitted)
-        device = self._execution_device
-        return encode_image(self.vae, pixels, device=device), height, width
-
-    def _size(self, height: int, width: int) -> tuple[int, int]:
-        """The nearest size that packs into whole tokens, two latents wide."""
+    def _require_match(
+        self, plan: Plan, asked: Asked, prompts: int, samples: int, latents: Tensor | None
+    ) -> None:
+        """Raise ValueError unless sources, prompts and given noise belong together."""
+        batches = [one.batch for one in plan.references] + [one.batch for one in asked.caches]
+        arguments.require_pairs(batches, prompts)
+        channels = self.transformer.config.in_channels
         step = 2 * self.vae_scale_factor
-        return whole_size(height, step), whole_size(width, step)
+        arguments.require_latents(latents, plan.size, step, channels, samples)
 
-    def _cached_source(
+    def _source_pooled(self, plan: Plan, given: Tensor | None) -> Tensor | None:
+        """The pooled text of the source; None where it is that of each main pass."""
+        mode = plan.adapter.config.source_pooled
+        if given is not None or mode == "prompt":
+            return given
+        return self._pooled("" if mode == "empty" else plan.spec.sentence)
+
+    def _source(
         self,
-        cache: SourceCache,
-        task: str | None,
-        route: str | None,
-        height: int | None,
-        width: int | None,
-        flux: dict[str, Any],
+        plan: Plan,
+        pooled: Tensor | None,
+        *,
+        metas: Sequence[SourceMeta] | None = None,
+        images_per_prompt: int = 1,
+        keep: bool = True,
+        storage: tuple[torch.device | str | None, torch.dtype | None] = (None, None),
     ) -> Source:
-        """A source that was encoded before, checked against this call."""
-        adapter = self._attached_adapter()
-        cache.meta.require(
-            adapter=adapter.state_id,
-            source_timestep=adapter.config.source_timestep,
-            source_pooled=adapter.config.source_pooled,
-            task=task,
-            route=route,
+        """Encode the images of a plan, to be recorded by the transformer."""
+        device, dtype = self._execution_device, self._source_dtype()
+        encoded = []
+        for index, reference in enumerate(plan.references):
+            encoded.append(
+                Encoded(
+                    tokens_BSC=reference.tokens(self.vae, device, dtype),
+                    ids_S3=reference.ids(device),
+                    meta=metas[index] if metas is not None else None,
+                    picture=reference.picture() if metas is not None else None,
+                )
+            )
+        return Source(
+            self.transformer,
+            plan.adapter,
+            encoded,
+            None if pooled is None else pooled.to(device=device, dtype=dtype),
+            plan.call,
+            scale=plan.scale,
+            images_per_prompt=images_per_prompt,
+            keep=keep,
+            storage=storage,
         )
-        size = self._size(height or cache.meta.height, width or cache.meta.width)
-        if adapter.task(cache.meta.task).aligned:
-            cache.meta.require(height=size[0], width=size[1])
-        if cache.meta.source_pooled == "prompt":
-            pooled = flux.get("pooled_prompt_embeds")
-            pooled = self._pooled(flux["prompt"]) if pooled is None else pooled
-            cache.meta.require(pooled=fingerprint(pooled))
-        return Source.of_cache(self.transformer, adapter, cache, size)
 
     def _source_dtype(self) -> torch.dtype:
         """As FluxPipeline chooses the dtype of its latents."""
@@ -403,3 +543,17 @@ class CoLoGenPipeline(FluxPipeline):
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         pooled: Tensor = self._get_clip_prompt_embeds(texts)
         return pooled
+
+
+def _marks(plan: Plan, asked: Asked, results: Any, prompts: Sequence[str]) -> list[Overlay] | None:
+    """What the results of a grounding call mark; None where the source was given as latents."""
+    picture = plan.references[0].picture() if plan.references else asked.caches[0].picture
+    return None if picture is None else read_grounding(results, picture, prompts)
+
+
+def _returned(
+    images: Any, grounding: list[Overlay] | None, return_dict: bool
+) -> CoLoGenPipelineOutput | tuple[Any, ...]:
+    if return_dict:
+        return CoLoGenPipelineOutput(images=images, grounding=grounding)
+    return (images,) if grounding is None else (images, grounding)

@@ -22,7 +22,8 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor
 
-from prw_flux.source_cache import FluxCall
+from prw_flux.parallel import refine
+from prw_flux.source_cache import FluxCall, Slot
 
 if TYPE_CHECKING:
     from prw_flux.adapter import PRWAdapter
@@ -51,6 +52,7 @@ class PRWFluxAttnProcessor(FluxAttnProcessor):
         self.adapter = adapter
         self.pool = adapter.pools[layer]
         self.layer = layer
+        self.slot: Slot | None = None
 
     def __call__(
         self,
@@ -80,13 +82,13 @@ class PRWFluxAttnProcessor(FluxAttnProcessor):
             raise ValueError("An attention mask cannot be combined with a source image.")
         qkv = self._projections(attn, hidden_states, encoder_hidden_states, prw)
         query, key, value = _normed_heads(attn, qkv, image_rotary_emb)
-        slot = prw.cache.slots[self.layer]
+        slot = self.slot if self.slot is not None else prw.cache.slots[self.layer]
         if prw.mode == "source":
             slot.write(key, value.contiguous())
         else:
-            source_key, source_value = slot.read(key.shape[0])
-            key = torch.cat([key, source_key.to(key.dtype)], dim=1)
-            value = torch.cat([value, source_value.to(value.dtype)], dim=1)
+            source_key, source_value = slot.read(key)
+            key = torch.cat([key, source_key], dim=1)
+            value = torch.cat([value, source_value], dim=1)
         out_BSHD = dispatch_attention_fn(
             query,
             key,
@@ -110,7 +112,11 @@ class PRWFluxAttnProcessor(FluxAttnProcessor):
                     "A reentrant checkpoint would lose the gradient of the source: use "
                     "transformer.enable_gradient_checkpointing() without a function of your own."
                 )
-            refined, _ = self.pool.add({"to_k": key, "to_v": value}, x_BSO, call.prw)
+            base = {"to_k": key, "to_v": value}
+            refined = refine(self.pool, base, x_BSO, call.prw, self._parallel_config)
+            if call.scale != 1.0:
+                refined["to_k"] = torch.lerp(key, refined["to_k"], call.scale)
+                refined["to_v"] = torch.lerp(value, refined["to_v"], call.scale)
             key, value = refined["to_k"], refined["to_v"]
         return query, key, value, *text
 

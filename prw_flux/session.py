@@ -67,6 +67,7 @@ def open_session(config: RunConfig, adapter: Path | None = None) -> Session:
         **plain(config.adapter),
         tasks=_specs(config, tasks, adapter),
         resolution=config.size,
+        trained=[] if adapter is None else _stored(adapter).get("trained"),
     )
     if adapter is not None:
         _require_same_settings(adapter, config)

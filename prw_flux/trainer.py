@@ -141,6 +141,7 @@ class Trainer:
         samples = self._samples(number, position)
         if position.step == 0:
             self._unlock(stage)
+        self.adapter.note_trained(self.session.tasks[number].name)
         optimizer = self._optimizer(stage)
         began = time.perf_counter() - position.seconds
         for step in range(position.step, stage.steps):

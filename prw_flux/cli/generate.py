@@ -57,24 +57,30 @@ def run_generate(args: argparse.Namespace) -> int:
     pipe.set_progress_bar_config(disable=args.json or not show.watcher().is_terminal)
     began = time.perf_counter()
     given = {} if source is None else {"image": source, "task": args.task, "route": args.route}
-    image = pipe(
-        args.prompt,
+    result = pipe(
+        prompt=args.prompt,
         height=size,
         width=size,
         num_inference_steps=args.steps,
         guidance_scale=args.guidance,
         generator=torch.Generator().manual_seed(args.seed),
         **given,
-    ).images[0]
+    )
+    image = result.images[0]
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     image.save(out)
     facts = {"out": str(out), "size": list(image.size), "task": args.task, "route": args.route,
              "seed": args.seed, "seconds": round(time.perf_counter() - began, 2)}  # fmt: skip
+    marked = ""
+    if result.grounding is not None:
+        box, _, confidence = result.grounding[0]
+        facts |= {"box": box, "confidence": round(confidence, 3)}
+        marked = f", box {box}, confidence {confidence:.2f}" if box else ", nothing marked"
     if args.json:
         show.answer(facts)
     else:
-        show.human().print(f"{out}  {size} x {size}, {facts['seconds']} s")
+        show.human().print(f"{out}  {size} x {size}, {facts['seconds']} s{marked}")
     return 0
 
 

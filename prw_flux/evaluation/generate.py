@@ -98,7 +98,7 @@ def _call(
         images = [sample.triple.source for sample in samples]
         source = {"image": images, "task": samples[0].task, "route": route}
     pictures = pipe(
-        [sample.triple.text for sample in samples],
+        prompt=[sample.triple.text for sample in samples],
         height=height,
         width=width,
         num_inference_steps=sampling.steps,

@@ -64,7 +64,7 @@ def test_some_of_the_stages_only(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("verb", ["", "demo", "train", "generate", "evaluate", "report", "inspect",
-                                  "data", "tiny", "tiny build"])  # fmt: skip
+                                  "memory", "data", "tiny", "tiny build"])  # fmt: skip
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*verb.split(), "--help"])
@@ -218,7 +218,11 @@ def test_the_newest_expert_can_be_trained_on_a_task_of_ones_own(
     ("extra", "said"),
     [
         ([], ""),
-        (["--task", "edit", "--image", "photo.png"], ""),
+        (["--task", "control", "--image", "photo.png"], ""),
+        (
+            ["--task", "edit", "--image", "photo.png"],
+            "not trained for 'edit', only for inpaint, gr",
+        ),
         (["--task", "inpaint", "--image", "photo.png", "--mask", "mask.png"], ""),
         (["--task", "control", "--image", "photo.png", "--lines", "canny"], ""),
         (["--task", "edit"], "give one with --image"),
@@ -259,6 +263,24 @@ def test_generate(
     else:
         assert (status, err) == (0, "")
         assert size_of(Path("out.png")) == (64, 64)
+
+
+def test_grounding_tells_what_it_marked(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trained: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64), "white").save("photo.png")
+    words = ["generate", "--run", trained, "--prompt", "mark it in cyan", "--out", "out.png",
+             "--task", "ground", "--image", "photo.png", "--steps", "1"]  # fmt: skip
+    status, out, _ = told(capsys, *words, "--json")
+    facts = json.loads(out)
+    assert status == 0 and 0 <= facts["confidence"] <= 1
+    assert (facts["box"] is None) == (facts["confidence"] == 0)
+    status, out, _ = told(capsys, *words)
+    assert status == 0 and ("nothing marked" in out or "confidence" in out)
 
 
 def test_data_shows_what_each_task_gets(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -279,4 +279,4 @@ def test_an_unrecorded_block_is_noticed(make_transformer: Any, make_adapter: Any
     with pytest.raises(RuntimeError, match="recorded 0 of 3 blocks"):
         cache.require_complete()
     with pytest.raises(RuntimeError, match="run source_pass before"):
-        cache.slots[0].read(1)
+        cache.slots[0].read(torch.zeros(1, 4, 2, 16))

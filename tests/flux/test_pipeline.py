@@ -2,115 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderTiny,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline, FluxPipeline
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5EncoderModel,
-)
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prw_flux import CoLoGenPipeline, PRWAdapter, attached, detach
 from prw_flux.encode import encode_image, to_pixels
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
 STEPS = {"num_inference_steps": 3, "output_type": "latent"}
-WORDS = ["a", "red", "blue", "square", "circle", "the", "make"]
-
-
-@pytest.fixture(autouse=True)
-def silent_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FluxPipeline, "_progress_bar_config", {"disable": True}, raising=False)
-
-
-def word_tokenizer(length: int, begin: str, end: str) -> Tokenizer:
-    vocabulary = {word: i for i, word in enumerate(["<pad>", begin, end, "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{begin} $A {end}", special_tokens=[(begin, 1), (end, 2)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=begin,
-        eos_token=end,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        model_max_length=length,
-    )
-
-
-@pytest.fixture
-def make_base(make_transformer: Any) -> Callable[..., FluxPipeline]:
-    """A FluxPipeline with an autoencoder of factor 8, CLIP and T5 of width 16 and 32."""
-
-    def make(tiny_vae: bool = False) -> FluxPipeline:
-        torch.manual_seed(3)
-        clip = CLIPTextConfig(
-            vocab_size=16,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=12,
-            eos_token_id=2,
-            bos_token_id=1,
-            pad_token_id=0,
-        )
-        t5 = T5Config(vocab_size=16, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-        kl = {
-            "block_out_channels": (4, 4, 4, 4),
-            "norm_num_groups": 2,
-            "down_block_types": ("DownEncoderBlock2D",) * 4,
-            "up_block_types": ("UpDecoderBlock2D",) * 4,
-            "latent_channels": 16,
-            "scaling_factor": 0.36,
-            "shift_factor": 0.12,
-        }
-        tiny = {
-            "latent_channels": 16,
-            "encoder_block_out_channels": (4, 4, 4, 4),
-            "decoder_block_out_channels": (4, 4, 4, 4),
-        }
-        return FluxPipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-            vae=AutoencoderTiny(**tiny) if tiny_vae else AutoencoderKL(**kl),
-            text_encoder=CLIPTextModel(clip).eval(),
-            tokenizer=word_tokenizer(12, "<bos>", "<eos>"),
-            text_encoder_2=T5EncoderModel(t5).eval(),
-            tokenizer_2=word_tokenizer(10, "<s>", "</s>"),
-            transformer=make_transformer(),
-        )
-
-    return make
-
-
-@pytest.fixture
-def make_pipe(make_base: Any, make_adapter: Any) -> Callable[..., CoLoGenPipeline]:
-    def make(tiny_vae: bool = False, **settings: Any) -> CoLoGenPipeline:
-        base = make_base(tiny_vae)
-        adapter = make_adapter(base.transformer, **settings)
-        return CoLoGenPipeline.from_pipe(base, prw=adapter)
-
-    return make
 
 
 def photo(height: int = 32, width: int = 32, seed: int = 0) -> Image.Image:
@@ -122,8 +34,8 @@ def seeded(seed: int = 5) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def run(pipe: Any, *args: Any, **kwargs: Any) -> Tensor:
-    return pipe(*args, **{**STEPS, "generator": seeded(), **kwargs}).images
+def run(pipe: Any, prompt: Any = None, **kwargs: Any) -> Any:
+    return pipe(prompt=prompt, **{**STEPS, "generator": seeded(), **kwargs}).images
 
 
 @pytest.mark.parametrize("true_cfg", [1.0, 2.0])
@@ -143,6 +55,132 @@ def test_without_an_image_it_is_flux_pipeline(
     np.testing.assert_array_equal(run(pipe, "a red square", **call), wanted)
     bare = CoLoGenPipeline.from_pipe(base)
     np.testing.assert_array_equal(run(bare, "a red square", **call), wanted)
+
+
+class Operations(TorchDispatchMode):
+    """How often each torch operation is dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("true_cfg", [1.0, 2.0])
+def test_text_to_image_dispatches_the_operations_of_stock(
+    make_base: Any, make_adapter: Any, true_cfg: float
+) -> None:
+    base = make_base()
+    call = {
+        "height": 32,
+        "width": 48,
+        "negative_prompt": "blue",
+        "true_cfg_scale": true_cfg,
+        "max_sequence_length": 10,
+        "output_type": "pt",
+    }
+    with Operations() as stock:
+        wanted = run(base, "a red square", **call)
+    pipe = CoLoGenPipeline.from_pipe(base, prw=make_adapter(base.transformer))
+    with Operations() as ours:
+        found = run(pipe, "a red square", **call)
+    assert_close(found, wanted, **EXACT)
+    assert ours.counts == stock.counts and sum(ours.counts.values()) > 1000
+    with Operations() as edited:
+        run(pipe, "a red square", image=photo(32, 48), task="edit", **call)
+    assert edited.counts != stock.counts  # the count can tell
+
+
+def test_arguments_come_in_kontexts_order() -> None:
+    def parameters(pipeline: Any) -> list[inspect.Parameter]:
+        return list(inspect.signature(inspect.unwrap(pipeline.__call__)).parameters.values())
+
+    kontext, ours = parameters(FluxKontextPipeline), parameters(CoLoGenPipeline)
+    assert [p.name for p in ours[: len(kontext)]] == [p.name for p in kontext]
+    assert {p.kind for p in ours[: len(kontext)]} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    own = ours[len(kontext) :]
+    assert {p.kind for p in own} == {inspect.Parameter.KEYWORD_ONLY}
+    wanted = """task route images mask_image source_cache source_size source_scale
+    source_pooled_embeds use_kv_cache image_guidance_scale"""
+    assert [p.name for p in own] == wanted.split()
+    # where another default stands, it is worked out from the source or the tokenizer
+    differing = {p.name for p, q in zip(ours, kontext, strict=False) if p.default != q.default}
+    assert differing == {"callback_on_step_end_tensor_inputs", "max_sequence_length", "max_area"}
+
+
+def test_a_text_may_stand_first(make_pipe: Any) -> None:
+    pipe = make_pipe()
+    call = {**STEPS, "height": 32, "width": 32}
+    first = pipe("a red square", generator=seeded(), **call).images
+    assert_close(run(pipe, "a red square", **call), first, **EXACT)
+    both = pipe(["a red square", "blue"], generator=[seeded(), seeded(6)], **call).images
+    assert_close(both[:1], first, rtol=0.0, atol=1e-5)  # a product over another number of rows
+
+
+@pytest.mark.parametrize("kind", [FluxPipeline, FluxKontextPipeline])
+def test_any_flux_pipeline_lends_its_components(
+    make_base: Any, make_adapter: Any, kind: Any
+) -> None:
+    base = make_base()
+    if kind is FluxKontextPipeline:
+        base = FluxKontextPipeline(**base.components)
+    adapter = make_adapter(base.transformer)
+    pipe = CoLoGenPipeline.from_pipe(base, prw=adapter)
+    assert pipe.transformer is base.transformer and pipe.vae is base.vae and pipe.prw is adapter
+    wanted = run(pipe, "a", image=photo(), task="edit")
+    again = CoLoGenPipeline.from_pipe(pipe)
+    assert again.prw is adapter
+    assert_close(run(again, "a", image=photo(), task="edit"), wanted, **EXACT)
+    other = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    assert CoLoGenPipeline.from_pipe(pipe, scheduler=other).scheduler is other
+    with pytest.raises(TypeError, match="no argument unet: components are"):
+        CoLoGenPipeline.from_pipe(pipe, unet=None)
+    with pytest.raises(TypeError, match="prw must be a PRWAdapter, got str: read one with"):
+        CoLoGenPipeline.from_pipe(pipe, prw="adapter/")
+
+
+def test_a_kontext_folder_loads(make_base: Any, tmp_path: Path) -> None:
+    FluxKontextPipeline(**make_base().components).save_pretrained(tmp_path)
+    assert CoLoGenPipeline.from_pretrained(tmp_path).prw is None
+
+
+def test_another_kind_of_pipeline_lends_nothing() -> None:
+    with pytest.raises(TypeError, match="SimpleNamespace has no FLUX.1 transformer: give"):
+        CoLoGenPipeline.from_pipe(SimpleNamespace(components={"unet": None}))
+
+
+@pytest.mark.parametrize("kind", ["pil", "np", "pt", "latent"])
+def test_output_types(make_pipe: Any, kind: str) -> None:
+    pipe = make_pipe()
+    call = {"image": photo(), "task": "edit", "height": 32, "width": 48, "output_type": kind}
+    images = run(pipe, "a", num_images_per_prompt=2, **call)
+    if kind == "pil":
+        assert [image.size for image in images] == [(48, 32)] * 2
+    else:
+        shape = {"np": (2, 32, 48, 3), "pt": (2, 3, 32, 48), "latent": (2, 6, 64)}[kind]
+        assert images.shape == shape
+        assert type(images) is (np.ndarray if kind == "np" else Tensor)
+
+
+def test_one_generator_per_result(make_pipe: Any) -> None:
+    pipe = make_pipe()
+    call = {"image": photo(), "task": "edit"}
+    both = run(pipe, "a", num_images_per_prompt=2, generator=[seeded(1), seeded(2)], **call)
+    for i, seed in enumerate((1, 2)):
+        alone = run(pipe, "a", generator=seeded(seed), **call)
+        assert_close(both[i : i + 1], alone, rtol=0.0, atol=1e-5)  # another number of rows
+
+
+def test_progress_bar(make_pipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = make_pipe()
+    run(pipe, "a", image=photo(), task="edit")
+    assert capsys.readouterr().err == ""
+    pipe.set_progress_bar_config(disable=False, desc="steps")
+    run(pipe, "a", image=photo(), task="edit")
+    assert "steps: 100%" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tiny_vae", [False, True])
@@ -281,10 +319,35 @@ def test_callbacks_see_and_change_the_latents(make_pipe: Any) -> None:
     assert steps == [0, 1, 2] and not out.any()
 
 
+def test_callbacks_see_and_change_the_embeddings(make_pipe: Any) -> None:
+    pipe = make_pipe()
+    embeds, pooled, _ = pipe.encode_prompt("blue", max_sequence_length=10)
+    call = {"image": photo(), "task": "edit"}
+
+    def swap(pipe: Any, step: int, time: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        assert set(tensors) == {"latents", "prompt_embeds"}
+        return {"prompt_embeds": embeds}
+
+    names = ["latents", "prompt_embeds"]
+    out = run(
+        pipe, "a", callback_on_step_end=swap, callback_on_step_end_tensor_inputs=names, **call
+    )
+    assert not torch.equal(out, run(pipe, "a", **call))
+    with pytest.raises(ValueError, match="has to be in"):
+        run(pipe, "a", callback_on_step_end_tensor_inputs=["noise"], **call)
+
+    def stop(pipe: Any, step: int, time: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = True
+        return tensors
+
+    one = run(pipe, "a", callback_on_step_end=stop, **call)
+    assert not torch.equal(one, out)
+
+
 def test_return_tuple_and_numpy(make_pipe: Any) -> None:
     pipe = make_pipe()
     call = {"image": photo(), "task": "edit", "num_inference_steps": 1}
-    (images,) = pipe("a", output_type="np", return_dict=False, **call)
+    (images,) = pipe(prompt="a", output_type="np", return_dict=False, **call)
     assert images.shape == (1, 32, 32, 3)
 
 
@@ -312,11 +375,16 @@ def test_embeddings_without_text_encoders(make_pipe: Any) -> None:
 def test_sizes_follow_the_source_and_the_adapter(make_pipe: Any) -> None:
     pipe = make_pipe()
     call = {"task": "edit", "num_inference_steps": 1}
-    assert pipe("a", image=photo(64, 64), **call).images[0].size == (32, 32)
-    assert pipe("a", image=photo(20, 80), **call).images[0].size == (64, 16)
-    assert pipe("a", image=photo(), height=16, width=50, **call).images[0].size == (48, 16)
+    assert pipe(prompt="a", image=photo(64, 64), **call).images[0].size == (32, 32)
+    assert pipe(prompt="a", image=photo(20, 80), **call).images[0].size == (64, 16)
+    assert pipe(prompt="a", image=photo(), height=16, width=50, **call).images[0].size == (48, 16)
+    assert pipe(prompt="a", image=photo(64, 64), max_area=48**2, **call).images[0].size == (48, 48)
+    assert pipe(prompt="a", image=photo(64, 48), _auto_resize=False, **call).images[0].size == (
+        48,
+        64,
+    )
     pipe.prw.register_to_config(resolution=None)
-    assert pipe("a", image=photo(64, 33), **call).images[0].size == (32, 64)
+    assert pipe(prompt="a", image=photo(64, 33), **call).images[0].size == (32, 64)
 
 
 # Files ----------------------------------------------------------------------------------------
@@ -363,6 +431,12 @@ def test_a_damaged_run_says_so(tmp_path: Path, text: str) -> None:
         CoLoGenPipeline.from_pretrained(tmp_path)
 
 
+def test_an_adapter_needs_its_base(make_pipe: Any, tmp_path: Path) -> None:
+    make_pipe().prw.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(FileNotFoundError, match=r"without its base: load the base, then call"):
+        CoLoGenPipeline.from_pretrained(tmp_path / "adapter")
+
+
 def test_a_folder_that_is_neither(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="neither a pipeline .* nor a run"):
         CoLoGenPipeline.from_pretrained(tmp_path)
@@ -381,10 +455,10 @@ def test_unknown_tasks_and_routes(make_pipe: Any) -> None:
         run(pipe, "a", image=photo(), task="edit", route="stage:stage11")
     with pytest.raises(ValueError, match='A route is "free"'):
         run(pipe, "a", image=photo(), task="edit", route="newest")
-    with pytest.raises(ValueError, match="act on a source"):
+    with pytest.raises(ValueError, match="acts on a source"):
         run(pipe, "a", task="edit")
-    with pytest.raises(TypeError, match="pass the source as image="):
-        run(pipe, photo(), "a", task="edit")
+    with pytest.raises(TypeError, match="pass image= and prompt= by name"):
+        pipe("a red square", photo(), task="edit")
 
 
 def test_an_image_needs_an_adapter(make_base: Any) -> None:
@@ -408,12 +482,10 @@ def test_caches_of_others_are_refused(make_pipe: Any) -> None:
     refused("task .'edit', not 'customise'", task="customise")
     refused("route", route="stage:stage0")
     refused("height", height=64)
-    refused("adapter", make_pipe())
+    refused("adapter", make_pipe(rank=3))
     with torch.no_grad():
         pipe.prw.pools[0].expert(1).pair("to_v")[1].mul_(2.0)
     refused("adapter")
-    with pytest.raises(ValueError, match="not both"):
-        run(pipe, "a", image=photo(), source_cache=cache)
 
 
 def test_a_source_that_lies_beside_serves_any_size(make_pipe: Any) -> None:
@@ -451,18 +523,6 @@ def test_stock_processors_are_replaced_again(make_pipe: Any) -> None:
     wanted = run(pipe, "a", image=photo(), task="edit")
     detach(pipe.transformer)
     assert_close(run(pipe, "a", image=photo(), task="edit"), wanted, **EXACT)
-
-
-def test_a_step_cache_is_refused_where_the_source_is_in_the_loop(make_pipe: Any) -> None:
-    from diffusers import FirstBlockCacheConfig
-
-    pipe = make_pipe(source_timestep="current")
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(ValueError, match="disable_cache"):
-        run(pipe, "a", image=photo(), task="edit")
-    pipe = make_pipe()
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
-    assert run(pipe, "a", image=photo(), task="edit").isfinite().all()
 
 
 def test_the_registry_serves_an_adapter_without_tasks_of_its_own(make_transformer: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -170,6 +171,15 @@ def test_a_crash_between_two_renames_is_put_right(tmp_path: Path) -> None:
     (tmp_path / "run").rename(tmp_path / ".run.previous")
     weave.save(tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_device_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
+    """/dev/null is neither file nor folder, and exchanging two names would move it."""
+    _, weave = trained("one")
+    os.mkfifo(tmp_path / "device")
+    with pytest.raises(prw.CheckpointError, match="is no folder; choose another name"):
+        weave.save(tmp_path / "device")
+    assert (tmp_path / "device").is_fifo() and len(list(tmp_path.iterdir())) == 1
 
 
 def test_other_folders_are_not_overwritten(tmp_path: Path) -> None:

@@ -1,0 +1,190 @@
+"""The arguments of a pipeline call, checked before anything is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from prw_flux.encode import ImageInput
+from prw_flux.references import Sizes
+from prw_flux.source_cache import SourceCache
+from prw_flux.tasks.inpainting import Inpaint
+
+Images: TypeAlias = tuple[ImageInput | Sequence[ImageInput], ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Asked:
+    """What a call says about its source, and nothing is computed of yet.
+
+    Attributes:
+        images: one entry per reference, each an image or a batch.
+        caches: of `encode_source`, one per reference.
+        task, route, scale: None where the call does not say.
+        sizes: of result and source.
+        mask_image: the hole of an inpainting source.
+        pooled: [B, P] instead of the pooled text that the adapter asks for.
+    """
+
+    images: Images = ()
+    caches: tuple[SourceCache, ...] = ()
+    task: str | None = None
+    route: str | None = None
+    scale: float | None = None
+    sizes: Sizes = Sizes()
+    mask_image: Any = None
+    pooled: Tensor | None = None
+
+
+def text_first(image: Any, prompt: Any) -> tuple[Any, Any]:
+    """(image, prompt), where a text may stand first, as in FluxPipeline.
+
+    Raises:
+        TypeError: for two texts, or a path.
+    """
+    is_text = isinstance(image, str) or (
+        isinstance(image, list) and bool(image) and all(isinstance(one, str) for one in image)
+    )
+    if is_text and isinstance(prompt, (str, list)):
+        raise TypeError(
+            f"image must be PIL, numpy, a tensor or latents, got the text {image!r}: open a file "
+            "first, diffusers.utils.load_image(...)."
+        )
+    if is_text and prompt is None:
+        return None, image
+    if prompt is not None and not isinstance(prompt, (str, list)):
+        raise TypeError(
+            f"prompt must be a str or a list of str, got {type(prompt).__name__}; the source comes "
+            "first, as in FluxKontextPipeline: pass image= and prompt= by name."
+        )
+    return image, prompt
+
+
+def all_images(image: Any, images: Any) -> Images:
+    """One entry per reference, from either keyword.
+
+    Raises:
+        ValueError, TypeError: both are given, or `images` is not a list.
+    """
+    if images is None:
+        return () if image is None else (image,)
+    if image is not None:
+        raise ValueError("Pass image= (one source, or a batch) or images= (references), not both.")
+    if not isinstance(images, (list, tuple)) or not images:
+        raise TypeError("images= is a list with one entry per reference, and at least one.")
+    return tuple(images)
+
+
+def all_caches(source_cache: Any) -> tuple[SourceCache, ...]:
+    """One cache per reference.
+
+    Raises:
+        TypeError: something else was given.
+    """
+    if source_cache is None:
+        return ()
+    caches = (source_cache,) if isinstance(source_cache, SourceCache) else tuple(source_cache)
+    odd = next((c for c in caches if not isinstance(c, SourceCache)), None)
+    if odd is not None or not caches:
+        what = type(odd).__name__ if caches else "an empty list"
+        raise TypeError(
+            f"source_cache must be what encode_source returned, got {what}: a file is read with "
+            "SourceCache.load(path)."
+        )
+    return caches
+
+
+def require_no_source(given: Mapping[str, Any]) -> None:
+    """Raise ValueError if an argument is given that acts on a source, in a call without one."""
+    found = [name for name, value in given.items() if value is not None]
+    if found:
+        raise ValueError(
+            f"{' and '.join(f'{name}=' for name in found)} act{'s' * (len(found) == 1)} on a "
+            "source: pass image=, images= or source_cache=."
+        )
+
+
+def require_numbers(**given: float | None) -> None:
+    """Raise ValueError for one that is not a finite number of at least 0."""
+    for name, value in given.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{name} must be a number, got {value!r}.")
+        if not (math.isfinite(value) and value >= 0.0):
+            raise ValueError(f"{name} must be finite and at least 0, got {value!r}.")
+
+
+def require_sizes(step: int, **given: Any) -> None:
+    """Raise ValueError for a size that is neither None nor a positive int (or two of them)."""
+    for name, value in given.items():
+        parts = value if isinstance(value, (tuple, list)) else (value,)
+        good = [isinstance(p, int) and not isinstance(p, bool) and p > 0 for p in parts]
+        if value is None or (
+            all(good) and len(good) in ((1, 2) if name == "source_size" else (1,))
+        ):
+            continue
+        form = ", or (height, width)" if name == "source_size" else ""
+        raise ValueError(
+            f"{name} must be a positive number of pixels{form}, a multiple of {step}, "
+            f"got {value!r}."
+        )
+
+
+def require_encoded(asked: Asked) -> None:
+    """Raise ValueError for what acts when a source is encoded, in a call that has only a cache."""
+    late = {"mask_image": asked.mask_image, "source_size": asked.sizes.source_size}
+    found = [f"{name}=" for name, value in late.items() if value is not None]
+    if found:
+        raise ValueError(
+            f"{' and '.join(found)} would come too late for a source that is encoded: give it to "
+            "encode_source, or pass image= beside the cache."
+        )
+
+
+def require_mask(mask_image: Any, task: str) -> None:
+    """Raise ValueError for a mask that the task does not know."""
+    if mask_image is not None and task != Inpaint.name:
+        raise ValueError(
+            f"mask_image= belongs to task={Inpaint.name!r}, not {task!r}: leave it out."
+        )
+
+
+def require_kwargs(joint_attention_kwargs: Any) -> None:
+    """Raise ValueError for the one key that is taken."""
+    if joint_attention_kwargs is not None and "prw" in joint_attention_kwargs:
+        raise ValueError('joint_attention_kwargs["prw"] is set by the pipeline: leave it out.')
+
+
+def prompt_count(prompt: Any, prompt_embeds: Tensor | None) -> int:
+    """Prompts of a call."""
+    if prompt_embeds is not None:
+        return int(prompt_embeds.shape[0])
+    return len(prompt) if isinstance(prompt, list) else 1
+
+
+def require_pairs(batches: Iterable[int], prompts: int) -> None:
+    """Raise ValueError unless each reference is one image, or one per prompt."""
+    for batch in batches:
+        if batch not in (1, prompts):
+            raise ValueError(
+                f"{batch} source images do not pair with {prompts} prompts: give one image, or one "
+                "per prompt; several references of one result are images=[...]."
+            )
+
+
+def require_latents(
+    latents: Any, size: tuple[int, int], step: int, channels: int, samples: int
+) -> None:
+    """Raise ValueError unless the noise is packed and fills the result."""
+    tokens = (size[0] // step) * (size[1] // step)
+    wanted = [samples, tokens, channels]
+    if latents is not None and list(latents.shape) != wanted:
+        raise ValueError(
+            f"latents must be packed noise {wanted} for {samples} results of {size[0]} x {size[1]} "
+            f"pixels, got {list(latents.shape)}: give height= and width= that belong to them."
+        )
