@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -120,22 +121,29 @@ def budget(
     with torch.device("meta"):
         t5, clip = T5EncoderModel(T5Config(**_T5)), CLIPTextModel(CLIPTextConfig(**_CLIP))
         vae = AutoencoderKL(**_VAE)
-        config = transformer.config
-        inner = config.num_attention_heads * config.attention_head_dim
-        adapter = PRWAdapter(config.num_layers, config.num_single_layers, inner, rank=rank)
-        for index in range(experts):
-            adapter.weave.unlock(f"stage{index}")
-        adapter.weave.close()
-    adapter.to(torch.bfloat16)
     one = source_bytes(transformer, size, size, CACHES[cache])
     return Budget(
         transformer=_weights(transformer, BITS[base]),
         t5=_weights(t5, BITS[base]),
         clip=_weights(clip, 16),
         vae=_weights(vae, 16),
-        adapter=sum(t.numel() * t.element_size() for t in adapter.state_dict().values()),
+        adapter=_adapter_bytes(rank, experts),
         sources=one * references,
     )
+
+
+@cache
+def _adapter_bytes(rank: int, experts: int) -> int:
+    """Of a trained adapter of FLUX.1, experts in bf16 and routers in float32."""
+    config = flux1().config
+    inner = config.num_attention_heads * config.attention_head_dim
+    with torch.device("meta"):
+        adapter = PRWAdapter(config.num_layers, config.num_single_layers, inner, rank=rank)
+        for index in range(experts):
+            adapter.weave.unlock(f"stage{index}")
+        adapter.weave.close()
+    adapter.to(torch.bfloat16)
+    return sum(t.numel() * t.element_size() for t in adapter.state_dict().values())
 
 
 def _weights(model: nn.Module, bits: float) -> int:
