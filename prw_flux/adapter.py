@@ -340,6 +340,14 @@ class PRWAdapter(ModelMixin, ConfigMixin):
         adapter.eval()
         return adapter
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As `torch.nn.Module.to`; routers never go below float32.
+
+        ModelMixin's warns at every cast that an empty list of modules should be kept in float32.
+        """
+        nn.Module.to(self, *args, **kwargs)
+        return self
+
 
 # model_index.json records this name: the class may move to another file, the name may not
 PRWAdapter.__module__ = "prw_flux"
