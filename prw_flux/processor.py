@@ -105,20 +105,33 @@ class PRWFluxAttnProcessor(FluxAttnProcessor):
         self, attn: FluxAttention, x_BSO: Tensor, text_BLO: Tensor | None, call: FluxCall
     ) -> tuple[Tensor, ...]:
         """Base projections; in a source pass the expert's residual joins K and V (Eq. 4)."""
+        if call.mode != "source":
+            stock: tuple[Tensor, ...] = _get_qkv_projections(attn, x_BSO, text_BLO)
+            return stock
+        if call.grad and not torch.is_grad_enabled():
+            raise RuntimeError(
+                "A reentrant checkpoint would lose the gradient of the source: use "
+                "transformer.enable_gradient_checkpointing() without a function of your own."
+            )
+        if not attn.fused_projections and self._parallel_config is None and call.scale == 1.0:
+            bases = {"to_k": attn.to_k, "to_v": attn.to_v}
+            refined, _ = self.pool.project(bases, x_BSO, call.prw)
+            text = _text_projections(attn, text_BLO)
+            return attn.to_q(x_BSO), refined["to_k"], refined["to_v"], *text
         query, key, value, *text = _get_qkv_projections(attn, x_BSO, text_BLO)
-        if call.mode == "source":
-            if call.grad and not torch.is_grad_enabled():
-                raise RuntimeError(
-                    "A reentrant checkpoint would lose the gradient of the source: use "
-                    "transformer.enable_gradient_checkpointing() without a function of your own."
-                )
-            base = {"to_k": key, "to_v": value}
-            refined = refine(self.pool, base, x_BSO, call.prw, self._parallel_config)
-            if call.scale != 1.0:
-                refined["to_k"] = torch.lerp(key, refined["to_k"], call.scale)
-                refined["to_v"] = torch.lerp(value, refined["to_v"], call.scale)
-            key, value = refined["to_k"], refined["to_v"]
-        return query, key, value, *text
+        base = {"to_k": key, "to_v": value}
+        refined = refine(self.pool, base, x_BSO, call.prw, self._parallel_config)
+        if call.scale != 1.0:
+            refined["to_k"] = torch.lerp(key, refined["to_k"], call.scale)
+            refined["to_v"] = torch.lerp(value, refined["to_v"], call.scale)
+        return query, refined["to_k"], refined["to_v"], *text
+
+
+def _text_projections(attn: FluxAttention, text_BLO: Tensor | None) -> tuple[Tensor, ...]:
+    """Q, K and V of the text rows in a double-stream block."""
+    if text_BLO is None or attn.added_kv_proj_dim is None:
+        return ()
+    return attn.add_q_proj(text_BLO), attn.add_k_proj(text_BLO), attn.add_v_proj(text_BLO)
 
 
 def _normed_heads(
