@@ -63,7 +63,7 @@ def save(
             cannot be written.
     """
     path = Path(path).resolve()  # a link to a folder stays one
-    taken = path.is_file() or (path.is_dir() and any(path.iterdir()))
+    taken = any(path.iterdir()) if path.is_dir() else path.exists()
     if taken and not (path / INDEX).is_file():
         raise CheckpointError(f"{path} exists and is not a weave; choose another folder")
     for name in extra:

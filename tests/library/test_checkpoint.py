@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,10 @@ def test_other_folders_are_not_overwritten(tmp_path: Path) -> None:
         with pytest.raises(prw.CheckpointError, match="exists and is not a weave"):
             weave.save(tmp_path / place)
     assert (tmp_path / "photos/a.txt").read_text() == "mine"
+    os.mknod(tmp_path / "socket", stat.S_IFSOCK | 0o600)  # no file and no folder
+    with pytest.raises(prw.CheckpointError, match="exists and is not a weave"):
+        weave.save(tmp_path / "socket")
+    assert (tmp_path / "socket").is_socket()
     (tmp_path / "empty").mkdir()
     weave.save(tmp_path / "empty")
     weave.save(tmp_path / "new/deep/run")
