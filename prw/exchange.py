@@ -169,12 +169,16 @@ def _settings(file: Path, packed: str | None) -> Mapping[str, Any] | None:
     text, source = packed, str(file)
     if file.name == lora_format.WEIGHTS and beside.is_file():
         check_inside(file.parent, lora_format.SETTINGS)
-        text, source = beside.read_bytes().decode("utf-8", "replace"), str(beside)
+        source = str(beside)
+        try:
+            text = beside.read_bytes().decode("utf-8", "replace")
+        except OSError as error:
+            raise CheckpointError(f"{source} cannot be read: {error}") from error
     if text is None:
         return None
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{source} is damaged: {error}") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{source} is damaged: it is not a JSON object")

@@ -244,6 +244,8 @@ def rewrite(name: str, **tensors: Tensor) -> Callable[[Path], None]:
         (lambda folder: (folder / "prw.json").write_text("{"), "prw.json is damaged"),
         (lambda folder: (folder / "prw.json").write_text("[]"), "not a JSON object"),
         (lambda folder: (folder / "prw.json").write_bytes(b"\xff\xfe\xfd"), "is damaged"),
+        (lambda folder: (folder / "prw.json").write_text("[" * 100_000), "is damaged"),
+        (edit(fingerprint={"samples": ["x"]}), "is damaged: could not convert string to float"),
         (edit(schema_version=99), "schema version 99.*install a newer prw"),
         (edit(schema_version=None), "no schema version"),
         (edit(stages=[{"name": "../../x", "open": False}]), "cannot name a stage"),
@@ -293,6 +295,33 @@ def test_damage_is_named_and_changes_nothing(
         weave.load_state(tmp_path / "run")
     assert torch.equal(model(X), wanted)
     assert all(torch.equal(before[name], tensor) for name, tensor in state(weave).items())
+
+
+@pytest.mark.parametrize("name", ["prw.json", WEIGHTS])
+def test_a_file_that_may_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    _, weave = trained("one")
+    weave.save(tmp_path / "run")
+    opened = Path.open
+
+    def deny(path: Path, *args: Any, **options: Any) -> Any:
+        if path == tmp_path / "run" / name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", deny)
+    with pytest.raises(prw.CheckpointError, match=f"{name} cannot be read: .*Permission denied"):
+        prw.load(base(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("index", ["[" * 100_000, '{"extra": 3}', "{", "[]"])
+def test_a_damaged_weave_is_replaced_by_a_save(tmp_path: Path, index: str) -> None:
+    _, weave = trained("one")
+    weave.save(tmp_path / "run")
+    (tmp_path / "run/prw.json").write_text(index)
+    weave.save(tmp_path / "run")
+    assert prw.load(base(), tmp_path / "run").stages == weave.stages
 
 
 def test_another_base_is_an_error_and_other_weights_are_a_warning(tmp_path: Path) -> None:

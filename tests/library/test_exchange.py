@@ -588,6 +588,7 @@ A, B = torch.randn(2, 6), torch.randn(8, 2)
         (linked(WEIGHTS), "leads out of its folder"),
         (linked(SETTINGS), "leads out of its folder"),
         (damaged("{"), "adapter_config.json is damaged"),
+        (damaged("[" * 100_000), "adapter_config.json is damaged: maximum recursion"),
         (damaged("[]"), "it is not a JSON object"),
         (damaged("{}"), "damaged settings: KeyError"),
         (good(alpha_pattern={"(": 1}), "damaged settings"),
