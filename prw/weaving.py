@@ -62,6 +62,16 @@ class Weave:
         for pool in self.pools.values():
             pool.slot = self._slot
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is known about parameters by identity, which a copy has to learn anew."""
+        return {name: value for name, value in vars(self).items() if name != "_kinds"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._kinds = Kinds()
+        for pool in self.pools.values():
+            self._kinds.learn(dict(pool.named_parameters()))
+
     @property
     def ledger(self) -> Ledger:
         """The stage ledger, an immutable value."""
