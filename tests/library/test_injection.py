@@ -251,6 +251,17 @@ def test_mistakes_are_named_and_change_nothing(
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_arguments_of_another_kind_are_refused() -> None:
+    config: Any = {"target_modules": ["to_k"]}
+    with pytest.raises(
+        prw.ConfigError, match=r"takes an nn.Module and a prw.Config, got Net, dict"
+    ):
+        prw.weave(Net(), config)
+    model: Any = "meta-llama/Llama-3.2-1B"
+    with pytest.raises(prw.ConfigError, match=r"an nn.Module and a prw.Config, got str, Config"):
+        prw.weave(model, prw.Config(target_modules=["to_k"]))
+
+
 def test_a_woven_model_is_not_woven_again() -> None:
     net = Net()
     weave(net, "to_k")
