@@ -94,8 +94,9 @@ class Weave:
         `sync` then tells an optimizer which parameters are new; a new optimizer needs no `sync`.
 
         Raises:
-            StageError: the name is taken or cannot be a file name.
+            StageError: the name is taken or cannot be a file name, or the weave is unloaded.
         """
+        self._check_in_place()
         ledger = self._ledger.unlock(name)
         self._warn_if_never_stepped()
         self._follow(self._ledger.close())
@@ -486,12 +487,15 @@ class Weave:
         Raises:
             StageError: that was done already, or the weave was built over bare pools.
         """
-        if self._detach is None and self._layers:
-            raise StageError("this weave is unloaded already; weave or load the model again")
+        self._check_in_place()
         if self._detach is None:
             raise StageError("this weave was built over bare pools; there is nothing to unload")
         self._detach()
         self._detach = None
+
+    def _check_in_place(self) -> None:
+        if self._detach is None and self._layers:
+            raise StageError("this weave is unloaded already; weave or load the model again")
 
     def merge(self, name: str) -> None:
         """Fold the expert of a stage into the base weights and unload: a plain, faster model.
@@ -549,8 +553,7 @@ class Weave:
         return fidelity
 
     def _check_mergeable(self) -> None:
-        if self._detach is None and self._layers:
-            raise StageError("this weave is unloaded already; there is nothing to merge")
+        self._check_in_place()
         merging.check_mergeable(self._layers)
 
     def _commit(self, merged: Mapping[str, nn.Parameter]) -> None:
