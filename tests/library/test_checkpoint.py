@@ -297,6 +297,19 @@ def test_damage_is_named_and_changes_nothing(
     assert all(torch.equal(before[name], tensor) for name, tensor in state(weave).items())
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_a_folder_may_be_read_by_whom_the_umask_lets(tmp_path: Path, umask: int, mode: int) -> None:
+    _, weave = trained("one")
+    before = os.umask(umask)
+    try:
+        weave.save(tmp_path / "run")
+        weave.export_expert("one", tmp_path / "lora")
+    finally:
+        os.umask(before)
+    found = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert {file.stat().st_mode & 0o777 for file in found} == {mode} and len(found) == 6
+
+
 @pytest.mark.parametrize("name", ["prw.json", WEIGHTS])
 def test_a_file_that_may_not_be_read_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
