@@ -18,8 +18,8 @@ _EXCHANGE = 2  # RENAME_EXCHANGE
 def replace_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`; when the block ends well it takes the place of `path`.
 
-    All files are synced to disk before. When the block raises, the new folder is removed and
-    `path` is untouched.
+    All files are synced to disk before, and may be read by whom the umask lets, which safetensors
+    0.8 forgets. When the block raises, the new folder is removed and `path` is untouched.
 
     Raises:
         NotADirectoryError: `path` is a file or a device, which is left alone.
@@ -33,6 +33,8 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
     try:
         yield folder
         for file in [*folder.rglob("*"), folder]:
+            if file.is_file():
+                file.chmod(folder.stat().st_mode & 0o666)
             _fsync(file)
         _install(folder, path)
         _fsync(path.parent)

@@ -48,6 +48,12 @@ class Call:
         if mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
             what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise ConfigError(f"a mask is a bool tensor, got {what}; give mask.bool()")
+        context: Any = self.context
+        if context is not None and not isinstance(context, Tensor):
+            what = type(context).__name__
+            raise ConfigError(f"a context is a tensor [batch, context_features], got a {what}")
+        if type(self.key) is not int:
+            raise ConfigError(f"a key is a whole number of 64 bits, got {self.key!r}")
         object.__setattr__(self, "seed", word(self.key))
 
     def __enter__(self) -> Call:

@@ -63,7 +63,7 @@ def save(
             cannot be written.
     """
     path = Path(path).resolve()  # a link to a folder stays one
-    taken = path.is_file() or (path.is_dir() and any(path.iterdir()))
+    taken = any(path.iterdir()) if path.is_dir() else path.exists()
     if taken and not (path / INDEX).is_file():
         raise CheckpointError(f"{path} exists and is not a weave; choose another folder")
     for name in extra:
@@ -84,10 +84,10 @@ def _check_nothing_is_lost(path: Path, extra: Mapping[str, str]) -> None:
     if not path.is_dir():
         return
     try:
-        written = json.loads((path / INDEX).read_text(encoding="utf-8")).get("extra", ())
-    except (OSError, ValueError, AttributeError):
-        written = ()
-    foreign = {entry.name for entry in path.iterdir()} - _OURS - set(extra) - set(written)
+        written = set(json.loads((path / INDEX).read_text(encoding="utf-8")).get("extra", ()))
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        written = set()
+    foreign = {entry.name for entry in path.iterdir()} - _OURS - set(extra) - written
     if foreign:
         raise CheckpointError(
             f"{path} holds {min(foreign)!r} beside the weave, which would be lost; choose another "
@@ -240,6 +240,7 @@ def read(path: str | Path) -> Stored:
         stages = enumerate(index["stages"])
         ledger = Ledger(tuple(_stage(i, entry) for i, entry in stages))
         hashes, fingerprint = dict(index["sha256"]), dict(index["fingerprint"])
+        fingerprint["samples"] = [float(value) for value in fingerprint.get("samples") or ()]
     except KeyError as error:
         raise CheckpointError(f"{folder / INDEX} is damaged: it lacks {error}") from None
     except (TypeError, ValueError, AttributeError, StageError, ConfigError) as error:
@@ -269,7 +270,9 @@ def _read_index(folder: Path) -> dict[str, Any]:
     check_inside(folder, INDEX)
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{folder / INDEX} cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested without end
         raise CheckpointError(f"{folder / INDEX} is damaged: {error}") from None
     if not isinstance(index, dict):
         raise CheckpointError(f"{folder / INDEX} is damaged: it is not a JSON object")
@@ -300,8 +303,11 @@ def check_inside(folder: Path, name: str) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -166,7 +166,7 @@ class Config:
         """Rebuild a configuration from `to_json`; raises like `from_dict`."""
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"the configuration is not valid JSON: {error}") from None
         if not isinstance(data, dict):
             raise ConfigError(f"the configuration must be a JSON object, got {data!r}")

@@ -38,7 +38,7 @@ def export_expert(pools: Mapping[str, Pool], index: int, path: str | Path) -> No
         CheckpointError: `path` is something else than such a folder, which is left alone, or
             cannot be written.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link to a folder stays one
     _check_free(path)
     kept = lora_format.live_targets(pools, index)
     try:
@@ -58,7 +58,7 @@ def _check_free(path: Path) -> None:
     """Raise CheckpointError unless nothing that is not an exported expert would be lost."""
     ours = {lora_format.WEIGHTS, lora_format.SETTINGS}
     found = {file.name for file in path.iterdir()} if path.is_dir() else set()
-    if path.is_file() or (found and not ours <= found):
+    if (path.exists() and not path.is_dir()) or (found and not ours <= found):
         raise CheckpointError(f"{path} exists and is not an expert's folder; choose another")
     if found - ours:
         raise CheckpointError(
@@ -169,12 +169,16 @@ def _settings(file: Path, packed: str | None) -> Mapping[str, Any] | None:
     text, source = packed, str(file)
     if file.name == lora_format.WEIGHTS and beside.is_file():
         check_inside(file.parent, lora_format.SETTINGS)
-        text, source = beside.read_bytes().decode("utf-8", "replace"), str(beside)
+        source = str(beside)
+        try:
+            text = beside.read_bytes().decode("utf-8", "replace")
+        except OSError as error:
+            raise CheckpointError(f"{source} cannot be read: {error}") from error
     if text is None:
         return None
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{source} is damaged: {error}") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{source} is damaged: it is not a JSON object")

@@ -36,8 +36,12 @@ def weave(model: nn.Module, config: Config) -> Weave:
 
     Raises:
         ConfigError: a pattern matches no linear layer (near misses are listed), a layer cannot be
-            adapted, a rank is above a layer's size, or the model is woven already.
+            adapted, a rank is above a layer's size, the model is woven already, or an argument is
+            of another kind.
     """
+    if not isinstance(model, nn.Module) or not isinstance(config, Config):
+        given = f"{type(model).__name__}, {type(config).__name__}"
+        raise ConfigError(f"weave(model, config) takes an nn.Module and a prw.Config, got {given}")
     linears = find_linears(model, config)
     decoder = find_decoder(model, linears) if config.granularity == "sample" else None
     pools = build_pools(model, linears, config, decoder)

@@ -102,7 +102,7 @@ def alphas_of(text: str, pools: Mapping[str, Pool], source: str) -> dict[tuple[s
             for name, pool in pools.items()
             for projection, target in pool.targets.items()
         }
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{source} is damaged: {error}") from None
 
 

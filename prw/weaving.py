@@ -62,6 +62,16 @@ class Weave:
         for pool in self.pools.values():
             pool.slot = self._slot
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is known about parameters by identity, which a copy has to learn anew."""
+        return {name: value for name, value in vars(self).items() if name != "_kinds"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._kinds = Kinds()
+        for pool in self.pools.values():
+            self._kinds.learn(dict(pool.named_parameters()))
+
     @property
     def ledger(self) -> Ledger:
         """The stage ledger, an immutable value."""
@@ -84,8 +94,9 @@ class Weave:
         `sync` then tells an optimizer which parameters are new; a new optimizer needs no `sync`.
 
         Raises:
-            StageError: the name is taken or cannot be a file name.
+            StageError: the name is taken or cannot be a file name, or the weave is unloaded.
         """
+        self._check_in_place()
         ledger = self._ledger.unlock(name)
         self._warn_if_never_stepped()
         self._follow(self._ledger.close())
@@ -476,12 +487,15 @@ class Weave:
         Raises:
             StageError: that was done already, or the weave was built over bare pools.
         """
-        if self._detach is None and self._layers:
-            raise StageError("this weave is unloaded already; weave or load the model again")
+        self._check_in_place()
         if self._detach is None:
             raise StageError("this weave was built over bare pools; there is nothing to unload")
         self._detach()
         self._detach = None
+
+    def _check_in_place(self) -> None:
+        if self._detach is None and self._layers:
+            raise StageError("this weave is unloaded already; weave or load the model again")
 
     def merge(self, name: str) -> None:
         """Fold the expert of a stage into the base weights and unload: a plain, faster model.
@@ -539,8 +553,7 @@ class Weave:
         return fidelity
 
     def _check_mergeable(self) -> None:
-        if self._detach is None and self._layers:
-            raise StageError("this weave is unloaded already; there is nothing to merge")
+        self._check_in_place()
         merging.check_mergeable(self._layers)
 
     def _commit(self, merged: Mapping[str, nn.Parameter]) -> None:

@@ -26,7 +26,7 @@ from transformers import Trainer
 
 from prw.call import Record, totals
 from prw.checks import check_number
-from prw.errors import CheckpointError, ConfigError
+from prw.errors import CheckpointError, ConfigError, StageError
 from prw.integrations.peft import weave_of
 from prw.integrations.peft_layer import PeftWeave
 from prw.integrations.stages import StageCallback, StageSampler
@@ -254,12 +254,23 @@ class PRWTrainer(Trainer):
         inputs: dict[str, Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """As in `transformers.Trainer`; afterwards no mask or record stays bound."""
+        """As in `transformers.Trainer`; afterwards no mask or record stays bound.
+
+        Raises:
+            StageError: the loss is not finite; no optimizer has seen its gradient.
+        """
         self._last = dict(inputs)
         try:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         finally:
             self._rest()
+        if not torch.isfinite(loss):  # transformers waits for this number in every step, too
+            raise StageError(
+                f"the loss of stage {self.weave.newest!r} is {float(loss)} in step "
+                f"{self.state.global_step + 1}; earlier checkpoints in {self.args.output_dir} are "
+                "as they were: lower the learning rate, look at the data of that step, and go on "
+                "with resume_from_checkpoint"
+            )
         return loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,10 @@ def test_other_folders_are_not_overwritten(tmp_path: Path) -> None:
         with pytest.raises(prw.CheckpointError, match="exists and is not a weave"):
             weave.save(tmp_path / place)
     assert (tmp_path / "photos/a.txt").read_text() == "mine"
+    os.mknod(tmp_path / "socket", stat.S_IFSOCK | 0o600)  # no file and no folder
+    with pytest.raises(prw.CheckpointError, match="exists and is not a weave"):
+        weave.save(tmp_path / "socket")
+    assert (tmp_path / "socket").is_socket()
     (tmp_path / "empty").mkdir()
     weave.save(tmp_path / "empty")
     weave.save(tmp_path / "new/deep/run")
@@ -248,6 +253,8 @@ def rewrite(name: str, **tensors: Tensor) -> Callable[[Path], None]:
         (lambda folder: (folder / "prw.json").write_text("{"), "prw.json is damaged"),
         (lambda folder: (folder / "prw.json").write_text("[]"), "not a JSON object"),
         (lambda folder: (folder / "prw.json").write_bytes(b"\xff\xfe\xfd"), "is damaged"),
+        (lambda folder: (folder / "prw.json").write_text("[" * 100_000), "is damaged"),
+        (edit(fingerprint={"samples": ["x"]}), "is damaged: could not convert string to float"),
         (edit(schema_version=99), "schema version 99.*install a newer prw"),
         (edit(schema_version=None), "no schema version"),
         (edit(stages=[{"name": "../../x", "open": False}]), "cannot name a stage"),
@@ -297,6 +304,46 @@ def test_damage_is_named_and_changes_nothing(
         weave.load_state(tmp_path / "run")
     assert torch.equal(model(X), wanted)
     assert all(torch.equal(before[name], tensor) for name, tensor in state(weave).items())
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_a_folder_may_be_read_by_whom_the_umask_lets(tmp_path: Path, umask: int, mode: int) -> None:
+    _, weave = trained("one")
+    before = os.umask(umask)
+    try:
+        weave.save(tmp_path / "run")
+        weave.export_expert("one", tmp_path / "lora")
+    finally:
+        os.umask(before)
+    found = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert {file.stat().st_mode & 0o777 for file in found} == {mode} and len(found) == 6
+
+
+@pytest.mark.parametrize("name", ["prw.json", WEIGHTS])
+def test_a_file_that_may_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    _, weave = trained("one")
+    weave.save(tmp_path / "run")
+    opened = Path.open
+
+    def deny(path: Path, *args: Any, **options: Any) -> Any:
+        if path == tmp_path / "run" / name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", deny)
+    with pytest.raises(prw.CheckpointError, match=f"{name} cannot be read: .*Permission denied"):
+        prw.load(base(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("index", ["[" * 100_000, '{"extra": 3}', "{", "[]"])
+def test_a_damaged_weave_is_replaced_by_a_save(tmp_path: Path, index: str) -> None:
+    _, weave = trained("one")
+    weave.save(tmp_path / "run")
+    (tmp_path / "run/prw.json").write_text(index)
+    weave.save(tmp_path / "run")
+    assert prw.load(base(), tmp_path / "run").stages == weave.stages
 
 
 def test_another_base_is_an_error_and_other_weights_are_a_warning(tmp_path: Path) -> None:

@@ -96,5 +96,10 @@ def test_a_weave_is_unloaded_once() -> None:
     plain = [(name, type(module)) for name, module in model.named_modules()]
     with pytest.raises(prw.StageError, match="unloaded already; weave or load the model again"):
         weave.unload()
+    with pytest.raises(prw.StageError, match="unloaded already; weave or load the model again"):
+        weave.unlock("three")
+    with pytest.raises(prw.StageError, match="unloaded already; weave or load the model again"):
+        weave.merge("one")
+    assert [stage.name for stage in weave.stages] == ["one", "two"]
     assert [(name, type(module)) for name, module in model.named_modules()] == plain
     prw.weave(model, weave.config).unload()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -484,6 +486,13 @@ def test_only_an_experts_folder_is_overwritten(tmp_path: Path) -> None:
     for place in ("photos", "photos/a.txt"):
         with pytest.raises(prw.CheckpointError, match="exists and is not an expert's folder"):
             weave.export_expert("one", tmp_path / place)
+    os.mknod(tmp_path / "socket", stat.S_IFSOCK | 0o600)
+    with pytest.raises(prw.CheckpointError, match="exists and is not an expert's folder"):
+        weave.export_expert("one", tmp_path / "socket")
+    assert (tmp_path / "socket").is_socket()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    weave.export_expert("one", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and not list(tmp_path.glob(".*"))
     (tmp_path / "out/README.md").write_text("mine")
     with pytest.raises(prw.CheckpointError, match=r"'README.md' beside an expert"):
         weave.export_expert("one", tmp_path / "out")
@@ -579,6 +588,7 @@ A, B = torch.randn(2, 6), torch.randn(8, 2)
         (linked(WEIGHTS), "leads out of its folder"),
         (linked(SETTINGS), "leads out of its folder"),
         (damaged("{"), "adapter_config.json is damaged"),
+        (damaged("[" * 100_000), "adapter_config.json is damaged: maximum recursion"),
         (damaged("[]"), "it is not a JSON object"),
         (damaged("{}"), "damaged settings: KeyError"),
         (good(alpha_pattern={"(": 1}), "damaged settings"),

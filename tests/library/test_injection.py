@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import importlib
+import pickle
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -248,6 +251,17 @@ def test_mistakes_are_named_and_change_nothing(
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_arguments_of_another_kind_are_refused() -> None:
+    config: Any = {"target_modules": ["to_k"]}
+    with pytest.raises(
+        prw.ConfigError, match=r"takes an nn.Module and a prw.Config, got Net, dict"
+    ):
+        prw.weave(Net(), config)
+    model: Any = "meta-llama/Llama-3.2-1B"
+    with pytest.raises(prw.ConfigError, match=r"an nn.Module and a prw.Config, got str, Config"):
+        prw.weave(model, prw.Config(target_modules=["to_k"]))
+
+
 def test_a_woven_model_is_not_woven_again() -> None:
     net = Net()
     weave(net, "to_k")
@@ -320,6 +334,35 @@ def test_a_copy_of_model_and_weave_is_on_its_own() -> None:
     assert torch.equal(model(x), trained)
     weave.unload()
     assert torch.equal(model(x), other(x))
+
+
+def pickled(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+def test_a_copy_goes_on_where_it_was(duplicate: Callable[[Any], Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    weave = prw.weave(model, prw.Config(target_modules=["0", "2"], rank=1))
+    weave.unlock("a")
+    weave.unlock("b")
+    model(torch.ones(2, 4))
+    model, weave = duplicate((model, weave))
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(1)), *weave.parameters()])
+    weave.rollback("a")
+    weave.sync(optimizer)
+    assert [p.shape for p in optimizer.param_groups[0]["params"]] == [(1,)]
+    weave.unlock("c")
+    weave.sync(optimizer)
+    held = {id(p) for p in optimizer.param_groups[0]["params"][1:]}
+    assert (
+        held
+        == {id(p) for p in weave.parameters()}
+        == {id(p) for p in model.parameters() if p.requires_grad}
+    )
+    weave.unload()
+    assert type(model[0]) is nn.Linear
 
 
 def test_a_woven_layer_takes_its_input_by_keyword() -> None:

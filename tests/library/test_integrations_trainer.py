@@ -505,3 +505,33 @@ def test_the_sampler_gives_every_stage_its_own_rows() -> None:
     assert set(order[:7]) == {0, 1, 2} and set(order[7:]) == {3, 4, 5, 6, 7}
     assert sorted(order[:3]) == sorted(order[3:6]) == [0, 1, 2]
     assert order != list(StageSampler([3, 5], [7, 6], seed=2))
+
+
+class Bursting(PRWTrainer):
+    """Its loss is not finite in the third step."""
+
+    burst = math.nan
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * self.burst if self.state.global_step == 2 else loss
+
+
+@pytest.mark.parametrize("burst", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_training(tmp_path: Path, burst: float) -> None:
+    model = peft_model()
+    weave = weave_of(model)
+    weave.unlock("up")
+    fields = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1}
+    trainer = Bursting(model, args=arguments(tmp_path, **fields), train_dataset=rows(1))
+    trainer.burst = burst
+    with pytest.raises(prw.StageError, match=rf"the loss of stage 'up' is {burst} in step 3; ear"):
+        trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-1",
+        "checkpoint-2",
+    ]
+    before = state(model)
+    assert all(tensor.isfinite().all() for tensor in before.values())
+    weave.load_state(tmp_path / "checkpoint-2/weave")
+    assert all(torch.equal(before[name], tensor) for name, tensor in state(model).items())

@@ -350,6 +350,10 @@ def test_masks_and_names_of_the_wrong_kind_are_refused() -> None:
     for use in (weave.record, weave.call):
         with pytest.raises(prw.ConfigError, match=r"got torch.int64; give mask.bool"):
             use(mask=mask)
+        with pytest.raises(prw.ConfigError, match=r"\[batch, context_features\], got a list"):
+            use(context=[[1.0]])
+        with pytest.raises(prw.ConfigError, match="a key is a whole number of 64 bits, got 1.5"):
+            use(key=1.5)
     with (
         pytest.raises(prw.ConfigError, match="a bool tensor"),
         weave.remember("a", mask=mask),
