@@ -505,7 +505,9 @@ def tell(result: dict[str, Any]) -> None:
         last = told["quality"][-1]
         cells += [last[k]["mean"] for k in ("C", "L", "background")]
         widths = (9, 9, 7, 8, 7, 7, 9)
-        words = [f"{'-' if c is None else f'{c:.3f}':>{w}}" for c, w in zip(cells, widths, strict=True)]
+        words = [
+            "-".rjust(w) if c is None else f"{c:{w}.3f}" for c, w in zip(cells, widths, strict=True)
+        ]
         print(f"{arm:18}{told['seeds']:>6}" + "".join(words))
 
 

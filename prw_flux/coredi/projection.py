@@ -95,7 +95,7 @@ class Projection(nn.Module):
                 f"{len(x_ND)} feature vectors of width {width} span {directions} directions, "
                 f"channels is {channels}: fit on more images, or ask for fewer channels"
             )
-        top_DK = vectors[:, -channels:].flip(1)
+        top_DK = vectors[:, -channels:].flip(1).masked_fill(still_D[:, None], 0.0)
         largest_K = top_DK.gather(0, top_DK.abs().argmax(dim=0, keepdim=True))[0]
         self.weight_DK.copy_(top_DK * torch.where(largest_K < 0.0, -1.0, 1.0))
         self.mean_D.copy_(mean_D)
