@@ -1,6 +1,6 @@
 """What a learned feature stream is worth, and what each of its safeguards holds up.
 
-    python -m benchmarks.coredi [--seeds 3] [--steps 400] [--arms a,b] [--results FILE]
+    python -m benchmarks.coredi [--seeds 2] [--steps 200] [--arms a,b] [--results FILE]
                                 [--encoder auto|squeezenet|autoencoder] [--figure FILE] [--quick]
 
 A small FLUX-shaped transformer learns ShapeWeave from nothing, with tiny-flux's autoencoder and
@@ -74,8 +74,8 @@ ARMS: dict[str, CoReDiConfig | None] = {
 class Size:
     """How much everything is."""
 
-    images: int = 3000
-    steps: int = 400
+    images: int = 1500
+    steps: int = 200
     batch: int = 32
     asked: int = 48
     sampling: int = 10
@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     found = parser("coredi", __doc__ or "")
-    found.add_argument("--seeds", type=int, default=3)
+    found.add_argument("--seeds", type=int, default=2)
     found.add_argument("--steps", type=int)
     found.add_argument("--arms", help="only these, separated by commas")
     found.add_argument("--encoder", choices=("auto", "squeezenet", "autoencoder"), default="auto")
@@ -380,12 +380,12 @@ def overhead(quick: bool) -> dict[str, Any]:
     """
     shapes = {"tiny": (32, 1, 0, 4, 36)} if quick else {
         "width 128, 36 tokens": (128, 3, 1, 32, 36),
-        "width 768, 256 tokens": (768, 4, 2, 2, 256),
+        "width 512, 256 tokens": (512, 2, 1, 1, 256),
     }  # fmt: skip
     found: dict[str, Any] = {}
     for label, (width, single, double, batch, tokens) in shapes.items():
         runs = dict(steps_of(width, single, max(double, 1), batch, tokens))
-        seconds = interleaved(runs, rounds=3 if quick else 9, warmup=1, device="cpu",
+        seconds = interleaved(runs, rounds=3 if quick else 7, warmup=1, device="cpu",
                               clock=time.process_time)  # fmt: skip
         stock = torch.tensor(seconds["no features"], dtype=torch.float64)
         for name, values in seconds.items():

@@ -19,7 +19,7 @@ def test_two_ranks_normalise_as_one_process(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]  # fmt: skip
-    told = "\n".join(rank.communicate(timeout=280)[0] for rank in ranks)
+    told = "\n".join(rank.communicate(timeout=120)[0] for rank in ranks)
     for rank in range(2):
         found = tmp_path / f"coredi-{rank}.txt"
         assert found.is_file(), told
