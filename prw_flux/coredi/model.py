@@ -7,6 +7,7 @@ a packed feature token.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,8 +30,10 @@ from prw_flux.coredi.stream import FeatureStream
 from prw_flux.flow import interpolate
 from prw_flux.schema import build, plain
 
+logger = logging.getLogger(__name__)
+
 SCHEMA_VERSION = 1
-SETTINGS = ("encoder", "channels", "layout", "tokens", "learn_projection", "normalise")
+SETTINGS = ("channels", "layout", "tokens", "learn_projection", "normalise")
 """What a stream that goes on must have in common with the one that was saved."""
 
 
@@ -248,6 +251,11 @@ class CoReDi(nn.Module):
 
 
 def _require_same_settings(folder: Path, stored: CoReDiConfig, config: CoReDiConfig) -> None:
+    if stored.encoder != config.encoder:  # a folder may have moved
+        logger.warning(
+            "%s was trained on features of %r, this run uses %r: they must be the same encoder",
+            folder, stored.encoder, config.encoder,
+        )  # fmt: skip
     for name in SETTINGS:
         theirs, ours = (getattr(c, name) for c in (stored, config))
         if theirs != ours:

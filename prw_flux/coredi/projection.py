@@ -67,7 +67,7 @@ class Projection(nn.Module):
         """Take statistics and principal components from features; also the running statistics.
 
         The sign of a component is that which makes its largest entry positive, so that equal
-        features give equal projections.
+        features give equal projections. Over all ranks: each brings features of its own.
 
         Args:
             features: [..., D], of as many images as can be had.
@@ -82,17 +82,19 @@ class Projection(nn.Module):
         width, channels = self.weight_DK.shape
         if not torch.isfinite(x_ND).all():
             raise ConfigError("the encoder gives features that are not finite: check its weights")
-        mean_D, std_D = x_ND.mean(dim=0), x_ND.std(dim=0, correction=0)
+        mean_D, covariance_DD, count = mean_and_covariance(x_ND)
+        std_D = covariance_DD.diagonal().sqrt()
         still_D = std_D <= 1e-6 * mean_D.abs().clamp_min(1e-6)
         if bool(still_D.any()) and constant == "error":
-            raise ConfigError(_constant(still_D, len(x_ND)))
+            raise ConfigError(_constant(still_D, int(count)))
         std_D = torch.where(still_D, torch.ones_like(std_D), std_D)
-        unit_ND = ((x_ND - mean_D) / std_D).masked_fill(still_D, 0.0)
-        values, vectors = torch.linalg.eigh(unit_ND.mT @ unit_ND / max(1, len(unit_ND)))
+        moves_D = (~still_D).double()
+        correlation_DD = covariance_DD / torch.outer(std_D, std_D) * torch.outer(moves_D, moves_D)
+        values, vectors = torch.linalg.eigh(correlation_DD)
         directions = int((values > 1e-9 * values[-1].clamp_min(1e-30)).sum())
         if directions < channels:
             raise ConfigError(
-                f"{len(x_ND)} feature vectors of width {width} span {directions} directions, "
+                f"{int(count)} feature vectors of width {width} span {directions} directions, "
                 f"channels is {channels}: fit on more images, or ask for fewer channels"
             )
         top_DK = vectors[:, -channels:].flip(1).masked_fill(still_D[:, None], 0.0)
@@ -100,9 +102,8 @@ class Projection(nn.Module):
         self.weight_DK.copy_(top_DK * torch.where(largest_K < 0.0, -1.0, 1.0))
         self.mean_D.copy_(mean_D)
         self.std_D.copy_(std_D)
-        z_NK = unit_ND @ top_DK
-        self.running_mean_K.copy_(z_NK.mean(dim=0))
-        self.running_var_K.copy_(z_NK.var(dim=0))
+        self.running_mean_K.zero_()
+        self.running_var_K.copy_(values[-channels:].flip(0) * (count / (count - 1.0)))
         self.fitted.fill_(True)
 
     def linear(self, features: Tensor) -> Tensor:

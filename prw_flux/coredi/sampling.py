@@ -137,7 +137,8 @@ def carrying(
     Any pipeline that calls the transformer once per time with ``return_dict=False`` will do:
     FluxPipeline, or CoLoGenPipeline with a source. The features take Euler's step between the times
     of the calls. With true CFG (two calls per time) the image alone is guided, as ReDi found best:
-    the features follow the first, conditional call.
+    the features follow the first, conditional call. In a narrow dtype two times may round to one;
+    the features then take both steps together.
 
     Args:
         transformer: of the pipeline.
