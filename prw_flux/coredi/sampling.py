@@ -6,7 +6,8 @@ Shapes: B samples, T image tokens, F channels of a feature token, ``...`` any sh
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
@@ -166,3 +167,32 @@ def carrying(
         finally:
             for handle in handles:
                 handle.remove()
+
+
+@contextmanager
+def beside(
+    folder: Path,
+    transformer: FluxTransformer2DModel,
+    *,
+    route: str = "free",
+    generator: torch.Generator | None = None,
+) -> Iterator[Carried | None]:
+    """`carrying` with the stream that a run keeps in `folder`; nothing where there is none.
+
+    Args:
+        folder: ``coredi/`` of a run.
+        transformer: of the pipeline.
+        route: of the pipeline's call; ``stage:NAME`` takes the stream at the end of that stage.
+        generator: CPU generator of the features' noise.
+
+    Raises:
+        CheckpointError: the folder is damaged.
+    """
+    if not folder.is_dir():
+        yield None
+        return
+    coredi = CoReDi.load(folder).to(transformer.device).eval()
+    kind, _, name = route.partition(":")
+    pinned = coredi.at_stage(name) if kind == "stage" else nullcontext()
+    with pinned, carrying(transformer, coredi, generator=generator) as carried:
+        yield carried

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from prw import CheckpointError, ConfigError
 from prw_flux import CoLoGenPipeline
+from prw_flux.cli import main
 from prw_flux.config import RunConfig
 from prw_flux.coredi import CoReDi, carrying
 from prw_flux.interrupt import Interrupted, Stop
@@ -154,6 +158,21 @@ def test_a_trained_stream_is_carried_by_the_pipeline_of_its_run(
         pipe("a red star", torch.rand(3, 64, 64), task="inpaint", num_inference_steps=2,
              output_type="latent", generator=torch.Generator())  # fmt: skip
     assert carried.features_BTF is not None and carried.features_BTF.shape == (1, 16, 12)
+    assert coredi.snapshots["inpaint"].keys() == coredi.state_dict().keys()
+
+    pictures = []
+    for route in ("free", "stage:inpaint", None):
+        if route is None:
+            shutil.rmtree(run.coredi)
+        out = tmp_path / f"{len(pictures)}.png"
+        Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / "source.png")
+        command = ["generate", "--run", str(run.path), "--prompt", "a red star", "--steps", "2",
+                   "--image", str(tmp_path / "source.png"), "--task", "inpaint", "--json",
+                   "--route", route or "free", "--out", str(out)]  # fmt: skip
+        assert main(command) == 0
+        pictures.append(np.asarray(Image.open(out)))
+    assert not np.array_equal(pictures[0], pictures[2])
+    assert not np.array_equal(pictures[0], pictures[1])
 
 
 def test_collapse_is_told_by_the_trainer(
