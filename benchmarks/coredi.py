@@ -10,6 +10,7 @@ text encoders frozen, once per arm and seed; every arm sees the same pictures, t
 ``fixed PCA``         principal components, batch normalised: the learned arm without learning
 ``ReDi``              principal components as in ReDi's code: not normalised
 ``learned``           CoReDi: learned projection, batch norm, stop-gradient, orthogonality
+``covariance``        learned, with decorrelated channels instead of orthogonality
 ``no stop-gradient``  learned, but the projection sees its own target
 ``no batch norm``     learned, not normalised
 ``no regulariser``    learned, weight 0
@@ -63,6 +64,7 @@ ARMS: dict[str, CoReDiConfig | None] = {
     "fixed PCA": replace(LEARNED, learn_projection=False),
     "ReDi": replace(REDI, enabled=True, channels=CHANNELS, constant="drop"),
     "learned": LEARNED,
+    "covariance": replace(LEARNED, orthogonality=0.0, covariance=0.1),
     "no stop-gradient": replace(LEARNED, stop_gradient=False),
     "no batch norm": replace(LEARNED, normalise="none"),
     "no regulariser": replace(LEARNED, orthogonality=0.0),

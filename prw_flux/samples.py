@@ -64,7 +64,7 @@ def batch_indices(seed: int, stage: str, step: int, batch_size: int, count: int)
 class Batch:
     """What one step trains on, with the rotary positions of both pictures.
 
-    Features and their grid of image tokens are there where the run has a feature encoder.
+    Features, one place per target token, are there where the run has an encoder of them.
     """
 
     target_BTC: Tensor
@@ -73,7 +73,6 @@ class Batch:
     pooled_BP: Tensor
     target_ids_T3: Tensor
     source_ids_S3: Tensor
-    target_grid: tuple[int, int]
     features_BRCD: Tensor | None = None
 
 
@@ -223,7 +222,6 @@ class Samples:
             source_ids_S3=position_ids(
                 *encoded.source_grid, offset=source_offset(self.task.aligned, columns)
             ),
-            target_grid=encoded.target_grid,
             features_BRCD=(
                 None if encoded.features_NRCD is None else encoded.features_NRCD[chosen].float()
             ),

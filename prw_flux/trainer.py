@@ -257,7 +257,7 @@ class Trainer:
         """Noisy features of the targets, drawn after everything that the image draws."""
         if self.coredi is None or batch.features_BRCD is None:
             return None
-        return FeatureStep.begin(self.coredi, batch.features_BRCD, batch.target_grid, times, draw)
+        return FeatureStep.begin(self.coredi, batch.features_BRCD, times, draw)
 
     def _forward(
         self, batch: Batch, noisy: Tensor, times: Tensor, samples: Samples, call: prw.Call

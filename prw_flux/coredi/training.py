@@ -1,6 +1,6 @@
 """The feature stream's part of a training step.
 
-Shapes: B samples.
+Shapes: B samples, R x C grid of image tokens, D encoder width.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class FeatureStep:
         cls,
         coredi: CoReDi,
         features_BRCD: Tensor,
-        grid: tuple[int, int],
         times_B: Tensor,
         draw: torch.Generator,
     ) -> FeatureStep:
-        """Project and noise the features of a batch; arguments as in `CoReDi.noised`."""
-        noised = coredi.noised(features_BRCD.to(times_B.device), grid, times_B, draw)
+        """Project and noise features with one place per image token, as in `CoReDi.noised`."""
+        rows, columns = features_BRCD.shape[1:3]
+        noised = coredi.noised(features_BRCD.to(times_B.device), (rows, columns), times_B, draw)
         zero = times_B.new_zeros(())
         return cls(coredi, noised, zero, zero)
 
