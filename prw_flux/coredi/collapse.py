@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import final
 
 import torch
@@ -28,9 +29,16 @@ def facts(coredi: CoReDi, batch: Noised) -> dict[str, float]:
     }
 
 
+FAINT = 0.5
+"""Scale below which features that nothing normalises drown in their noise, which has scale 1."""
+
+
 @final
 class Watch:
-    """Warns once per stage when the effective rank falls below its threshold.
+    """Warns once per stage when channels become copies of each other, or vanish.
+
+    Channels that become copies lower the effective rank; without normalisation they can also shrink
+    until there is nothing left to predict, at any rank.
 
     Args:
         config: whose `warn_rank`, `channels` and safeguards are meant.
@@ -40,28 +48,32 @@ class Watch:
         self.config = config
         self._told = False
 
-    def look(self, rank: float, step: int) -> bool:
-        """Warn where `rank` at `step` is too low; whether it was this call that warned."""
-        threshold = self.config.warn_rank * self.config.channels
-        if self._told or rank >= threshold:
+    def look(self, found: Mapping[str, float], step: int) -> bool:
+        """Warn where the `facts` of a step are too low; whether it was this call that warned."""
+        config, threshold = self.config, self.config.warn_rank * self.config.channels
+        narrow = not found["feature_rank"] >= threshold
+        faint = config.normalise == "none" and not found["feature_scale"] >= FAINT
+        if self._told or not (narrow or faint):
             return False
         self._told = True
-        logger.warning(
-            "the projected features collapse: effective rank %.1f of %d channels at step %d, below "
-            "%.1f; %s",
-            rank, self.config.channels, step, threshold, remedy(self.config),
-        )  # fmt: skip
+        problem = (
+            f"effective rank {found['feature_rank']:.1f} of {config.channels} channels at step "
+            f"{step}, below {threshold:.1f}"
+            if narrow
+            else f"scale {found['feature_scale']:.2f} at step {step}, beside noise of scale 1"
+        )
+        logger.warning("the projected features collapse: %s; %s", problem, remedy(config, narrow))
         return True
 
 
-def remedy(config: CoReDiConfig) -> str:
-    """What to change first, given what is on."""
+def remedy(config: CoReDiConfig, narrow: bool) -> str:
+    """What to change first, given what is on, where features are too narrow or else too faint."""
     if not config.learn_projection:
-        return "the encoder's features are narrow for this data: set coredi.channels lower"
+        return "set coredi.channels lower, or coredi.normalise=batch"
+    if narrow and config.orthogonality + config.covariance == 0.0:
+        return "set coredi.covariance=0.1 or coredi.orthogonality=0.1"
     if not config.stop_gradient:
         return "set coredi.stop_gradient=true"
     if config.normalise == "none":
         return "set coredi.normalise=batch"
-    if config.orthogonality + config.covariance == 0.0:
-        return "set coredi.orthogonality=0.1 or coredi.covariance=0.01"
-    return "raise coredi.orthogonality or coredi.covariance, or lower coredi.lr"
+    return "raise coredi.covariance or coredi.orthogonality, or lower coredi.lr"

@@ -58,7 +58,7 @@ class FeatureStep:
     def line(self, watch: Watch, step: int) -> dict[str, Any]:
         """What the log says; warns where the features collapse."""
         found = facts(self.coredi, self.noised)
-        watch.look(found["feature_rank"], step)
+        watch.look(found, step)
         return {
             "feature_loss": float(self.loss.detach()),
             "feature_penalty": float(self.penalty.detach()),

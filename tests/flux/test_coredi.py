@@ -639,18 +639,27 @@ def test_a_checkpoint_of_another_encoder_or_kind_is_refused(
 
 def test_collapse_is_told_once_with_its_remedy(caplog: pytest.LogCaptureFixture) -> None:
     watch = Watch(replace(CONFIG, channels=8, stop_gradient=False))
+
+    def facts(rank: float, scale: float = 0.1) -> dict[str, float]:
+        return {"feature_rank": rank, "feature_scale": scale}
+
     with caplog.at_level(logging.WARNING):
-        assert not watch.look(4.0, 10)
-        assert watch.look(3.9, 20) and not watch.look(1.0, 30)
-    (record,) = caplog.records
+        assert not watch.look(facts(4.0), 10)
+        assert watch.look(facts(3.9), 20) and not watch.look(facts(1.0), 30)
+    (record,) = list(caplog.records)
     assert record.getMessage() == (
         "the projected features collapse: effective rank 3.9 of 8 channels at step 20, below 4.0; "
         "set coredi.stop_gradient=true"
     )
-    assert remedy(replace(CONFIG, normalise="none")) == "set coredi.normalise=batch"
-    assert "coredi.orthogonality=0.1" in remedy(replace(CONFIG, orthogonality=0.0))
-    assert "raise coredi.orthogonality" in remedy(CONFIG)
-    assert "coredi.channels lower" in remedy(REDI)
+    assert remedy(replace(CONFIG, normalise="none"), False) == "set coredi.normalise=batch"
+    assert "coredi.orthogonality=0.1" in remedy(replace(CONFIG, orthogonality=0.0), True)
+    assert "raise coredi.covariance" in remedy(CONFIG, True)
+    assert "coredi.channels lower" in remedy(REDI, True)
+    vanishing = Watch(replace(CONFIG, normalise="none"))
+    assert not vanishing.look(facts(3.0, 0.6), 1)
+    assert vanishing.look(facts(3.0, 0.4), 2)
+    assert "scale 0.40 at step 2, beside noise of scale 1" in caplog.records[-1].getMessage()
+    assert Watch(CONFIG).look(facts(math.nan), 3)
 
 
 def test_settings_that_cannot_work_are_refused() -> None:

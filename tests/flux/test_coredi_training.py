@@ -183,7 +183,7 @@ def test_collapse_is_told_by_the_trainer(
         go(run)
     told = [r.getMessage() for r in caplog.records if "features collapse" in r.getMessage()]
     assert len(told) == 2  # once a stage
-    assert "raise coredi.orthogonality" in told[0]
+    assert "raise coredi.covariance" in told[0]
 
 
 def test_a_batch_of_one_is_refused_before_anything_begins(config: RunConfig) -> None:
