@@ -10,7 +10,7 @@ text encoders frozen, once per arm and seed; every arm sees the same pictures, t
 ``fixed PCA``         principal components, batch normalised: the learned arm without learning
 ``ReDi``              principal components as in ReDi's code: not normalised
 ``learned``           CoReDi: learned projection, batch norm, stop-gradient, orthogonality
-``covariance``        learned, with decorrelated channels instead of orthogonality
+``covariance``        the same with decorrelated channels instead of orthogonality: the default
 ``no stop-gradient``  learned, but the projection sees its own target
 ``no batch norm``     learned, not normalised
 ``no regulariser``    learned, weight 0
@@ -58,7 +58,9 @@ from prw_flux.tiny.autoencoder import warmup_cosine
 SIZE, GRID = 96, (6, 6)
 SHOWN = (1, 4, 8)
 CHANNELS = 8
-LEARNED = CoReDiConfig(enabled=True, channels=CHANNELS, constant="drop")
+LEARNED = CoReDiConfig(
+    enabled=True, channels=CHANNELS, constant="drop", orthogonality=0.1, covariance=0.0
+)
 ARMS: dict[str, CoReDiConfig | None] = {
     "none": None,
     "fixed PCA": replace(LEARNED, learn_projection=False),
@@ -382,7 +384,7 @@ def overhead(quick: bool) -> dict[str, Any]:
     """
     shapes = {"tiny": (32, 1, 0, 4, 36)} if quick else {
         "width 128, 36 tokens": (128, 3, 1, 32, 36),
-        "width 512, 256 tokens": (512, 2, 1, 1, 256),
+        "width 512, 256 tokens": (512, 2, 1, 2, 256),
     }  # fmt: skip
     found: dict[str, Any] = {}
     for label, (width, single, double, batch, tokens) in shapes.items():

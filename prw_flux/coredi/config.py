@@ -47,8 +47,8 @@ class CoReDiConfig:
     learn_projection: bool = True
     normalise: Literal["batch", "none"] = "batch"
     stop_gradient: bool = True
-    orthogonality: float = 0.1
-    covariance: float = 0.0
+    orthogonality: float = 0.0
+    covariance: float = 0.1
     similarity: float = 0.0
     weight: float = 1.0
     drop: float = 0.2
@@ -72,5 +72,5 @@ class CoReDiConfig:
                 raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
 
 
-REDI = CoReDiConfig(learn_projection=False, normalise="none", orthogonality=0.0)
+REDI = CoReDiConfig(learn_projection=False, normalise="none", covariance=0.0)
 """ReDi: principal components of standardised features, fixed and not normalised."""

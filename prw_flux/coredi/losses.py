@@ -50,12 +50,19 @@ def orthogonality(weight_DK: Tensor) -> Tensor:
     return (gram_KK - torch.eye(len(gram_KK)).to(gram_KK)).square().sum()
 
 
-def covariance(z: Tensor) -> Tensor:
+def covariance(z: Tensor, *, unit: bool = False) -> Tensor:
     """(1/K) sum over i != j of C_ij^2, C the covariance of [..., K] over everything and all ranks.
 
     As in VICReg (arXiv 2105.04906) and Barlow Twins; 0 where no two channels are correlated.
+
+    Args:
+        z: [..., K], of variance 1 where it is batch normalised.
+        unit: divide C by the standard deviations first, or channels would shrink to please it.
     """
     c_KK = mean_and_covariance(z.flatten(0, -2))[1]
+    if unit:
+        scale_K = c_KK.diagonal().clamp_min(1e-12).rsqrt()
+        c_KK = c_KK * torch.outer(scale_K, scale_K)
     return (c_KK.square().sum() - c_KK.diagonal().square().sum()) / len(c_KK)
 
 

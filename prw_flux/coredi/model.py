@@ -136,7 +136,9 @@ class CoReDi(nn.Module):
         if config.learn_projection and config.orthogonality:
             penalty = penalty + config.orthogonality * orthogonality(self.projection.weight_DK)
         if config.learn_projection and config.covariance:
-            penalty = penalty + config.covariance * covariance(batch.projected_BRCK)
+            penalty = penalty + config.covariance * covariance(
+                batch.projected_BRCK, unit=config.normalise == "none"
+            )
         if config.learn_projection and config.similarity:
             penalty = penalty + config.similarity * similarity(
                 batch.projected_BRCK, batch.features_BRCD

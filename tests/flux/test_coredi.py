@@ -167,7 +167,7 @@ def test_bad_features_are_refused() -> None:
 
 
 def test_the_gradient_stops_at_the_target_alone() -> None:
-    config = replace(CONFIG, drop=0.0, orthogonality=0.0, layout="token")
+    config = replace(CONFIG, drop=0.0, covariance=0.0, layout="token")
     coredi = CoReDi(config, WIDTH, 32)
     coredi.projection.fit(features(20))
     weight = coredi.projection.weight_DK
@@ -214,6 +214,9 @@ def test_regularisers_are_their_equations() -> None:
     c = torch.cov(z.flatten(0, -2).T, correction=0)
     wanted = sum(float(c[i, j]) ** 2 for i in range(3) for j in range(3) if i != j) / 3
     assert float(covariance(z)) == pytest.approx(wanted)
+    r = torch.corrcoef(z.flatten(0, -2).T)
+    wanted = sum(float(r[i, j]) ** 2 for i in range(3) for j in range(3) if i != j) / 3
+    assert float(covariance(7.0 * z, unit=True)) == pytest.approx(wanted)
     f = torch.randn(4, 2, 2, 5).double()
     total, count = 0.0, 0
     for image in range(4):
@@ -652,7 +655,7 @@ def test_collapse_is_told_once_with_its_remedy(caplog: pytest.LogCaptureFixture)
         "set coredi.stop_gradient=true"
     )
     assert remedy(replace(CONFIG, normalise="none"), False) == "set coredi.normalise=batch"
-    assert "coredi.orthogonality=0.1" in remedy(replace(CONFIG, orthogonality=0.0), True)
+    assert "coredi.orthogonality=0.1" in remedy(replace(CONFIG, covariance=0.0), True)
     assert "raise coredi.covariance" in remedy(CONFIG, True)
     assert "coredi.channels lower" in remedy(REDI, True)
     vanishing = Watch(replace(CONFIG, normalise="none"))
