@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-COLOURS = ("#555555", "#0072b2", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#e69f00", "#000000")
-"""Okabe and Ito's, told apart by colour-blind readers."""
+COLOURS = (
+    "#999999", "#0072b2", "#56b4e9", "#009e73", "#f0c800", "#cc79a7", "#e69f00", "#000000",
+    "#d55e00",
+)  # fmt: skip
+"""Okabe and Ito's and a grey, told apart by colour-blind readers."""
 PANELS = (
     ("feature_rank", "effective rank of the projected features", "linear"),
     ("feature_scale", "their scale before normalisation", "log"),
