@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from prw import ConfigError
+from prw_flux.coredi.config import CoReDiConfig
 from prw_flux.curriculum import Stage
 from prw_flux.schema import build, plain, settle, with_settings
 
@@ -141,6 +142,7 @@ class RunConfig:
         remember: router inputs that every block keeps of every finished stage, so that the routers
             can be consolidated at its end (`prw.Weave.consolidate`); 0, the paper's way, is off.
         log_every, save_every: steps between lines in metrics.jsonl, and between saved states.
+        coredi: semantic features beside the image, off by default.
 
     Raises:
         ConfigError: a value that cannot work; the message names it.
@@ -162,6 +164,7 @@ class RunConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    coredi: CoReDiConfig = field(default_factory=CoReDiConfig)
 
     def __post_init__(self) -> None:
         settle(self)
@@ -174,6 +177,12 @@ class RunConfig:
             raise ConfigError(f"caption_dropout must lie in [0, 1], got {self.caption_dropout}")
         if self.time_shift is not None and not self.time_shift > 0.0:
             raise ConfigError(f"time_shift must be positive or none, got {self.time_shift}")
+        small = [stage.name for stage in self.stages if stage.batch_size < 2]
+        if self.coredi.enabled and self.coredi.normalise == "batch" and small:
+            raise ConfigError(
+                f"coredi.normalise=batch needs two samples or more, got a batch of one: raise "
+                f"stages.{small[0]}.batch_size, or set coredi.normalise=none"
+            )
         if self.remember < 0:
             raise ConfigError(f"remember must be at least 0, got {self.remember}")
         for name in ("log_every", "save_every"):

@@ -8,11 +8,14 @@ import torch
 
 from prw_flux.adapter import PRWAdapter
 from prw_flux.config import OptimizerConfig
+from prw_flux.coredi.model import CoReDi
 from prw_flux.curriculum import Stage
 
 
-def new_optimizer(adapter: PRWAdapter, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over what learns now, experts and routers in groups of their own."""
+def new_optimizer(
+    adapter: PRWAdapter, config: OptimizerConfig, coredi: CoReDi | None = None
+) -> torch.optim.AdamW:
+    """AdamW over what learns now; experts, routers and a feature stream in groups of their own."""
     kinds: dict[str, list[torch.nn.Parameter]] = {"experts": [], "columns": []}
     for pool in adapter.weave.pools.values():
         for name, parameter in pool.learners():
@@ -21,6 +24,10 @@ def new_optimizer(adapter: PRWAdapter, config: OptimizerConfig) -> torch.optim.A
         {"params": kinds["experts"], "weight_decay": config.weight_decay, "factor": 1.0},
         {"params": kinds["columns"], "weight_decay": 0.0, "factor": config.router_lr},
     ]
+    if coredi is not None:
+        groups.append(
+            {"params": coredi.learners(), "weight_decay": 0.0, "factor": coredi.config.lr}
+        )
     beta1, beta2 = config.betas
     return torch.optim.AdamW(groups, lr=1e-4, betas=(beta1, beta2), eps=config.eps, fused=True)
 

@@ -1,7 +1,8 @@
 """The state of a run between two steps: saved all or nothing, loaded bit for bit.
 
-``state/adapter/`` the weave, its open stage included · ``optimizer.safetensors`` the moments of
-every parameter · ``state.json`` where the run is.
+``state/adapter/`` the weave, its open stage included · ``state/coredi/`` the feature stream, where
+there is one · ``optimizer.safetensors`` the moments of every parameter · ``state.json`` where the
+run is.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from prw import CheckpointError
 from prw.atomic import replace_folder, settle
 from prw_flux.adapter import PRWAdapter
+from prw_flux.coredi.model import CoReDi
 from prw_flux.rundir import RunFolder
 
 Moments = Mapping[str, Mapping[str, Tensor]]
@@ -33,11 +35,16 @@ class Position:
     seconds: float = 0.0
 
 
-def named_pool_parameters(adapter: PRWAdapter) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter of every pool, by a name that survives growth."""
+def named_parameters(
+    adapter: PRWAdapter, coredi: CoReDi | None = None
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter of every pool and of the feature stream, by a name that survives growth."""
     for group, pool in adapter.weave.pools.items():
         for name, parameter in pool.named_parameters():
             yield f"{group}.{name}", parameter
+    if coredi is not None:
+        for name, parameter in coredi.named_parameters():
+            yield f"coredi.{name}", parameter
 
 
 def save_state(
@@ -45,6 +52,7 @@ def save_state(
     adapter: PRWAdapter,
     optimizer: torch.optim.Optimizer | None,
     position: Position,
+    coredi: CoReDi | None = None,
 ) -> None:
     """Replace the state of a run.
 
@@ -52,13 +60,15 @@ def save_state(
         CheckpointError: it cannot be written; the state before stays.
     """
     tensors: dict[str, Tensor] = {}
-    for name, parameter in named_pool_parameters(adapter):
+    for name, parameter in named_parameters(adapter, coredi):
         moments = optimizer.state.get(parameter, {}) if optimizer is not None else {}
         for kind, value in moments.items():
             tensors[f"{name}/{kind}"] = value.detach().cpu().contiguous()
     try:
         with replace_folder(run.state) as folder:
             adapter.save_pretrained(folder / "adapter")
+            if coredi is not None:
+                coredi.save(folder / "coredi")
             save_file(tensors, folder / "optimizer.safetensors")
             (folder / "state.json").write_text(json.dumps(asdict(position)))
     except (OSError, SafetensorError, CheckpointError) as problem:
@@ -72,6 +82,7 @@ def adapter_to_continue(run: RunFolder) -> Path | None:
     """The adapter that goes with `read_position`; None before the first step of a new run."""
     settle(run.state)
     settle(run.adapter)
+    settle(run.coredi)
     if (run.state / "state.json").is_file():
         return run.state / "adapter"
     return run.adapter if run.done else None
@@ -117,11 +128,14 @@ def read_moments(run: RunFolder) -> dict[str, dict[str, Tensor]]:
 
 
 def restore_moments(
-    optimizer: torch.optim.Optimizer, adapter: PRWAdapter, moments: Moments
+    optimizer: torch.optim.Optimizer,
+    adapter: PRWAdapter,
+    moments: Moments,
+    coredi: CoReDi | None = None,
 ) -> None:
     """Give the optimizer the saved moments of the parameters that it holds."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for name, parameter in named_pool_parameters(adapter):
+    for name, parameter in named_parameters(adapter, coredi):
         if name in moments and id(parameter) in held:
             optimizer.state[parameter] = {
                 kind: value if kind == "step" else value.to(parameter.device)

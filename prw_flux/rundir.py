@@ -1,8 +1,9 @@
 """The run folder: everything a run was told, did and made, in files that are never half written.
 
 ``run.json`` configuration, base, stages done · ``adapter/`` the trained adapter after the last
-finished stage · ``state/`` what a resumed run continues from · ``metrics.jsonl`` one line per
-logged step. Evaluation and report add their own files.
+finished stage, ``coredi/`` its feature stream where there is one · ``state/`` what a resumed run
+continues from · ``metrics.jsonl`` one line per logged step. Evaluation and report add their own
+files.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class RunFolder:
         done = 0
         if parent is not None:
             done = parent.done
-            for folder in (parent.adapter, parent.state):
+            for folder in (parent.adapter, parent.coredi, parent.state):
                 if folder.is_dir():
                     shutil.copytree(folder, path / folder.name)
         index = {
@@ -175,6 +176,11 @@ class RunFolder:
     def adapter(self) -> Path:
         """Folder of the adapter after the last finished stage."""
         return self.path / "adapter"
+
+    @property
+    def coredi(self) -> Path:
+        """Folder of the feature stream that goes with `adapter`, where the run has one."""
+        return self.path / "coredi"
 
     @property
     def state(self) -> Path:

@@ -4,7 +4,8 @@ Sample i of a stage is a pure function of (seed, stage, i), and the batch of a s
 (seed, stage, step): a resumed run sees what an uninterrupted one would have seen.
 
 Shapes: B samples of a batch, N samples of a stage, S source and T target tokens, C packed latent
-channels, L text tokens, E and P widths of the text and pooled embeddings.
+channels, L text tokens, E and P widths of the text and pooled embeddings, R x C grid and D width of
+semantic features.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from prw import PRWError
+from prw_flux.coredi.encoders import FeatureEncoder
 from prw_flux.encode import (
     encode_image,
     encode_prompts,
@@ -60,7 +62,10 @@ def batch_indices(seed: int, stage: str, step: int, batch_size: int, count: int)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """What one step trains on, with the rotary positions of both pictures."""
+    """What one step trains on, with the rotary positions of both pictures.
+
+    Features, one place per target token, are there where the run has an encoder of them.
+    """
 
     target_BTC: Tensor
     source_BSC: Tensor
@@ -68,6 +73,7 @@ class Batch:
     pooled_BP: Tensor
     target_ids_T3: Tensor
     source_ids_S3: Tensor
+    features_BRCD: Tensor | None = None
 
 
 class Texts:
@@ -114,6 +120,7 @@ class Encoded:
     rows: list[int]
     source_grid: tuple[int, int]
     target_grid: tuple[int, int]
+    features_NRCD: Tensor | None = None
 
 
 class Samples:
@@ -127,6 +134,7 @@ class Samples:
         seed: of the run.
         batch_size: B.
         count: N, encoded by `prepare`; None encodes each batch when it is asked for.
+        encoder: of the targets' semantic features, where they are wanted.
 
     Attributes:
         rejected: rejected draws by reason.
@@ -142,9 +150,11 @@ class Samples:
         seed: int,
         batch_size: int,
         count: int | None,
+        encoder: FeatureEncoder | None = None,
     ) -> None:
         self.data, self.task, self.pipe = data, task, pipe
         self.stage, self.seed, self.batch_size, self.count = stage, seed, batch_size, count
+        self.encoder = encoder
         self.rejected: Counter[str] = Counter()
         self.texts = Texts(pipe)
         self._encoded: Encoded | None = None
@@ -165,12 +175,27 @@ class Samples:
             tick(start)
             parts.append(self._encode(range(start, min(start + CHUNK, self.count))))
         tick(self.count)
+        features = [part.features_NRCD for part in parts if part.features_NRCD is not None]
         self._encoded = Encoded(
             torch.cat([part.source_NSC for part in parts]),
             torch.cat([part.target_NTC for part in parts]),
             [row for part in parts for row in part.rows],
             *self._one_size(parts),
+            torch.cat(features) if features else None,
         )
+
+    def features(self, count: int) -> Tensor:
+        """[at most `count`, R, C, D] semantic features of the stage's first samples, float32."""
+        if self._encoded is not None:
+            assert self._encoded.features_NRCD is not None
+            return self._encoded.features_NRCD[:count].float()
+        assert self.encoder is not None
+        found = []
+        for start in range(0, count, CHUNK):
+            chunk = range(start, min(start + CHUNK, count))
+            images = [self.triple(index).target for index in chunk]
+            found.append(self._features(images, self._latents(images[:1])[1]))
+        return torch.cat(found).float()
 
     def batch(self, step: int, dropped: Sequence[bool] = ()) -> Batch:
         """The batch of a step, float32; a `dropped` sample has the empty text."""
@@ -196,6 +221,9 @@ class Samples:
             target_ids_T3=position_ids(*encoded.target_grid),
             source_ids_S3=position_ids(
                 *encoded.source_grid, offset=source_offset(self.task.aligned, columns)
+            ),
+            features_BRCD=(
+                None if encoded.features_NRCD is None else encoded.features_NRCD[chosen].float()
             ),
         )
 
@@ -229,7 +257,15 @@ class Samples:
         source, source_grid = self._latents([t.source for t in triples])
         target, target_grid = self._latents([t.target for t in triples])
         rows = self.texts.rows([t.text for t in triples])
-        return Encoded(source, target, rows, source_grid, target_grid)
+        features = None
+        if self.encoder is not None:
+            features = self._features([t.target for t in triples], target_grid)
+        return Encoded(source, target, rows, source_grid, target_grid, features)
+
+    def _features(self, images: list[np.ndarray[Any, Any]], grid: tuple[int, int]) -> Tensor:
+        """Semantic features [B, R, C, D] in bf16 on the CPU, one place per token."""
+        assert self.encoder is not None
+        return self.encoder(to_pixels(np.stack(images)), grid).to("cpu", torch.bfloat16)
 
     def _latents(self, images: list[np.ndarray[Any, Any]]) -> tuple[Tensor, tuple[int, int]]:
         """Packed latents [B, tokens, C] in bf16 on the CPU, and the grid of tokens."""

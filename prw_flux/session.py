@@ -15,6 +15,8 @@ from prw.checkpoint import read
 from prw.fingerprint import TOLERANCE, drift
 from prw_flux.adapter import PRWAdapter
 from prw_flux.config import RunConfig
+from prw_flux.coredi.encoders import FeatureEncoder, load_encoder
+from prw_flux.coredi.model import CoReDi
 from prw_flux.locate import resolve_base
 from prw_flux.passes import TwoPass
 from prw_flux.pipeline import CoLoGenPipeline
@@ -30,11 +32,15 @@ class Session:
         pipe: the base as a pipeline without adapter: autoencoder and text encoders.
         passes: the frozen transformer with the adapter attached, the module that trains.
         tasks: the task of each stage.
+        encoder: of semantic features, where the run has a feature stream.
+        coredi: the feature stream.
     """
 
     pipe: CoLoGenPipeline
     passes: TwoPass
     tasks: tuple[Task, ...]
+    encoder: FeatureEncoder | None = None
+    coredi: CoReDi | None = None
 
     @property
     def adapter(self) -> PRWAdapter:
@@ -53,10 +59,12 @@ def open_session(config: RunConfig, adapter: Path | None = None) -> Session:
 
     Args:
         config: of the run.
-        adapter: folder of an adapter to go on with; None begins a fresh one.
+        adapter: folder of an adapter to go on with; None begins a fresh one. A feature stream
+            beside it, in ``coredi/``, goes on with it.
 
     Raises:
-        ConfigError: a task that does not exist, or settings that the adapter was not made with.
+        ConfigError: a task or encoder that does not exist, or settings that the adapter was not
+            made with.
         CheckpointError: the adapter is damaged, or was made for another base.
         FileNotFoundError: there is no such base.
     """
@@ -76,7 +84,26 @@ def open_session(config: RunConfig, adapter: Path | None = None) -> Session:
     passes = TwoPass(pipe.transformer, woven)
     passes.train()
     passes.transformer.eval()
-    return Session(pipe, passes, tasks)
+    if not config.coredi.enabled:
+        return Session(pipe, passes, tasks)
+    encoder = load_encoder(config.coredi.encoder, pipe.transformer.device)
+    return Session(pipe, passes, tasks, encoder, _open_stream(config, pipe, encoder, adapter))
+
+
+def _open_stream(
+    config: RunConfig, pipe: CoLoGenPipeline, encoder: FeatureEncoder, adapter: Path | None
+) -> CoReDi:
+    """The feature stream that goes on with an adapter, else a fresh one."""
+    saved = adapter.with_name("coredi") if adapter is not None else None
+    if saved is None or not saved.is_dir():
+        return CoReDi.for_transformer(pipe.transformer, config.coredi, encoder.width)
+    stream = CoReDi.load(saved, width=encoder.width, config=config.coredi)
+    if stream.stream.embed.out_features != pipe.transformer.inner_dim:
+        raise CheckpointError(
+            f"{saved} was made for a transformer of width {stream.stream.embed.out_features}, this "
+            f"base has {pipe.transformer.inner_dim}"
+        )
+    return stream.to(pipe.transformer.device)
 
 
 def _load_base(config: RunConfig) -> CoLoGenPipeline:

@@ -9,7 +9,7 @@ import logging
 import resource
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from prw.atomic import sweep
 from prw_flux.adapter import PRWAdapter
 from prw_flux.arithmetic import arithmetic
 from prw_flux.config import RunConfig
+from prw_flux.coredi.collapse import Watch
+from prw_flux.coredi.training import FeatureStep
 from prw_flux.curriculum import Stage
 from prw_flux.data.choose import open_data, require_feeds
 from prw_flux.flow import flow_loss, interpolate, resolution_shift, sample_times
@@ -46,16 +48,23 @@ class TrainingError(PRWError, RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class StepLoss:
-    """One forward: the flow matching loss, the veteran gate's, and the routings they came from."""
+    """One forward: the flow matching loss, the veteran gate's, and the routings they came from.
+
+    With a feature stream, its losses as well.
+    """
 
     flow: Tensor
     gate: Tensor
     record: prw.Record
+    features: FeatureStep | None = None
 
     @property
     def total(self) -> Tensor:
         """What is minimised."""
-        return self.flow + self.gate
+        total = self.flow + self.gate
+        if self.features is not None:
+            total = total + self.features.loss + self.features.penalty
+        return total
 
 
 def open_training_data(config: RunConfig, session: Session) -> DataSource:
@@ -99,6 +108,7 @@ def train(
     with run.exclusively():
         sweep(run.state)
         sweep(run.adapter)
+        sweep(run.coredi)
         position = read_position(run)
         run.forget_log_after(position.stage, position.step)
         if run.config.remember:
@@ -131,7 +141,8 @@ class Trainer:
         self.run, self.session, self.data = run, session, data
         self.progress, self.stop = progress, stop
         self.config = run.config
-        self.adapter = session.adapter
+        self.adapter, self.coredi = session.adapter, session.coredi
+        self.watch = Watch(run.config.coredi)
         self.optimizer: torch.optim.AdamW | None = None
 
     def run_stage(self, number: int, position: Position) -> None:
@@ -141,6 +152,7 @@ class Trainer:
         samples = self._samples(number, position)
         if position.step == 0:
             self._unlock(stage)
+            self._begin_features(samples)
         self.adapter.note_trained(self.session.tasks[number].name)
         optimizer = self._optimizer(stage)
         began = time.perf_counter() - position.seconds
@@ -154,13 +166,16 @@ class Trainer:
             if self.stop.requested:
                 self._leave(position)
             if (step + 1) % self.config.save_every == 0 and step + 1 < stage.steps:
-                save_state(self.run, self.adapter, optimizer, position)
+                self._save_state(position)
         facts = {"seconds": round(position.seconds, 2), "rejected": dict(samples.rejected)}
         self.adapter.weave.close()
         if self.config.remember:
             self._consolidate(samples, stage)
+        if self.coredi is not None:
+            self.coredi.close_stage(stage.name)
+            self.coredi.save(self.run.coredi)
         self.adapter.save_pretrained(self.run.adapter)
-        save_state(self.run, self.adapter, optimizer, Position(stage=number + 1))
+        self._save_state(Position(stage=number + 1))
         self.run.finish_stage(number, facts)
 
     # Preparation ------------------------------------------------------------------------------
@@ -175,6 +190,7 @@ class Trainer:
             seed=config.seed,
             batch_size=stage.batch_size,
             count=config.data.samples,
+            encoder=self.session.encoder,
         )
 
         def tick(done: int) -> None:
@@ -190,11 +206,19 @@ class Trainer:
             torch.manual_seed(stable_hash(self.config.seed, stage.name, "initialisation"))
             self.adapter.weave.unlock(stage.name)
 
+    def _begin_features(self, samples: Samples) -> None:
+        """The first stage with a feature stream gives it its principal components."""
+        self.watch = Watch(self.config.coredi)
+        if self.coredi is not None and not bool(self.coredi.projection.fitted):
+            features = samples.features(self.config.coredi.fit_images)
+            self.coredi.projection.fit(features, self.config.coredi.constant)
+
     def _optimizer(self, stage: Stage) -> torch.optim.AdamW:
         """The run's optimizer, holding what learns now; router moments survive the stages."""
         if self.optimizer is None:
-            self.optimizer = new_optimizer(self.adapter, self.config.optimizer)
-            restore_moments(self.optimizer, self.adapter, read_moments(self.run))
+            self.optimizer = new_optimizer(self.adapter, self.config.optimizer, self.coredi)
+            moments = read_moments(self.run)
+            restore_moments(self.optimizer, self.adapter, moments, self.coredi)
         else:
             self.adapter.weave.sync(self.optimizer)
         return self.optimizer
@@ -216,14 +240,25 @@ class Trainer:
         noise = torch.randn(clean.shape, generator=draw)
         clean, noise, times = clean.to(device), noise.to(device), times.to(device)
         key = stable_hash(config.seed, stage.name, "router", step)
-        with self._arithmetic(), self.adapter.weave.record(key=key) as record:
+        features = self._features(batch, times, draw)
+        read: AbstractContextManager[Any] = nullcontext()
+        if features is not None:
+            read = features.reading(self.session.passes.transformer)
+        with self._arithmetic(), self.adapter.weave.record(key=key) as record, read:
             noisy = interpolate(clean, noise, times)
             velocity = self._forward(batch, noisy, times, samples, record)
         return StepLoss(
             flow_loss(velocity, clean, noise),
             prw.veteran_gate_loss(record, stage.density, stage.weight),
             record,
+            features,
         )
+
+    def _features(self, batch: Batch, times: Tensor, draw: torch.Generator) -> FeatureStep | None:
+        """Noisy features of the targets, drawn after everything that the image draws."""
+        if self.coredi is None or batch.features_BRCD is None:
+            return None
+        return FeatureStep.begin(self.coredi, batch.features_BRCD, times, draw)
 
     def _forward(
         self, batch: Batch, noisy: Tensor, times: Tensor, samples: Samples, call: prw.Call
@@ -262,11 +297,11 @@ class Trainer:
     ) -> None:
         with self._arithmetic():
             loss.total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(
-            list(self.adapter.weave.parameters()), self.config.optimizer.clip
-        )
+        learning = list(self.adapter.weave.parameters())
+        learning += [] if self.coredi is None else self.coredi.learners()
+        norm = torch.nn.utils.clip_grad_norm_(learning, self.config.optimizer.clip)
         if not torch.isfinite(loss.total.detach() + norm):
-            save_state(self.run, self.adapter, optimizer, before)
+            self._save_state(before)
             what = "loss" if not torch.isfinite(loss.total) else "gradient"
             raise TrainingError(
                 f"the {what} of stage {stage.name!r} is not finite at step {step + 1}; the state "
@@ -299,6 +334,8 @@ class Trainer:
             "seconds": round(position.seconds, 3),
             "memory_mib": memory_mib(),
         }
+        if loss.features is not None:
+            line |= loss.features.line(self.watch, position.step)
         self.run.log(line)
         self.progress.logged(line)
 
@@ -339,11 +376,14 @@ class Trainer:
                 call,
             )
 
+    def _save_state(self, position: Position) -> None:
+        save_state(self.run, self.adapter, self.optimizer, position, self.coredi)
+
     def _leave(self, position: Position) -> None:
         """Save and raise; a stage that has not begun is left as the stage before it ended."""
         assert self.stop.number is not None
         if position.step:
-            save_state(self.run, self.adapter, self.optimizer, position)
+            self._save_state(position)
         stage = self.config.stages[position.stage].name
         raise Interrupted(
             self.stop.number,

@@ -38,8 +38,10 @@ def run_generate(args: argparse.Namespace) -> int:
     """Generate one image and write it."""
     import torch
 
+    from prw_flux.coredi.sampling import beside
     from prw_flux.pipeline import CoLoGenPipeline
     from prw_flux.rundir import RunError, RunFolder
+    from prw_flux.samples import stable_hash
 
     show.quiet_loading()
     _check(args)
@@ -57,15 +59,17 @@ def run_generate(args: argparse.Namespace) -> int:
     pipe.set_progress_bar_config(disable=args.json or not show.watcher().is_terminal)
     began = time.perf_counter()
     given = {} if source is None else {"image": source, "task": args.task, "route": args.route}
-    result = pipe(
-        prompt=args.prompt,
-        height=size,
-        width=size,
-        num_inference_steps=args.steps,
-        guidance_scale=args.guidance,
-        generator=torch.Generator().manual_seed(args.seed),
-        **given,
-    )
+    noise = torch.Generator().manual_seed(stable_hash(args.seed, "features"))
+    with beside(run.coredi, pipe.transformer, route=given.get("route", "free"), generator=noise):
+        result = pipe(
+            prompt=args.prompt,
+            height=size,
+            width=size,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            generator=torch.Generator().manual_seed(args.seed),
+            **given,
+        )
     image = result.images[0]
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
