@@ -257,8 +257,14 @@ class PRWTrainer(Trainer):
         """As in `transformers.Trainer`; afterwards no mask or record stays bound.
 
         Raises:
-            StageError: the loss is not finite; no optimizer has seen its gradient.
+            StageError: the loss is not finite, and no optimizer has seen its gradient; or no stage
+                is open and nothing else may learn.
         """
+        if self.weave.newest is None and not any(p.requires_grad for p in model.parameters()):
+            raise StageError(
+                "no stage is open, so nothing may learn; weave.unlock(name) before train(), or "
+                "give a StageCallback"
+            )
         self._last = dict(inputs)
         try:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)

@@ -507,6 +507,12 @@ def test_the_sampler_gives_every_stage_its_own_rows() -> None:
     assert order != list(StageSampler([3, 5], [7, 6], seed=2))
 
 
+def test_training_without_a_stage_is_refused(tmp_path: Path) -> None:
+    trainer = PRWTrainer(peft_model(), args=arguments(tmp_path), train_dataset=rows(1))
+    with pytest.raises(prw.StageError, match=r"no stage is open, so nothing may learn; weave.unl"):
+        trainer.train()
+
+
 class Bursting(PRWTrainer):
     """Its loss is not finite in the third step."""
 
