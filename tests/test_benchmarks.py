@@ -40,6 +40,7 @@ def test_it_checks_itself_and_reports(name: str, tmp_path: Path) -> None:
 def test_a_wrong_kernel_has_no_speed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.syspath_prepend(ROOT)
     from benchmarks import _peers, kernels
 
     def shifted(p: _peers.Problem) -> list[Tensor]:
