@@ -1,4 +1,4 @@
-"""Memory and races of the kernels on a device, by NVIDIA's compute-sanitizer where it is installed."""
+"""Memory and races of the kernels, by NVIDIA's compute-sanitizer where it is installed."""
 
 from __future__ import annotations
 
