@@ -71,12 +71,17 @@ def reports(builds: Sequence[Build], *paths: Path) -> dict[str, dict[str, Any]]:
     return {str(build): report for build, report in zip(builds, found, strict=True)}
 
 
+SLOT = 16
+"""Bytes of stack that are no spill: with Triton 3.7 ptxas keeps 8 or 16 with half the registers free,
+where 3.9 keeps none."""
+
+
 def complaints(build: Build, report: dict[str, Any]) -> list[str]:
     """What is wrong with a kernel, one sentence each; none where it may be shipped."""
     if "error" in report:
         return [f"does not compile: {report['error']}"]
     wrong = []
-    if report["spills"]:
+    if report["spills"] > SLOT:
         wrong.append(f"spills {report['spills']} bytes of registers")
     if report["shared"] > SHARED_MEMORY[build.arch]:
         limit = SHARED_MEMORY[build.arch]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from kernels_ops.offline import SHARED_MEMORY, Build
 from prw_kernels.routed_lora.blocks import columns as columns_of
 from prw_kernels.routed_lora.blocks import fit, is_dense
+from prw_kernels.routing.launch import chunk
 from prw_kernels.tiles import Tile, tile
 
 CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -132,7 +133,7 @@ def route_weight(arch: str, experts: int, tokens: int) -> Build:
 
 
 def count(arch: str, experts: int, tokens: int) -> Build:
-    meta = {"b_chunk": 128, "b_expert": columns(experts)}
+    meta = {"b_chunk": chunk(experts)[0], "b_expert": columns(experts)}
     args = ["i64", "i32", tokens, experts]
     return Build(kernel=ROUTING + "count_kernel", arch=arch, args=args, meta=meta)
 
@@ -141,7 +142,7 @@ def place(arch: str, experts: int, tokens: int) -> Build:
     sizes = tile("route", arch, experts, tokens)
     meta = {
         "block": 64,
-        "b_chunk": 128,
+        "b_chunk": chunk(experts)[0],
         "b_count": sizes.m,
         "b_expert": columns(experts),
         "b_rows": 2048 // columns(experts),
