@@ -72,8 +72,8 @@ def reports(builds: Sequence[Build], *paths: Path) -> dict[str, dict[str, Any]]:
 
 
 SLOT = 16
-"""Bytes of stack that are no spill: with Triton 3.7 ptxas keeps 8 or 16 with half the registers free,
-where 3.9 keeps none."""
+"""Bytes of stack that are no spill: ptxas of Triton 3.7 keeps 8 or 16 with half the registers free,
+that of 3.9 none."""
 
 
 def complaints(build: Build, report: dict[str, Any]) -> list[str]:
