@@ -15,7 +15,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks._common import interleaved, spread
 from benchmarks._flux import Inputs
@@ -34,13 +34,15 @@ def pipelines(
     with torch.device("meta"):
         stock = FluxTransformer2DModel.from_config(model.config)
     stock.load_state_dict(model.state_dict(), assign=True)
+    vae = AutoencoderTiny(
+        latent_channels=16,
+        encoder_block_out_channels=(4, 4, 4, 4),
+        decoder_block_out_channels=(4, 4, 4, 4),
+    )
+    nn.Module.to(vae, model.device, model.dtype)  # a pipeline runs where its first part is
     parts = {
         "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        "vae": AutoencoderTiny(
-            latent_channels=16,
-            encoder_block_out_channels=(4, 4, 4, 4),
-            decoder_block_out_channels=(4, 4, 4, 4),
-        ),
+        "vae": vae,
         **dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")),
     }
     plain = FluxPipeline(transformer=stock.eval(), **parts)

@@ -84,6 +84,7 @@ def training(
 
 def _timed(module: TwoPass, given: Inputs, rounds: int, device: str) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(module.adapter.weave.parameters(), lr=1e-4)
+    optimizer.zero_grad(set_to_none=True)  # of a batch that did not fit
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

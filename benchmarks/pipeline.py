@@ -46,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     found.add_argument("--steps", type=int, default=28, help="of the generation that is summed up")
     found.add_argument("--training", action="store_true", help="time training steps, too")
     args = found.parse_args(arguments)
+    if args.size == "full" and args.device == "cpu":
+        found.error("--size full takes 24 GB of weights in bf16 and needs a GPU: --device cuda")
     args.clock = time.perf_counter if args.device == "cuda" else time.process_time
     if args.device == "cpu":
         torch.set_num_threads(1)
