@@ -1,6 +1,6 @@
 """What a source image costs: one denoising step of a FLUX transformer, five ways.
 
-    python -m benchmarks.pipeline [--device cpu|cuda] [--size tiny|mid] [--quick] [--json FILE]
+    python -m benchmarks.pipeline [--device cpu|cuda] [--size tiny|mid|full] [--quick] [--json FILE]
 
 ``text``     text to image, the stock transformer
 ``joint``    source tokens beside the noisy ones in the stock transformer, as Kontext does
@@ -8,51 +8,35 @@
 ``cached``   main pass on recorded keys and values (`source_timestep="zero"`)
 ``source``   the source pass that is recorded once
 
+Operations and bytes are counted on the meta device, for FLUX.1-dev and for what is timed. Text to
+image through an attached pipeline is timed in pairs with FluxPipeline. ``--size full`` is
+FLUX.1-dev's configuration with random weights, for a GPU, with training steps at 512 pixels too
+(``--training`` asks for them at another size).
+
 Before anything is timed, both passes must give the velocity of one joint attention in which the
 source sees only itself (in fp64, where the two agree to rounding), the cache the bits of a fresh
-recording, and every variant a finite velocity that the source changes: a wrong result has no speed.
-
-Shapes: B samples, N noisy, S source and L text tokens, C packed latent channels.
+recording, every variant a finite velocity that the source changes, and text to image the bits of
+FluxPipeline: a wrong result has no speed. On a CPU the clock is that of the process, in one thread.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
 from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
-from torch import Tensor
 
 from benchmarks._common import interleaved, machine, parser, spread
+from benchmarks._flops import attaching, counted
+from benchmarks._flux import EXPERTS, RANKS, SIZES, build, draw, five_ways, wrong
+from benchmarks._pipeline_report import tell
+from benchmarks._text_to_image import text_to_image
+from benchmarks._training import training
 from prw_flux import PRWAdapter
-from prw_flux.attach import attach
-from prw_flux.encode import position_ids
-from prw_flux.passes import main_pass, source_pass
-
-SIZES: dict[str, dict[str, Any]] = {
-    "tiny": {"num_layers": 2, "num_single_layers": 6, "attention_head_dim": 32,
-             "num_attention_heads": 4, "axes_dims_rope": (8, 12, 12)},
-    "mid": {"num_layers": 2, "num_single_layers": 4, "attention_head_dim": 64,
-            "num_attention_heads": 12, "axes_dims_rope": (8, 28, 28)},
-}  # fmt: skip
-"""Random weights: the shape of tiny-flux, and a wider one."""
-EXPERTS = 5
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """One denoising step: latents, positions, text, times."""
-
-    noisy_BNC: Tensor
-    source_BSC: Tensor
-    ids_N3: Tensor
-    text_BLE: Tensor
-    pooled_BP: Tensor
-    time_B: Tensor
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,29 +44,39 @@ def main(arguments: list[str] | None = None) -> int:
     found = parser("pipeline", __doc__ or "")
     found.add_argument("--size", choices=tuple(SIZES), default="mid")
     found.add_argument("--steps", type=int, default=28, help="of the generation that is summed up")
+    found.add_argument("--training", action="store_true", help="time training steps, too")
     args = found.parse_args(arguments)
-    grid, rounds, warmup = (16, 5, 1) if args.quick else (32, 15, 3)
-    with torch.inference_mode():
-        model, adapter = build(args.size, args.device)
-        given = draw(model, grid, args.device)
-        variants = five_ways(model, adapter, given)
-        problem = wrong(model, adapter, given, variants)
-        if problem:
-            print(f"no times: {problem}", file=sys.stderr)
-            return 1
-        seconds = interleaved(variants, rounds=rounds, warmup=warmup, device=args.device)
+    if args.size == "full" and args.device == "cpu":
+        found.error("--size full takes 24 GB of weights in bf16 and needs a GPU: --device cuda")
+    args.clock = time.perf_counter if args.device == "cuda" else time.process_time
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    model, adapter = build(args.size, args.device)
+    try:
+        with torch.inference_mode():
+            measured = [measure(model, args, *shape) for shape in shapes(args)]
+            beside = pairs(model, adapter, args)
+        trained = train(model, args) if args.training or args.size == "full" else []
+    except ArithmeticError as problem:
+        print(f"no times: {problem}", file=sys.stderr)
+        return 1
+    grids = (64,) if args.quick else (32, 64)
     result = {
         "benchmark": "pipeline",
         **machine(args.device),
         "size": args.size,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "pixels": 16 * grid,
         "experts": EXPERTS,
-        "dtype": str(model.dtype),
-        "rounds": rounds,
-        "variants": {name: spread(values) for name, values in seconds.items()},
+        "rank": RANKS[args.size],
+        "dtype": str(next(adapter.parameters()).dtype),
+        "clock": args.clock.__name__,
         "steps": args.steps,
-        "generation_over_text": generation(seconds, args.steps),
+        "variants": {k: v for one in measured for k, v in one.pop("variants").items()},
+        "generations": measured,
+        "text_to_image": beside,
+        "training": trained,
+        "counted": [counted("full", side, 512, args.steps) for side in grids],
+        "attach_full_width": attaching("full", "meta"),
     }
     tell(result)
     if args.json:
@@ -90,152 +84,73 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def build(size: str, device: str) -> tuple[FluxTransformer2DModel, PRWAdapter]:
-    """A random transformer and an adapter of five experts that all do something."""
-    torch.manual_seed(0)
-    model = FluxTransformer2DModel(
-        patch_size=1, in_channels=64, joint_attention_dim=256, pooled_projection_dim=128,
-        guidance_embeds=True, **SIZES[size],
-    )  # fmt: skip
-    adapter = PRWAdapter.for_transformer(model, rank=16)
-    for stage in range(EXPERTS):
-        adapter.weave.unlock(f"stage-{stage}")
-        for parameter in adapter.weave.parameters():
-            torch.nn.init.normal_(parameter, std=0.02)
-    adapter.weave.close()
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    torch.nn.Module.to(model, device, dtype)  # diffusers' own would warn of the cast
-    torch.nn.Module.to(adapter, device, dtype)  # routers stay wide
-    attach(model.eval(), adapter.eval())
-    return model, adapter
+def shapes(args: argparse.Namespace) -> list[tuple[int, int]]:
+    """Side of the token grid, and text tokens; an eighth of the noisy ones as at 1024 pixels."""
+    if args.size == "full":
+        return [(32, 512), (64, 512)]
+    return [(16, 32)] if args.quick else [(32, 128)]
 
 
-def draw(model: FluxTransformer2DModel, grid: int, device: str) -> Inputs:
-    """Random inputs of one sample with as many source as noisy tokens, and 64 text tokens."""
+def measure(
+    model: FluxTransformer2DModel, args: argparse.Namespace, grid: int, text: int
+) -> dict[str, Any]:
+    """Times of the five ways at one size, and what they make of a whole generation.
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape).to(device, model.dtype)
-
-    return Inputs(
-        normal(1, grid * grid, 64), normal(1, grid * grid, 64),
-        position_ids(grid, grid, device=device), normal(1, 64, 256), normal(1, 128),
-        torch.full((1,), 0.5, device=device),
-    )  # fmt: skip
-
-
-def five_ways(
-    model: FluxTransformer2DModel, adapter: PRWAdapter, given: Inputs
-) -> dict[str, Callable[[], Any]]:
-    """One step each, returning the velocity; ``source`` returns the cache."""
-    zero = torch.zeros_like(given.time_B)
-
-    def record(time_B: Tensor) -> Any:
-        return source_pass(model, given.source_BSC, given.ids_N3, given.pooled_BP, time_B)
-
-    def velocity(cache: Any) -> Tensor:
-        return main_pass(model, given.noisy_BNC, given.ids_N3, given.text_BLE, None,
-                         given.pooled_BP, given.time_B, cache=cache)  # fmt: skip
-
-    def joint() -> Tensor:
-        both_B2NC = torch.cat([given.noisy_BNC, given.source_BSC], 1)
-        marked_N3 = given.ids_N3 + torch.tensor([1.0, 0.0, 0.0], device=given.ids_N3.device)
-        out: Tensor = model(
-            hidden_states=both_B2NC, encoder_hidden_states=given.text_BLE,
-            pooled_projections=given.pooled_BP, timestep=given.time_B,
-            img_ids=torch.cat([given.ids_N3, marked_N3]),
-            txt_ids=given.ids_N3.new_zeros(given.text_BLE.shape[1], 3),
-            guidance=torch.ones_like(given.time_B), return_dict=False,
-        )[0]  # fmt: skip
-        return out[:, : given.noisy_BNC.shape[1]]
-
-    cache = record(zero)
-    return {
-        "text": lambda: velocity(None),
-        "joint": joint,
-        "current": lambda: velocity(record(given.time_B)),
-        "cached": lambda: velocity(cache),
-        "source": lambda: record(zero),
-    }
-
-
-def wrong(
-    model: FluxTransformer2DModel,
-    adapter: PRWAdapter,
-    given: Inputs,
-    variants: dict[str, Callable[[], Any]],
-) -> str:
-    """What is wrong with the results; "" for nothing."""
-    for name in ("text", "joint", "current", "cached"):
-        if not torch.isfinite(variants[name]()).all():
-            return f"the velocity of {name} is not finite"
-    fresh = main_pass(model, given.noisy_BNC, given.ids_N3, given.text_BLE, None, given.pooled_BP,
-                      given.time_B, cache=variants["source"]())  # fmt: skip
-    if not torch.equal(variants["cached"](), fresh):
-        return "the cache does not give the bits of a fresh recording"
-    if torch.equal(fresh, variants["text"]()):
-        return "the source changes nothing"
-    apart = distance_to_one_pass()
-    return "" if apart < 1e-9 else f"two passes are {apart:.1e} from one masked joint attention"
-
-
-def distance_to_one_pass() -> float:
-    """Two passes against one joint attention under CoLoGen's mask, in fp64 on a small model.
-
-    The stock transformer has no experts, so the adapter here has one whose contribution is zero.
+    Raises:
+        ArithmeticError: a result is wrong.
     """
-    torch.manual_seed(0)
-    model = FluxTransformer2DModel(
-        patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=256, pooled_projection_dim=128,
-        guidance_embeds=True, axes_dims_rope=(4, 6, 6),
+    given = draw(model, grid, args.device, text)
+    ways = five_ways(model, given)
+    problem = wrong(model, given, ways)
+    if problem:
+        raise ArithmeticError(problem)
+    rounds, warmup = (5, 1) if args.quick else (15, 2)
+    seconds = interleaved(
+        ways, rounds=rounds, warmup=warmup, device=args.device, clock=args.clock,
+        fresh=lambda: None,
     )  # fmt: skip
-    torch.nn.Module.to(model, torch.float64)
-    given = draw(model, 4, "cpu")
-    text, noisy = given.text_BLE.shape[1], given.noisy_BNC.shape[1]
-    count = text + 2 * noisy
-    allowed = torch.ones(count, count, dtype=torch.bool)
-    allowed[text + noisy :, : text + noisy] = False
-    one: Tensor = model(
-        hidden_states=torch.cat([given.noisy_BNC, given.source_BSC], 1),
-        encoder_hidden_states=given.text_BLE, pooled_projections=given.pooled_BP,
-        timestep=given.time_B, img_ids=torch.cat([given.ids_N3, given.ids_N3]),
-        txt_ids=given.ids_N3.new_zeros(text, 3), guidance=torch.ones(1),
-        joint_attention_kwargs={"attention_mask": allowed[None, None]}, return_dict=False,
-    )[0]  # fmt: skip
-    adapter = PRWAdapter.for_transformer(model, rank=4).double()
-    adapter.weave.unlock("one")
-    attach(model, adapter)
-    cache = source_pass(model, given.source_BSC, given.ids_N3, given.pooled_BP, given.time_B)
-    two = main_pass(model, given.noisy_BNC, given.ids_N3, given.text_BLE, None, given.pooled_BP,
-                    given.time_B, cache=cache)  # fmt: skip
-    return float((one[:, :noisy] - two).abs().max())
+    work = counted(args.size, grid, text, args.steps)
+    return {
+        "pixels": 16 * grid,
+        "rounds": rounds,
+        "variants": {f"{name} {16 * grid}px": spread(values) for name, values in seconds.items()},
+        "time": generation(seconds, args.steps),
+        "flops": {name: work[name] for name in ("joint_over_ours", "current_over_ours",
+                                                "ours_over_text")},
+    }  # fmt: skip
 
 
 def generation(seconds: dict[str, list[float]], steps: int) -> dict[str, float]:
-    """Time of a whole generation over that of text to image: the source is recorded once or never.
+    """Ratios of whole generations: ours records the source once, then takes cached steps.
 
     From medians, so that a slow moment of the machine does not count.
     """
     median = {name: spread(values)["median_ms"] for name, values in seconds.items()}
-    text = steps * median["text"]
-    whole = {
-        "joint": steps * median["joint"],
-        "current": steps * median["current"],
-        "zero, cached": median["source"] + steps * median["cached"],
+    ours = median["source"] + steps * median["cached"]
+    return {
+        "joint_over_ours": round(steps * median["joint"] / ours, 3),
+        "current_over_ours": round(steps * median["current"] / ours, 3),
+        "ours_over_text": round(ours / (steps * median["text"]), 3),
     }
-    return {name: round(value / text, 3) for name, value in whole.items()}
 
 
-def tell(result: dict[str, Any]) -> None:
-    """For people."""
-    about = ("device", "threads", "torch", "commit", "size", "parameters", "pixels", "dtype")
-    print("  ".join(f"{name} {result[name]}" for name in about))
-    for name, value in result["variants"].items():
-        print(f"{name:>8}  {value['median_ms']:9.2f} ms a step  "
-              f"[{value['p20_ms']:.2f}, {value['p80_ms']:.2f}]")  # fmt: skip
-    print(f"a generation of {result['steps']} steps, over text to image:")
-    for name, ratio in result["generation_over_text"].items():
-        print(f"{name:>14}  {ratio:.2f} x")
+def pairs(
+    model: FluxTransformer2DModel, adapter: PRWAdapter, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Text to image through both pipelines, at a size where a step is short."""
+    given = draw(model, 8 if args.quick else 16, args.device, 32)
+    return text_to_image(
+        model, adapter, given, rounds=3 if args.quick else 30, device=args.device, clock=args.clock
+    )
+
+
+def train(model: FluxTransformer2DModel, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Training steps: at 512 pixels in full size, shorter otherwise."""
+    grid, text, batches = (32, 512, (1, 4, 8)) if args.size == "full" else (8, 32, (1, 2))
+    return training(
+        model, RANKS[args.size], grid=grid, text=text, batches=batches,
+        rounds=2 if args.quick else 5, device=args.device,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

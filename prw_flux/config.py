@@ -137,6 +137,10 @@ class RunConfig:
         precision: "fp32", or "bf16" autocast with the base stored in bf16; experts and routers
             are fp32 in either.
         caption_dropout: share of samples that train with the empty text.
+        source_dropout: share of samples whose source is blank: latents of zero. (Without any source
+            a sample would teach nothing, because experts act on source rows only.)
+        draws: noisy latents that train on each sample of a batch, each with a noise and a time of
+            its own. They share one source pass, which needs adapter.source_timestep "zero".
         guidance: guidance embedding in training (FLUX.1-dev is trained at 1).
         time_shift: of the training times; None takes FLUX's shift for the number of tokens.
         remember: router inputs that every block keeps of every finished stage, so that the routers
@@ -154,6 +158,8 @@ class RunConfig:
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     caption_dropout: float = 0.1
+    source_dropout: float = 0.0
+    draws: int = 1
     guidance: float = 1.0
     time_shift: float | None = None
     remember: int = 0
@@ -173,8 +179,14 @@ class RunConfig:
             raise ConfigError(f"stages must be one or more, named differently, got {names}")
         if self.size < 16 or self.size % 16:
             raise ConfigError(f"size must be a positive multiple of 16, got {self.size}")
-        if not 0.0 <= self.caption_dropout <= 1.0:
-            raise ConfigError(f"caption_dropout must lie in [0, 1], got {self.caption_dropout}")
+        for name in ("caption_dropout", "source_dropout"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.draws > 1 and self.adapter.source_timestep == "current":
+            raise ConfigError(
+                f"draws={self.draws} needs adapter.source_timestep 'zero': a source that follows "
+                "the time of its noisy latent cannot serve several; use draws=1"
+            )
         if self.time_shift is not None and not self.time_shift > 0.0:
             raise ConfigError(f"time_shift must be positive or none, got {self.time_shift}")
         small = [stage.name for stage in self.stages if stage.batch_size < 2]
@@ -185,7 +197,7 @@ class RunConfig:
             )
         if self.remember < 0:
             raise ConfigError(f"remember must be at least 0, got {self.remember}")
-        for name in ("log_every", "save_every"):
+        for name in ("draws", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 

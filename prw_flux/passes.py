@@ -169,25 +169,37 @@ class TwoPass(nn.Module):
     ) -> Tensor:
         """Velocity [B, N, C]; arguments as in `source_pass` and `main_pass`.
 
+        One source may serve m noisy latents, m consecutive ones of B: a source that has a time of
+        its own is then encoded once for m draws of noise and time, and the gradient is that of m
+        forwards.
+
         Args:
             noisy_BNC, noisy_ids_N3, text_BLE, pooled_BP, timestep_B: Of the main pass.
-            source_BSC: Packed source; None trains text to image.
+            source_BSC: Packed sources, B / m of them; None trains text to image.
             source_ids_S3: Rotary positions of the source.
-            source_pooled_BP: Pooled text of the source; None takes `pooled_BP`.
+            source_pooled_BP: Pooled text of the source; None takes `pooled_BP`, and of m samples
+                with one source the first one's.
             guidance_B: FLUX.1-dev is trained at 1, the default.
             call: Routing call of the source pass.
+
+        Raises:
+            ValueError: If the number of sources does not divide B, or a source that follows the
+                time of its noisy latent is to serve several.
         """
         cache: SourceCache | None = None
         if source_BSC is not None:
             if source_ids_S3 is None:
                 raise ValueError("source_ids_S3 is missing: a source needs its positions.")
+            draws = self._draws(noisy_BNC.shape[0], source_BSC.shape[0])
             cache = source_pass(
                 self.transformer,
                 source_BSC,
                 source_ids_S3,
-                pooled_BP if source_pooled_BP is None else source_pooled_BP,
-                self.adapter.source_time(timestep_B),
-                self.adapter.source_guidance(guidance_B),
+                pooled_BP[::draws] if source_pooled_BP is None else source_pooled_BP,
+                self.adapter.source_time(timestep_B[::draws]),
+                self.adapter.source_guidance(
+                    guidance_B[::draws] if guidance_B is not None else None
+                ),
                 call,
             )
         return main_pass(
@@ -201,3 +213,14 @@ class TwoPass(nn.Module):
             guidance_B,
             cache,
         )
+
+    def _draws(self, batch: int, sources: int) -> int:
+        """m, the noisy latents of each source."""
+        if sources == 0 or batch % sources:
+            raise ValueError(f"{sources} sources cannot be shared by {batch} noisy latents.")
+        if batch != sources and self.adapter.config.source_timestep == "current":
+            raise ValueError(
+                f"{batch} noisy latents cannot share {sources} sources under source_timestep "
+                '"current", where a source has the time of its noisy latent: give as many sources.'
+            )
+        return batch // sources

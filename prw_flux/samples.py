@@ -1,7 +1,9 @@
 """From a data source and a task to encoded training batches.
 
 Sample i of a stage is a pure function of (seed, stage, i), and the batch of a step one of
-(seed, stage, step): a resumed run sees what an uninterrupted one would have seen.
+(seed, stage, step): a resumed run sees what an uninterrupted one would have seen. Rotary positions
+have no batch axis in FLUX.1, so a batch holds samples of one source and one target size: samples
+of several sizes are kept in buckets, one per pair of sizes.
 
 Shapes: B samples of a batch, N samples of a stage, S source and T target tokens, C packed latent
 channels, L text tokens, E and P widths of the text and pooled embeddings, R x C grid and D width of
@@ -13,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -39,7 +41,7 @@ STRIDE: Final = 1_000_003
 
 
 class SampleError(PRWError, ValueError):
-    """A stage has no usable samples, or samples of several sizes."""
+    """A stage has no usable samples, or a batch would have several sizes."""
 
 
 def stable_hash(*parts: object) -> int:
@@ -60,6 +62,26 @@ def batch_indices(seed: int, stage: str, step: int, batch_size: int, count: int)
     return indices
 
 
+def bucket_of(seed: int, stage: str, step: int, sizes: Sequence[int]) -> tuple[int, int]:
+    """Which bucket feeds a step, and how many steps before it the bucket has fed.
+
+    As many steps in a row as there are samples make an epoch, in which a bucket of n samples feeds
+    exactly n steps, in a shuffled order: every sample is seen equally often.
+
+    Args:
+        seed, stage, step: Of the run.
+        sizes: Samples in each bucket.
+    """
+    if len(sizes) == 1:
+        return 0, step
+    epoch, position = divmod(step, sum(sizes))
+    rng = np.random.default_rng(stable_hash(seed, stage, "buckets", epoch))
+    order = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    bucket = int(order[position])
+    before = int((order[:position] == bucket).sum())
+    return bucket, epoch * sizes[bucket] + before
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
     """What one step trains on, with the rotary positions of both pictures.
@@ -74,6 +96,22 @@ class Batch:
     target_ids_T3: Tensor
     source_ids_S3: Tensor
     features_BRCD: Tensor | None = None
+
+    def drawn(self, count: int) -> Batch:
+        """Each target and text `count` times in a row, for as many draws of noise; one source."""
+        if count == 1:
+            return self
+        return replace(
+            self,
+            target_BTC=self.target_BTC.repeat_interleave(count, dim=0),
+            text_BLE=self.text_BLE.repeat_interleave(count, dim=0),
+            pooled_BP=self.pooled_BP.repeat_interleave(count, dim=0),
+            features_BRCD=(
+                None
+                if self.features_BRCD is None
+                else self.features_BRCD.repeat_interleave(count, dim=0)
+            ),
+        )
 
 
 class Texts:
@@ -113,7 +151,7 @@ class Texts:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """Encoded samples: packed latents in bf16, and rows of the texts."""
+    """Encoded samples of one size: packed latents in bf16, and rows of the texts."""
 
     source_NSC: Tensor
     target_NTC: Tensor
@@ -121,6 +159,23 @@ class Encoded:
     source_grid: tuple[int, int]
     target_grid: tuple[int, int]
     features_NRCD: Tensor | None = None
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """What the samples of a bucket agree in: the token grids of source and target."""
+        return self.source_grid, self.target_grid
+
+    @classmethod
+    def merged(cls, parts: Sequence[Encoded]) -> Encoded:
+        """Parts of one size as one."""
+        features = [part.features_NRCD for part in parts if part.features_NRCD is not None]
+        return cls(
+            torch.cat([part.source_NSC for part in parts]),
+            torch.cat([part.target_NTC for part in parts]),
+            [row for part in parts for row in part.rows],
+            *parts[0].grids,
+            torch.cat(features) if features else None,
+        )
 
 
 class Samples:
@@ -157,7 +212,7 @@ class Samples:
         self.encoder = encoder
         self.rejected: Counter[str] = Counter()
         self.texts = Texts(pipe)
-        self._encoded: Encoded | None = None
+        self._buckets: tuple[Encoded, ...] = ()
 
     def prepare(self, tick: Callable[[int], None] = lambda done: None) -> None:
         """Draw and encode all N samples; nothing where batches are encoded one by one.
@@ -166,29 +221,24 @@ class Samples:
             tick: told after each chunk how many samples are done; may raise to stop.
 
         Raises:
-            SampleError: no usable sample, or samples of several sizes.
+            SampleError: no usable sample.
         """
         if self.count is None:
             return
-        parts = []
+        buckets: dict[Any, list[Encoded]] = {}
         for start in range(0, self.count, CHUNK):
             tick(start)
-            parts.append(self._encode(range(start, min(start + CHUNK, self.count))))
+            for part in self._encode(range(start, min(start + CHUNK, self.count))):
+                buckets.setdefault(part.grids, []).append(part)
         tick(self.count)
-        features = [part.features_NRCD for part in parts if part.features_NRCD is not None]
-        self._encoded = Encoded(
-            torch.cat([part.source_NSC for part in parts]),
-            torch.cat([part.target_NTC for part in parts]),
-            [row for part in parts for row in part.rows],
-            *self._one_size(parts),
-            torch.cat(features) if features else None,
-        )
+        self._buckets = tuple(Encoded.merged(parts) for parts in buckets.values())
 
     def features(self, count: int) -> Tensor:
-        """[at most `count`, R, C, D] semantic features of the stage's first samples, float32."""
-        if self._encoded is not None:
-            assert self._encoded.features_NRCD is not None
-            return self._encoded.features_NRCD[:count].float()
+        """[at most `count`, R, C, D] semantic features of first samples of one size, float32."""
+        if self._buckets:
+            largest = max(self._buckets, key=lambda bucket: len(bucket.rows))
+            assert largest.features_NRCD is not None
+            return largest.features_NRCD[:count].float()
         assert self.encoder is not None
         found = []
         for start in range(0, count, CHUNK):
@@ -198,16 +248,20 @@ class Samples:
         return torch.cat(found).float()
 
     def batch(self, step: int, dropped: Sequence[bool] = ()) -> Batch:
-        """The batch of a step, float32; a `dropped` sample has the empty text."""
+        """The batch of a step, float32; a `dropped` sample has the empty text.
+
+        Raises:
+            SampleError: no usable sample; or, where batches are encoded one by one, several sizes.
+        """
         if self.count is None:
-            self.texts.trim()
-            start = step * self.batch_size
-            encoded = self._encode(range(start, start + self.batch_size))
+            encoded = self._encode_batch(step)
             chosen = list(range(self.batch_size))
         else:
-            assert self._encoded is not None, "prepare() comes first"
-            encoded = self._encoded
-            chosen = batch_indices(self.seed, self.stage, step, self.batch_size, self.count)
+            assert self._buckets, "prepare() comes first"
+            sizes = [len(bucket.rows) for bucket in self._buckets]
+            bucket, turn = bucket_of(self.seed, self.stage, step, sizes)
+            encoded = self._buckets[bucket]
+            chosen = batch_indices(self.seed, self.stage, turn, self.batch_size, sizes[bucket])
         rows = [encoded.rows[i] for i in chosen]
         for position, drop in enumerate(dropped):
             rows[position] = 0 if drop else rows[position]
@@ -246,14 +300,27 @@ class Samples:
         told = ", ".join(f"{reason} ({n} x)" for reason, n in reasons.most_common())
         raise SampleError(f"{self.data.name} gives no sample for {self.task.name!r}: {told}")
 
-    def _encode(self, indices: range) -> Encoded:
-        triples = [self.triple(index) for index in indices]
-        sizes = {(t.source.shape, t.target.shape) for t in triples}
-        if len(sizes) != 1:
+    def _encode_batch(self, step: int) -> Encoded:
+        """The batch of a step whose samples are made when they are needed, in their order."""
+        self.texts.trim()
+        start = step * self.batch_size
+        parts = self._encode(range(start, start + self.batch_size))
+        if len(parts) != 1:
             raise SampleError(
-                f"samples of {self.task.name!r} must agree in size; got (source, target) of "
-                f"{', '.join(map(str, sorted(sizes)))}"
+                f"samples of {self.task.name!r} in one batch must agree in size; got token grids "
+                f"of (source, target) {', '.join(str(part.grids) for part in parts)}: set "
+                "data.samples to a number, so that they are encoded before and sorted by size"
             )
+        return parts[0]
+
+    def _encode(self, indices: range) -> list[Encoded]:
+        """Samples, those of one size together."""
+        groups: dict[Any, list[Triple]] = {}
+        for triple in map(self.triple, indices):
+            groups.setdefault((triple.source.shape, triple.target.shape), []).append(triple)
+        return [self._encode_group(group) for group in groups.values()]
+
+    def _encode_group(self, triples: list[Triple]) -> Encoded:
         source, source_grid = self._latents([t.source for t in triples])
         target, target_grid = self._latents([t.target for t in triples])
         rows = self.texts.rows([t.text for t in triples])
@@ -275,9 +342,3 @@ class Samples:
             latents = encode_image(vae, pixels)
         grid = latents.shape[-2] // 2, latents.shape[-1] // 2
         return pack(latents).to("cpu", torch.bfloat16), grid
-
-    def _one_size(self, parts: Sequence[Encoded]) -> tuple[tuple[int, int], tuple[int, int]]:
-        grids = {(part.source_grid, part.target_grid) for part in parts}
-        if len(grids) != 1:
-            raise SampleError(f"samples of {self.task.name!r} must agree in size; got {grids}")
-        return grids.pop()

@@ -228,16 +228,19 @@ class Trainer:
     def _loss(self, samples: Samples, stage: Stage, step: int) -> StepLoss:
         """Flow matching on the batch of this step, and the veteran gate on its routings.
 
-        Times, noise and dropped captions are drawn on the CPU from a generator of this step alone.
+        Times, noise, dropped captions and blank sources are drawn on the CPU from a generator of
+        this step alone.
         """
         config, device = self.config, self.session.device
         draw = torch.Generator().manual_seed(stable_hash(config.seed, stage.name, "step", step))
         dropped = torch.rand(stage.batch_size, generator=draw) < config.caption_dropout
-        batch = samples.batch(step, dropped.tolist())
+        batch = samples.batch(step, dropped.tolist()).drawn(config.draws)
         clean = batch.target_BTC
         shift = config.time_shift or resolution_shift(clean.shape[1])
-        times = sample_times(stage.batch_size, draw, shift=shift)
+        times = sample_times(clean.shape[0], draw, shift=shift)
         noise = torch.randn(clean.shape, generator=draw)
+        blank = torch.rand(stage.batch_size, generator=draw) < config.source_dropout
+        batch.source_BSC[blank] = 0.0
         clean, noise, times = clean.to(device), noise.to(device), times.to(device)
         key = stable_hash(config.seed, stage.name, "router", step)
         features = self._features(batch, times, draw)

@@ -7,9 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
+
+from prw_flux import main_pass
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(file.stem for file in (ROOT / "benchmarks").glob("[a-z]*.py"))
@@ -18,7 +22,7 @@ NAMES = sorted(file.stem for file in (ROOT / "benchmarks").glob("[a-z]*.py"))
 @pytest.mark.parametrize("name", NAMES)
 def test_it_checks_itself_and_reports(name: str, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    size = ["--size", "tiny"] if name == "pipeline" else []
+    size = ["--size", "tiny", "--training"] if name == "pipeline" else []
     ran = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--quick", *size, "--json", str(report)],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
@@ -27,14 +31,50 @@ def test_it_checks_itself_and_reports(name: str, tmp_path: Path) -> None:
     told = json.loads(report.read_text())
     assert {"device", "torch", "commit", "variants"} <= set(told)
     timed = [v for v in told["variants"].values() if "median_ms" in v]
-    assert timed or name in ("continual", "flip_rate")
+    assert timed or name in ("continual", "flip_rate", "timestep")
     assert all(v["p20_ms"] <= v["median_ms"] <= v["p80_ms"] for v in timed)
     if name == "kernels":
         assert all(row["error"] < 3e-2 and row["base_ms"] > 0 for row in told["rows"])
         assert {row["shape"]["skew"] for row in told["rows"]} == {"uniform", "sample"}
         assert set(told["summary"]) >= {"float32 forward", "bfloat16 forward+backward"}
+    if name == "pipeline":
+        assert_pipeline(told)
+    if name == "timestep":
+        assert set(told["variants"]) == {"zero", "current"}
+        moved = told["variants"]["zero"]["changes"]["control"]
+        assert moved["0.9"]["keys"]["mean"] > moved["0.1"]["keys"]["mean"] > 0.0
     if name == "continual":
         assert told["variants"]["at stage"]["forgetting"]["mean"] == 0.0
+
+
+def assert_pipeline(told: dict[str, Any]) -> None:
+    """What is counted depends on no machine; what is timed here is too small to say anything."""
+    (megapixel,) = told["counted"]
+    assert megapixel["joint_over_ours"] >= 1.8 and megapixel["ours_over_text"] <= 1.25
+    # flux.md, section 3.5: TFLOP of a step at 1024 pixels
+    known = {"text": 74.38, "joint": 165.46, "current": 152.98, "cached": 87.6, "source": 65.37}
+    assert megapixel["TFLOP"] == pytest.approx(known, abs=0.02)
+    assert megapixel["cache_GiB"]["bf16"] == 2.672 and megapixel["cache_GiB"]["fp8"] < 1.4
+    assert told["attach_full_width"]["attach_s"] < 2.0 and told["text_to_image"]["attach_s"] < 2.0
+    assert {(row["base"], row["batch"]) for row in told["training"]} == {
+        ("bf16", 1), ("bf16", 2), ("fp8", 1), ("fp8", 2)
+    }  # fmt: skip
+    assert all(row["median_ms"] > 0 for row in told["training"])
+
+
+def test_a_wrong_velocity_has_no_speed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import _flux, pipeline
+
+    def shifted(*args: Any, **kwargs: Any) -> Tensor:
+        return main_pass(*args, **kwargs) + 1e-3 * torch.rand(())
+
+    monkeypatch.setattr(_flux, "main_pass", shifted)
+    assert pipeline.main(["--quick", "--size", "tiny"]) == 1
+    told = capsys.readouterr()
+    assert "no times: the cache does not give the bits of a fresh recording" in told.err
+    assert not told.out
 
 
 def test_a_wrong_kernel_has_no_speed(

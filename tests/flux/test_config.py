@@ -31,6 +31,7 @@ configs = st.builds(
     seed=st.integers(),
     precision=st.sampled_from(["fp32", "bf16"]),
     caption_dropout=st.floats(0.0, 1.0),
+    source_dropout=st.floats(0.0, 1.0),
     time_shift=st.none() | st.floats(0.1, 10.0),
     data=st.builds(DataConfig, samples=st.none() | st.integers(1, 9), photos=st.none() | st.text()),
     adapter=st.builds(AdapterConfig, rank=st.integers(1, 256), noise=st.booleans()),
@@ -87,6 +88,8 @@ def test_set_reaches_every_level() -> None:
         ("adapter.noise=7", "adapter.noise must be true or false, got 7"),
         ("caption_dropout=x", "caption_dropout must be a number, got 'x'"),
         ("caption_dropout=2", "caption_dropout must lie in [0, 1], got 2"),
+        ("source_dropout=-1", "source_dropout must lie in [0, 1], got -1"),
+        ("draws=0", "draws must be at least 1, got 0"),
         ("precision=fp8", "precision must be one of fp32, bf16; got 'fp8'"),
         ("optimizer.betas=[1]", "betas must be two numbers"),
         ("stages.edit.steps=0", "steps must be at least 1, got 0"),
@@ -100,6 +103,12 @@ def test_a_bad_setting_is_one_clear_sentence(assignment: str, said: str) -> None
         demo().with_settings([assignment])
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_several_draws_need_a_source_with_a_time_of_its_own() -> None:
+    assert demo().with_settings(["draws=4"]).draws == 4
+    with pytest.raises(ConfigError, match="draws=4 needs adapter.source_timestep 'zero'.*draws=1"):
+        demo().with_settings(["draws=4", "adapter.source_timestep=current"])
 
 
 def test_newer_and_damaged_data_is_refused() -> None:

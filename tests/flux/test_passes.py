@@ -203,6 +203,86 @@ def test_checkpointing_changes_no_gradient(
     assert max(float(g.abs().max()) for g in plain.values()) > 0.0
 
 
+class Passes:
+    """Counts the passes of a transformer by how many text tokens they have."""
+
+    def __init__(self, transformer: Any) -> None:
+        self.source = self.main = 0
+        transformer.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        alone = kwargs["encoder_hidden_states"].shape[1] == 0
+        self.source, self.main = self.source + alone, self.main + (not alone)
+
+
+def drawn(
+    batch: dict[str, Tensor], count: int
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    """A batch with `count` noisy latents per source, and the batches of single draws."""
+    each = []
+    for index in range(count):
+        generator = torch.Generator().manual_seed(index)
+        noise = torch.randn(batch["noisy_BNC"].shape, generator=generator, dtype=torch.float64)
+        times = 0.2 + 0.15 * index + 0.1 * torch.arange(len(noise))
+        dtype = batch["noisy_BNC"].dtype
+        each.append(batch | {"noisy_BNC": noise.to(dtype), "timestep_B": times.to(dtype)})
+    own = ("noisy_BNC", "timestep_B")
+    together = {name: torch.stack([one[name] for one in each], 1).flatten(0, 1) for name in own}
+    shared = {k: batch[k].repeat_interleave(count, dim=0) for k in ("text_BLE", "pooled_BP")}
+    return batch | shared | together, each
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("pooled", ["task", "prompt"])
+def test_m_draws_of_one_source_pass_are_m_forwards(
+    make_transformer: Any, make_adapter: Any, make_batch: Any, pooled: str, checkpointing: bool
+) -> None:
+    transformer = make_transformer(dtype=torch.float64)
+    adapter = make_adapter(transformer)
+    module = TwoPass(transformer, adapter).train()
+    if checkpointing:
+        transformer.enable_gradient_checkpointing()
+    batch = make_batch(dtype=torch.float64)
+    if pooled == "prompt":
+        del batch["source_pooled_BP"]
+    together, each = drawn(batch, 3)
+
+    def run(batches: list[dict[str, Tensor]]) -> tuple[Tensor, list[Tensor], int]:
+        adapter.zero_grad()
+        passes, losses = Passes(transformer), []
+        for one in batches:
+            with adapter.weave.record(key=7) as record:
+                losses.append(module(**one, call=record).square().mean())
+        counted = passes.source
+        loss = torch.stack(losses).mean()
+        loss.backward()
+        return loss.detach(), [p.grad.clone() for p in adapter.weave.parameters()], counted
+
+    loss, gradients, passes = run([together])
+    wanted_loss, wanted, many = run(each)
+    assert (passes, many) == (1, 3)
+    # fp64 sums over other numbers of rows, through three blocks and back
+    assert_close(loss, wanted_loss, rtol=1e-12, atol=0.0)
+    for found, gradient in zip(gradients, wanted, strict=True):
+        # routers compute in fp32 whatever the dtype: their gradients agree to its rounding, 6e-8
+        assert_close(found, gradient, rtol=1e-6, atol=1e-9)
+    assert max(float(g.abs().max()) for g in wanted) > 1e-4
+
+
+def test_draws_that_share_a_source_keep_to_its_time(
+    make_transformer: Any, make_adapter: Any, make_batch: Any
+) -> None:
+    transformer, batch = make_transformer(), make_batch()
+    together, _ = drawn(batch, 2)
+    module = TwoPass(transformer, make_adapter(transformer, source_timestep="current"))
+    with pytest.raises(ValueError, match='4 noisy latents cannot share 2 sources under .*"current'):
+        module(**together)
+    assert module(**batch).shape == batch["noisy_BNC"].shape
+    three = make_batch(3)["source_BSC"]
+    with pytest.raises(ValueError, match="3 sources cannot be shared by 4 noisy latents"):
+        module(**together | {"source_BSC": three})
+
+
 def test_the_bound_call_may_change_before_the_backward_pass(
     make_transformer: Any, make_adapter: Any, make_batch: Any
 ) -> None:

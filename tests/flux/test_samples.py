@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prw_flux import CoLoGenPipeline
-from prw_flux.samples import SampleError, Samples, batch_indices, stable_hash
+from prw_flux.encode import position_ids
+from prw_flux.samples import SampleError, Samples, batch_indices, bucket_of, stable_hash
 from prw_flux.shapeweave.source import ShapeWeave
 from prw_flux.tasks import TASKS, Example, Task, TaskReject, Triple
 
@@ -63,9 +65,9 @@ def test_batches_encoded_on_demand_draw_the_same_samples(pipe: Any) -> None:
     ahead, demand = make(pipe, count=6), make(pipe, count=None)
     ahead.prepare()
     demand.prepare()
-    assert ahead._encoded is not None
+    (encoded,) = ahead._buckets
     for step in range(3):
-        wanted = ahead._encoded.target_NTC[2 * step : 2 * step + 2].float()
+        wanted = encoded.target_NTC[2 * step : 2 * step + 2].float()
         torch.testing.assert_close(demand.batch(step).target_BTC, wanted, atol=0.05, rtol=0.05)
 
 
@@ -129,6 +131,51 @@ def test_a_task_that_never_succeeds_says_why(pipe: Any) -> None:
         make(pipe, Never()).prepare()
 
 
-def test_samples_of_several_sizes_are_refused(pipe: Any) -> None:
-    with pytest.raises(SampleError, match="must agree in size"):
-        make(pipe, Uneven(), count=16).prepare()
+@given(st.integers(0, 5), st.lists(st.integers(1, 6), min_size=1, max_size=4), st.integers(1, 3))
+def test_every_bucket_feeds_as_many_steps_as_it_has_samples(
+    seed: int, sizes: list[int], epochs: int
+) -> None:
+    fed = [bucket_of(seed, "edit", step, sizes) for step in range(epochs * sum(sizes))]
+    for epoch in range(epochs):
+        part = [bucket for bucket, _ in fed[epoch * sum(sizes) : (epoch + 1) * sum(sizes)]]
+        assert [part.count(bucket) for bucket in range(len(sizes))] == sizes
+    for bucket in range(len(sizes)):  # and its batches follow each other
+        turns = [turn for found, turn in fed if found == bucket]
+        assert turns == list(range(len(turns)))
+
+
+def test_one_bucket_is_fed_by_every_step() -> None:
+    assert [bucket_of(3, "edit", step, [5]) for step in (0, 7, 100)] == [(0, 0), (0, 7), (0, 100)]
+
+
+def test_a_batch_holds_one_size_and_all_samples_are_seen_alike(pipe: Any) -> None:
+    samples = make(pipe, Uneven(), count=16, batch_size=3)
+    samples.prepare()
+    sizes = {bucket.grids: len(bucket.rows) for bucket in samples._buckets}
+    assert set(sizes) == {((4, 4), (4, 4)), ((4, 4), (2, 2))} and sum(sizes.values()) == 16
+    seen: Counter[bytes] = Counter()
+    for step in range(16):  # an epoch: each bucket feeds its number of steps
+        batch = samples.batch(step)
+        side = int(batch.target_BTC.shape[1] ** 0.5)
+        assert batch.target_BTC.shape == (3, side * side, 64)
+        assert batch.source_BSC.shape == (3, 16, 64)
+        assert torch.equal(batch.target_ids_T3, position_ids(side, side))
+        assert torch.equal(batch.source_ids_S3, position_ids(4, 4))
+        seen.update(target.numpy().tobytes() for target in batch.target_BTC)
+    assert len(seen) == 16 and set(seen.values()) == {3}
+
+
+def test_mixed_sizes_on_demand_are_refused(pipe: Any) -> None:
+    samples = make(pipe, Uneven(), count=None, batch_size=8)
+    with pytest.raises(SampleError, match=r"one batch must agree in size.*data\.samples"):
+        samples.batch(0)
+
+
+def test_draws_repeat_targets_and_texts_but_not_sources(pipe: Any) -> None:
+    samples = make(pipe)
+    samples.prepare()
+    one, three = samples.batch(0), samples.batch(0).drawn(3)
+    for name in ("target_BTC", "text_BLE", "pooled_BP"):
+        wanted = getattr(one, name).repeat_interleave(3, dim=0)
+        assert torch.equal(getattr(three, name), wanted)
+    assert torch.equal(three.source_BSC, one.source_BSC)

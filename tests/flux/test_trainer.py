@@ -8,15 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from prw_flux import PRWAdapter
 from prw_flux.config import OptimizerConfig, RunConfig
 from prw_flux.curriculum import Stage
+from prw_flux.interrupt import Stop
 from prw_flux.optimization import learning_rate, new_optimizer
+from prw_flux.progress import Quiet
+from prw_flux.resume import Position
 from prw_flux.rundir import RunFolder
-from prw_flux.session import open_session
+from prw_flux.session import Session, open_session
+from prw_flux.tasks import Example, Task, Triple
 from prw_flux.trainer import (
     Trainer,
     TrainingError,
@@ -113,6 +118,92 @@ def test_every_way_to_modulate_the_source_trains(
     run = run_of(config, tmp_path / "run")
     adapter = PRWAdapter.from_pretrained(run.adapter)
     assert (adapter.config.source_pooled, adapter.config.source_timestep) == (pooled, time)
+
+
+def passes_of(session: Session) -> list[dict[str, torch.Tensor]]:
+    """What each pass of the transformer is given from now on; a source pass has no text."""
+    seen: list[dict[str, torch.Tensor]] = []
+    session.passes.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(dict(kwargs)), with_kwargs=True
+    )
+    return seen
+
+
+def one_loss(config: RunConfig, path: Path, session: Session, step: int = 0) -> Any:
+    """The trainer's loss at a step of the first stage."""
+    data = open_training_data(config, session)
+    trainer = Trainer(RunFolder.create(path, config), session, data, Quiet(), Stop())
+    stage = config.stages[0]
+    samples = trainer._samples(0, Position())
+    trainer._unlock(stage)
+    return trainer._loss(samples, stage, step)
+
+
+def test_draws_share_one_source_pass(short_config: RunConfig, tmp_path: Path) -> None:
+    config = short_config.with_settings(["draws=3"])
+    session = open_session(config)
+    seen = passes_of(session)
+    loss = one_loss(config, tmp_path / "run", session)
+    source, main = seen
+    assert source["hidden_states"].shape[0] == 2 and source["encoder_hidden_states"].shape[1] == 0
+    assert main["hidden_states"].shape[0] == 6 and len(main["timestep"].unique()) == 6
+    texts = main["encoder_hidden_states"].unflatten(0, (2, 3))
+    assert torch.equal(texts[:, :1].expand_as(texts), texts)
+    assert loss.flow.isfinite() and loss.record.usage() == 1.0
+
+
+def test_one_draw_is_what_it_was(short_config: RunConfig, tmp_path: Path) -> None:
+    """Blank sources are drawn last: a seed gives the noise and the times that it always gave."""
+    seen = {}
+    for name, settings in (("plain", []), ("blank", ["source_dropout=1"])):
+        config = short_config.with_settings(settings)
+        session = open_session(config)
+        found = passes_of(session)
+        one_loss(config, tmp_path / name, session)
+        seen[name] = found
+    source, main = seen["plain"]
+    blank, same = seen["blank"]
+    assert torch.equal(main["hidden_states"], same["hidden_states"])
+    assert torch.equal(main["timestep"], same["timestep"])
+    assert source["hidden_states"].abs().max() > 0.1
+    assert torch.equal(blank["hidden_states"], torch.zeros_like(source["hidden_states"]))
+
+
+def test_a_share_of_the_sources_is_blank(short_config: RunConfig, tmp_path: Path) -> None:
+    config = short_config.with_settings(
+        ["source_dropout=0.5", "stages.*.batch_size=32", "data.samples=8"]
+    )
+    session = open_session(config)
+    found = passes_of(session)
+    one_loss(config, tmp_path / "run", session)
+    blank = (found[0]["hidden_states"] == 0).flatten(1).all(dim=1)
+    assert 6 <= int(blank.sum()) <= 26  # 32 draws at one half: outside with p = 2e-4
+
+
+class Uneven(Task):
+    """Targets of two sizes for sources of one."""
+
+    name, sentence = "inpaint", "Be uneven."
+
+    def missing(self, example: Example) -> str | None:
+        return None
+
+    def make(self, example: Example, rng: np.random.Generator) -> Triple:
+        side = 64 if rng.random() < 0.5 else 32
+        return self.triple(example, "x", example.image, "", example.image[:side, :side])
+
+
+def test_samples_of_two_sizes_train(short_config: RunConfig, tmp_path: Path) -> None:
+    config = replace(short_config, stages=short_config.stages[:1]).with_settings(
+        ["stages.*.steps=8", "data.samples=12"]
+    )
+    session = replace(open_session(config), tasks=(Uneven(),))
+    seen = passes_of(session)
+    run = RunFolder.create(tmp_path / "run", config)
+    train(run, session, open_training_data(config, session))
+    tokens = {x["hidden_states"].shape[1] for x in seen if x["encoder_hidden_states"].shape[1]}
+    assert tokens == {4, 16}
+    assert all(math.isfinite(line["loss"]) for line in run.read_log())
 
 
 def test_bf16_keeps_experts_and_routers_in_fp32(short_config: RunConfig, tmp_path: Path) -> None:
