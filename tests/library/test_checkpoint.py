@@ -178,7 +178,9 @@ def test_a_device_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
     """/dev/null is neither file nor folder, and exchanging two names would move it."""
     _, weave = trained("one")
     os.mkfifo(tmp_path / "device")
-    with pytest.raises(prw.CheckpointError, match="exists and is not a weave; choose another folder"):
+    with pytest.raises(
+        prw.CheckpointError, match="exists and is not a weave; choose another folder"
+    ):
         weave.save(tmp_path / "device")
     assert (tmp_path / "device").is_fifo() and len(list(tmp_path.iterdir())) == 1
 
