@@ -11,11 +11,24 @@ from prw_flux.evaluation.metrics.embeddings import (
 )
 from prw_flux.evaluation.metrics.frechet import frechet_distance
 from prw_flux.evaluation.metrics.grounding import box_accuracy, cumulative_iou, mean_iou
+from prw_flux.evaluation.metrics.judge import (
+    EditItem,
+    Grade,
+    Grading,
+    Judge,
+    Question,
+    read_scores,
+)
 from prw_flux.evaluation.metrics.pixels import l1, l2, resized_like
 from prw_flux.evaluation.metrics.structure import Confusion, depth_rmse, edge_f1, ms_ssim
 
 __all__ = [
     "Confusion",
+    "EditItem",
+    "Grade",
+    "Grading",
+    "Judge",
+    "Question",
     "box_accuracy",
     "cosine",
     "cumulative_iou",
@@ -28,6 +41,7 @@ __all__ = [
     "mean_cosine",
     "mean_iou",
     "ms_ssim",
+    "read_scores",
     "resized_like",
     "unit",
 ]
