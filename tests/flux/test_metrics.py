@@ -27,6 +27,7 @@ from prw_flux.evaluation.metrics import (
     frechet_distance,
     l1,
     l2,
+    mask_overlap,
     mean_cosine,
     mean_iou,
     ms_ssim,
@@ -252,16 +253,24 @@ def test_grounding_scores_by_hand() -> None:
     large[:, :8], small[0, 0] = True, True
     half = large.copy()
     half[5:] = False
-    assert cumulative_iou([half, small], [large, small]) == 41 / 81
-    assert mean_iou([half, small], [large, small]) == (0.5 + 1) / 2
-    with pytest.raises(ValueError, match="1 answers for 2 expressions"):
-        mean_iou([half], [large, small])
+    overlaps = [mask_overlap(half, large), mask_overlap(small, small)]
+    assert cumulative_iou(overlaps) == 41 / 81
+    assert mean_iou(overlaps) == (0.5 + 1) / 2
+    with pytest.raises(ValueError, match="3 answers for 4 expressions"):
+        box_accuracy(found[:3], truth)
+    with pytest.raises(ValueError, match="0 answers"):
+        mean_iou([])
+    with pytest.raises(ValueError, match="do not compare"):
+        mask_overlap(large, large[:5])
 
 
 @given(st.integers(0, 10_000))
 def test_cumulative_iou_is_the_iou_of_all_pixels_at_once(seed: int) -> None:
     rng = np.random.default_rng(seed)
     a, b = rng.random((2, 3, 8, 8)) < 0.4
+    overlaps = [mask_overlap(x, y) for x, y in zip(a, b, strict=True)]
     np.testing.assert_allclose(
-        cumulative_iou(list(a), list(b)), jaccard_score(b.ravel(), a.ravel()), **TIGHT
+        cumulative_iou(overlaps), jaccard_score(b.ravel(), a.ravel()), **TIGHT
     )
+    each = [jaccard_score(y.ravel(), x.ravel()) for x, y in zip(a, b, strict=True)]
+    np.testing.assert_allclose(mean_iou(overlaps), np.mean(each), **TIGHT)

@@ -10,7 +10,12 @@ from prw_flux.evaluation.metrics.embeddings import (
     unit,
 )
 from prw_flux.evaluation.metrics.frechet import frechet_distance
-from prw_flux.evaluation.metrics.grounding import box_accuracy, cumulative_iou, mean_iou
+from prw_flux.evaluation.metrics.grounding import (
+    box_accuracy,
+    cumulative_iou,
+    mask_overlap,
+    mean_iou,
+)
 from prw_flux.evaluation.metrics.judge import (
     EditItem,
     Grade,
@@ -38,6 +43,7 @@ __all__ = [
     "frechet_distance",
     "l1",
     "l2",
+    "mask_overlap",
     "mean_cosine",
     "mean_iou",
     "ms_ssim",

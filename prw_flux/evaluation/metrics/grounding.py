@@ -28,33 +28,38 @@ def box_accuracy(found: Sequence[Box | None], wanted: Sequence[Box], hit: float 
     return float(np.mean(right))
 
 
-def cumulative_iou(found: Sequence[Mask], wanted: Sequence[Mask]) -> float:
+def mask_overlap(found: Mask, wanted: Mask) -> tuple[int, int]:
+    """(pixels of the intersection, pixels of the union).
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if found.shape != wanted.shape:
+        raise ValueError(f"masks of shapes {found.shape} and {wanted.shape} do not compare")
+    return int((found & wanted).sum()), int((found | wanted).sum())
+
+
+def cumulative_iou(overlaps: Sequence[tuple[int, int]]) -> float:
     """cIoU (also oIoU): intersections summed over all items by unions summed over all items.
 
     Large objects weigh more. 0 where every mask is empty.
 
     Raises:
-        ValueError: the numbers or the shapes of two masks differ, or there is nothing to score.
+        ValueError: there is nothing to score.
     """
-    both, either = (sum(part) for part in zip(*_areas(found, wanted), strict=True))
+    _paired(overlaps, overlaps)
+    both, either = (sum(part) for part in zip(*overlaps, strict=True))
     return both / either if either else 0.0
 
 
-def mean_iou(found: Sequence[Mask], wanted: Sequence[Mask]) -> float:
+def mean_iou(overlaps: Sequence[tuple[int, int]]) -> float:
     """mIoU (also gIoU): the mean over items of intersection by union; 0 where the union is empty.
 
     Raises:
-        ValueError: as `cumulative_iou`.
+        ValueError: there is nothing to score.
     """
-    return float(np.mean([both / max(either, 1) for both, either in _areas(found, wanted)]))
-
-
-def _areas(found: Sequence[Mask], wanted: Sequence[Mask]) -> list[tuple[int, int]]:
-    _paired(found, wanted)
-    for index, (a, b) in enumerate(zip(found, wanted, strict=True)):
-        if a.shape != b.shape:
-            raise ValueError(f"mask {index}: found {a.shape}, wanted {b.shape}")
-    return [(int((a & b).sum()), int((a | b).sum())) for a, b in zip(found, wanted, strict=True)]
+    _paired(overlaps, overlaps)
+    return float(np.mean([both / max(either, 1) for both, either in overlaps]))
 
 
 def _paired(found: Sequence[object], wanted: Sequence[object]) -> None:
