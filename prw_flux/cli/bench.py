@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 CLIP: Final = "openai/clip-vit-base-patch32"
 DINO: Final = "facebook/dino-vits16"
 """The encoders of the public scripts of MagicBrush and DreamBench."""
-NAMES: Final = ("magicbrush", "dreambench", "refcoco")
+NAMES: Final = ("magicbrush", "emu_edit", "dreambench", "refcoco")
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +34,10 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--samples", type=int, default=1, help="pictures per prompt of dreambench (default: 1)"
     )
+    group.add_argument(
+        "--captions", choices=("all", "changed"), default="all",
+        help="emu_edit: CLIP-T and CLIP-dir of all rows, or where the captions differ",
+    )  # fmt: skip
     group.add_argument("--name", default="yours", help="of your row (default: yours)")
     group.add_argument("--out", metavar="FILE", help="default: RESULTS/scores.json")
 
@@ -96,11 +100,19 @@ def _encoders(args: argparse.Namespace) -> Encoders:
 
 
 def _open(args: argparse.Namespace, encoders: Encoders) -> Benchmark[Any]:
-    from prw_flux.evaluation.benchmarks import BenchmarkError, DreamBench, MagicBrush, RefCoco
+    from prw_flux.evaluation.benchmarks import (
+        BenchmarkError,
+        DreamBench,
+        EmuEdit,
+        MagicBrush,
+        RefCoco,
+    )
 
     folder = Path(args.data)
     if args.bench == "magicbrush":
         return MagicBrush(folder, captions=encoders.clip is not None)
+    if args.bench == "emu_edit":
+        return EmuEdit(folder, captions=args.captions)
     if args.bench == "refcoco":
         return RefCoco(folder)
     if not encoders.named():

@@ -15,6 +15,7 @@ from prw_flux.data.images import open_image, open_map
 from prw_flux.evaluation.benchmarks import (
     BenchmarkError,
     DreamBench,
+    EmuEdit,
     Encoders,
     MagicBrush,
     RefCoco,
@@ -22,6 +23,7 @@ from prw_flux.evaluation.benchmarks import (
 )
 from prw_flux.evaluation.encoders import Encoder
 from prw_flux.evaluation.metrics import l1
+from prw_flux.evaluation.published import compare, load
 from prw_flux.tasks.base import fill_box
 from prw_flux.tasks.grounding import paint_overlay
 
@@ -157,6 +159,63 @@ def test_a_full_row_stands_beside_the_paper_and_another_protocol_does_not(
     l1_of = {one["line"]: one["rows"][-1][3] for one in shown if one["table"] == "magicbrush"}
     assert l1_of["single turn, against the source"] == "0.067"
     assert l1_of["single turn, against the target"] == "refused"
+
+
+# Emu Edit ---------------------------------------------------------------------------------------
+
+
+def edits_file(*captions: tuple[str, str], **more: Any) -> str:
+    items = [{"id": str(i), "image": f"{i}.png", "input_caption": a, "output_caption": b}
+             for i, (a, b) in enumerate(captions)]  # fmt: skip
+    return json.dumps({"version": 1, "split": "test", "items": items, **more})
+
+
+def test_emu_edit_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, results = tmp_path / "data", tmp_path / "gen"
+    for index, (before, after) in enumerate([((0, 0, 0), (51, 0, 0)), ((9, 9, 9), (9, 9, 9))]):
+        save(data / f"{index}.png", before)
+        save(results / f"{index}.png", after)
+    (data / "emu_edit.json").write_text(edits_file(("a", "long"), ("same", "same")))
+
+    def measured(captions: str) -> Any:
+        (line,) = score_folder(
+            EmuEdit(data, captions=captions), results, Encoders(clip=Colours()), tmp_path / "s.json"
+        ).lines
+        return line
+
+    line = measured("all")
+    assert line.metrics["L1"] == pytest.approx(0.2 / 3 / 2)
+    unit = [np.array(v) / np.linalg.norm(v) for v in ((52, 1, 1), (1, 1, 1), (4, 1, 1))]
+    picture, grey, text = unit
+    moved, asked = picture - grey, text - grey  # "a" is (1, 1, 1)
+    direction = moved @ asked / np.linalg.norm(moved) / np.linalg.norm(asked)
+    assert line.metrics["CLIP-I"] == pytest.approx((picture @ grey + 1) / 2, abs=1e-6)
+    assert line.metrics["CLIP-dir"] == pytest.approx((direction + 0) / 2, abs=1e-6)
+    assert line.metrics["CLIP-T"] == pytest.approx((picture @ text + grey @ text) / 2, abs=1e-6)
+    assert line.protocol["items"] == "2 of 2" and line.protocol["captions"] == "all"
+    changed = measured("changed")
+    assert changed.metrics["CLIP-dir"] == pytest.approx(direction, abs=1e-6)
+    assert changed.metrics["CLIP-T"] == pytest.approx(picture @ text, abs=1e-6)
+    assert changed.metrics["L1"] == line.metrics["L1"]
+    monkeypatch.setattr("prw_flux.evaluation.benchmarks.emu_edit.SIZES", {"test": 2})
+    shown = compare(load("emu_edit"), "mine", measured("all").metrics, measured("all").protocol)
+    assert "refused" not in shown.rows[-1]
+    assert "the source does not state captions (CLIP-T)" in shown.notes
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (edits_file(("a", "b"), version=3), "expected version 1 and items, got version 3"),
+        (edits_file(), "another version"),
+        (json.dumps({"version": 1, "items": [{"id": 1}]}), "item 0 needs id, image, input_caption"),
+        (edits_file(("a", "b")).replace("0.png", "/etc/0.png"), "'/etc/0.png' leaves the folder"),
+    ],
+)
+def test_emu_edit_bad_files(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "emu_edit.json").write_text(text)
+    with pytest.raises(BenchmarkError, match=said):
+        EmuEdit(tmp_path)
 
 
 # DreamBench -------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from prw_flux.evaluation.benchmarks.base import (
     score_folder,
 )
 from prw_flux.evaluation.benchmarks.dreambench import DreamBench
+from prw_flux.evaluation.benchmarks.emu_edit import EmuEdit
 from prw_flux.evaluation.benchmarks.magicbrush import MagicBrush
 from prw_flux.evaluation.benchmarks.refcoco import RefCoco
 
@@ -17,6 +18,7 @@ __all__ = [
     "Benchmark",
     "BenchmarkError",
     "DreamBench",
+    "EmuEdit",
     "Encoders",
     "Item",
     "Line",

@@ -247,6 +247,13 @@ def read_json(path: Path, what: str) -> Any:
         raise BenchmarkError(f"{path} cannot be read: {problem}.") from None
 
 
+def inside(where: str, *names: str) -> None:
+    """Raise BenchmarkError for a name that leads out of its folder; `where` says what holds it."""
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise BenchmarkError(f"{where}: {name!r} leaves the folder.")
+
+
 def _near(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.6)
     return f"; {near[0]!r} is missing" if near else ""

@@ -136,7 +136,7 @@ def _targets(session: Path) -> dict[int, Path]:
     """The true after-images by turn."""
     found = {}
     for path in session.iterdir():
-        match = re.fullmatch(rf"{re.escape(session.name)}-output(\d+)\.(png|jpg)", path.name)
+        match = re.fullmatch(rf"{re.escape(session.name)}-output-?(\d+)\.(png|jpg)", path.name)
         if match:
             found[int(match[1])] = path
     return dict(sorted(found.items()))

@@ -27,6 +27,7 @@ from prw_flux.evaluation.benchmarks.base import (
     Encoders,
     Item,
     Line,
+    inside,
     read_json,
 )
 from prw_flux.evaluation.metrics import (
@@ -120,8 +121,6 @@ def _reference(folder: Path, row: Any, where: str) -> Reference:
         raise BenchmarkError(f"{where}: the box needs x0 < x1 and y0 < y1, got {row['box']}.")
     if colour not in PALETTE:
         raise BenchmarkError(f"{where}: unknown colour {colour!r}; known: {', '.join(PALETTE)}.")
-    for name in (f"{key}.png", image, *([str(mask)] if mask else [])):
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise BenchmarkError(f"{where}: {name!r} leaves the folder.")
+    inside(where, f"{key}.png", image, *([str(mask)] if mask else []))
     return Reference(key=key, output=f"{key}.png", image=folder / image, box=(x0, y0, x1, y1),
                      mask=folder / str(mask) if mask else None, colour=colour)  # fmt: skip
