@@ -115,5 +115,6 @@ def test_wheel_holds_exactly_the_three_packages(repository: Path, tmp_path: Path
     assert tops == PACKAGES
     assert PACKAGES <= {name.split("/")[0] for name in names if name.endswith("/py.typed")}
     shipped = [p for p in (repository / "prw_flux/tiny/weights").rglob("*") if p.is_file()]
+    shipped += (repository / "prw_flux/evaluation/published").glob("*.csv")
     missing = {p.relative_to(repository).as_posix() for p in shipped} - set(names)
     assert not missing, f"not in the wheel: {sorted(missing)}"

@@ -6,19 +6,22 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from prw_flux.cli import show
+from prw_flux.cli import bench, show
 
 
 def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
     """Add both verbs."""
     evaluate = verbs.add_parser(
-        "evaluate", parents=[common], help="generate held-out samples and measure every task"
+        "evaluate",
+        parents=[common],
+        help="generate held-out samples and measure every task; or score a folder (--bench)",
     )
-    evaluate.add_argument("directory", metavar="RUN")
+    evaluate.add_argument("directory", metavar="RUN", nargs="?")
     evaluate.add_argument("--per-task", type=int, help="samples per task (default: the run's)")
     evaluate.add_argument("--steps", type=int, help="sampling steps (default: the run's)")
     evaluate.add_argument("--quiet", action="store_true", help="no progress bars")
     evaluate.add_argument("--json", action="store_true", help="print the result for a script")
+    bench.add_to(evaluate)
     evaluate.set_defaults(run=run_evaluate)
     report = verbs.add_parser(
         "report", parents=[common], help="write report.html from what the run folder holds"
@@ -29,7 +32,11 @@ def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    """Measure a run and write its report."""
+    """Measure a run and write its report, or score a folder of results."""
+    if args.bench is not None:
+        return bench.run_bench(args)
+    if args.directory is None:
+        raise ValueError("evaluate needs a RUN, or --bench NAME with --results and --data.")
     from prw_flux.report import write_report
 
     measured = evaluate_and_tell(

@@ -1,0 +1,142 @@
+"""Judges for `metrics.judge`: an OpenAI-compatible endpoint, recorded answers, and a recorder."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, final
+
+from PIL import Image as PILImage
+
+from prw_flux.evaluation.metrics.judge import Judge, Question
+from prw_flux.tasks.base import Image
+
+
+@final
+class EndpointJudge:
+    """Any server that answers POST {url}/chat/completions with pictures as data URLs.
+
+    Args:
+        url: up to and without "/chat/completions", e.g. http://localhost:8000/v1.
+        model: its name there; part of every score's protocol.
+        key_variable: environment variable with the key; None sends none.
+        timeout: seconds for one answer.
+        max_tokens: of one answer.
+
+    Raises:
+        ValueError: the URL is not http(s), or the variable is not set.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        key_variable: str | None = None,
+        timeout: float = 120.0,
+        max_tokens: int = 1400,
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"a judge's url starts with http:// or https://, got {url!r}")
+        if key_variable is not None and not os.environ.get(key_variable):
+            raise ValueError(f"the judge's key is to be in ${key_variable}, which is not set")
+        self._url = url.rstrip("/") + "/chat/completions"
+        self._model, self._timeout, self._max_tokens = model, timeout, max_tokens
+        self._headers = {"Content-Type": "application/json"}
+        if key_variable is not None:
+            self._headers["Authorization"] = f"Bearer {os.environ[key_variable]}"
+
+    def __call__(self, question: Question) -> str:
+        """The text of the first choice.
+
+        Raises:
+            OSError: no answer came in time, or an error status.
+            ValueError: the reply is no chat completion.
+        """
+        content: list[dict[str, Any]] = [{"type": "text", "text": question.text}]
+        content += [
+            {"type": "image_url", "image_url": {"url": _data_url(image)}}
+            for image in question.images
+        ]
+        body = {
+            "model": self._model,
+            "max_tokens": self._max_tokens,
+            "messages": [{"role": "user", "content": content}],
+        }
+        request = urllib.request.Request(
+            self._url, data=json.dumps(body).encode(), headers=self._headers, method="POST"
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=self._timeout) as reply:
+                text = reply.read().decode("utf-8", errors="replace")
+        except HTTPException as problem:  # a reply cut short
+            raise OSError(f"{type(problem).__name__}: {problem}") from None
+        try:
+            return str(json.loads(text)["choices"][0]["message"]["content"])
+        except (ValueError, KeyError, IndexError, TypeError):
+            raise ValueError(f"no chat completion: {text[:60]!r}") from None
+
+
+@final
+class RecordedJudge:
+    """Answers from a file of lines {"key": ..., "part": "SC" or "PQ", "answer": ...}.
+
+    Of several answers to one question the last counts: the judge was asked again because the one
+    before was unusable.
+
+    Raises:
+        ValueError: a line is not of this form; the line is named.
+        FileNotFoundError: there is no such file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._answers: dict[tuple[str, str], str] = {}
+        for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                self._answers[str(row["key"]), str(row["part"])] = str(row["answer"])
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{path}, line {number}: no recorded answer") from None
+
+    def __call__(self, question: Question) -> str:
+        """The recorded text.
+
+        Raises:
+            ValueError: this question was not recorded.
+        """
+        try:
+            return self._answers[question.key, question.part]
+        except KeyError:
+            raise ValueError("no answer was recorded") from None
+
+
+@final
+class Recorder:
+    """Passes questions on and appends every answer to a file that `RecordedJudge` reads.
+
+    Args:
+        judge: the one that answers.
+        path: the file; lines are added as answers come, so an interrupted grading keeps them.
+    """
+
+    def __init__(self, judge: Judge, path: str | Path) -> None:
+        self._judge, self._path = judge, Path(path)
+
+    def __call__(self, question: Question) -> str:
+        """The judge's answer, recorded."""
+        answer = self._judge(question)
+        row = {"key": question.key, "part": question.part, "answer": answer}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        return answer
+
+
+def _data_url(image: Image) -> str:
+    buffer = io.BytesIO()
+    PILImage.fromarray(image).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
