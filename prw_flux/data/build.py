@@ -66,7 +66,7 @@ class Manifest:
 
     def told(self) -> str:
         """One sentence: rows, rejects by reason."""
-        used = f"{self.kept:,} of {self.read:,} records used"
+        used = f"{self.read - sum(self.rejected.values()):,} of {self.read:,} records used"
         if not self.rejected:
             return used
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.rejected.most_common())
