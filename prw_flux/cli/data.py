@@ -23,7 +23,7 @@ def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
         help="show what a data source offers to each task; build, inspect, check data on disk",
     )
     parser.add_argument(
-        "--source", help="shapeweave, photos or package.module:object (default: shapeweave)"
+        "--source", help="shapeweave (default), photos, disk:DIR or package.module:object"
     )
     parser.add_argument("--photos", metavar="DIR", help="a folder of your photos")
     parser.add_argument("--task", action="append", help="only this task; may be repeated")

@@ -4,8 +4,8 @@ instances.json: {"images": [{id, file_name | coco_url}], "annotations": [{id, im
 category_id, segmentation, iscrowd}], "categories": [{id, name}]}; captions.json: annotations with
 image_id and caption. Boxes are [x, y, width, height].
 
-    ground   one record per annotated object: "the dog"; of a class with several objects in the
-             picture each object is a record, as nothing in the words tells them apart
+    ground   one record per picture with all its objects, their classes as phrases; the task marks
+             one whose phrase is alone, or any instance of a class
     inpaint  one record per caption (of the file of captions), with all objects of the picture
 """
 
@@ -75,9 +75,10 @@ class Instances:
             mask=read_mask(entry.get("segmentation"), where),
         )
 
-    def is_crowd(self, number: Any) -> bool:
-        """Whether the annotation covers many objects at once."""
-        return bool(self.objects[number][0].get("iscrowd"))
+    def things(self, image: Any) -> tuple[ThingBox, ...]:
+        """The objects of a picture, without annotations that cover many at once (crowds)."""
+        numbers = self.by_image.get(image, [])
+        return tuple(self.thing(n) for n in numbers if not self.objects[n][0].get("iscrowd"))
 
     def _pictures(self, images: Any) -> Iterator[tuple[Any, str]]:
         for entry, where in images:
@@ -97,7 +98,7 @@ class Instances:
 
 @final
 class CocoGround:
-    """One record per object: its class as the expression.
+    """One record per picture with objects; crowds are left out.
 
     Args:
         path, images: as of `Instances`.
@@ -107,24 +108,22 @@ class CocoGround:
     def __init__(self, path: Path, images: Path, *, licence: str = "") -> None:
         self.inputs: tuple[Path, ...] = (path,)
         self._found, self._licence = Instances(path, images), licence
-        self._numbers = sorted(self._found.objects)
+        self._images = list(self._found.by_image)
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._images)
 
     def records(self, start: int = 0) -> Iterator[Record]:
         """The records from number `start` on."""
-        for number in self._numbers[start:]:
-            entry, where = self._found.objects[number]
-            thing = self._found.thing(number)
+        for image in self._images[start:]:
+            numbers = self._found.by_image[image]
+            where = self._found.objects[numbers[0]][1]
             yield Record(
                 where=where,
-                key=f"{entry['image_id']}/{number}",
-                text=f"the {thing.label}",
-                source=self._found.picture(entry["image_id"], where),
-                boxes=(thing,),
+                key=str(image),
+                source=self._found.picture(image, where),
+                boxes=self._found.things(image),
                 licence=self._licence,
-                refused=("crowd", f"{where} is a crowd") if self._found.is_crowd(number) else None,
             )
 
 
@@ -156,13 +155,12 @@ class CocoInpaint:
         """The records from number `start` on."""
         for entry, where in self._captions[start:]:
             image = entry["image_id"]
-            numbers = [n for n in self._found.by_image[image] if not self._found.is_crowd(n)]
             yield Record(
                 where=where,
                 key=f"{image}/{entry['id']}",
                 text=entry["caption"],
                 target=self._found.picture(image, where),
-                boxes=tuple(self._found.thing(number) for number in numbers),
+                boxes=self._found.things(image),
                 licence=self._licence,
             )
 

@@ -60,6 +60,7 @@ class References:
                 source=self._found.picture(self._found.objects[number][0]["image_id"], where),
                 boxes=(self._found.thing(number, words.strip()),),
                 licence=self._licence,
+                refused=None if words.strip() else ("empty caption", f"{where} has no words"),
             )
 
     def _listed(self, path: Path, split: str | None) -> Iterator[tuple[str, str, Any, str]]:

@@ -68,7 +68,7 @@ class RowMaker:
                 {"name": name, "image": self._map(picture, size)}
                 for name, picture in record.conditions.items()
             ],
-            "boxes": [box for thing in record.boxes for box in self._thing(thing, size)],
+            "boxes": self._things(record, size),
             "text": text,
             "licence": record.licence,
         }
@@ -115,15 +115,18 @@ class RowMaker:
                 raise Reject("empty mask", f"{picture.name} has no white pixel")
         return {"bytes": encode(values), "path": None}
 
-    def _thing(self, thing: ThingBox, size: tuple[int, int]) -> list[Row]:
-        """The box as a list of one; of none where it cannot be used and the task does without."""
-        try:
-            return [_boxed(thing, size)]
-        except Reject:
-            if self.task == "ground":
-                raise
-            self.converted.append("box left out")
-            return []
+    def _things(self, record: Record, size: tuple[int, int]) -> list[Row]:
+        """The boxes that can be used; where a task cannot do without, at least one must be."""
+        rows, refusal = [], None
+        for thing in record.boxes:
+            try:
+                rows.append(_boxed(thing, size))
+            except Reject as problem:
+                refusal = problem
+                self.converted.append(f"left out a {problem.reason}")
+        if refusal is not None and not rows and "boxes" in REQUIRED[self.task]:
+            raise refusal
+        return rows
 
 
 def conversion(data: bytes) -> str | None:

@@ -9,7 +9,8 @@ A built data set is a folder of parquet shards that `datasets.load_dataset(folde
     mask        Image   white where an edit changed the picture, or null
     conditions  list of {name, image}: true maps of the target (depth, segmentation, lineart, ...)
     boxes       list of {box, phrase, label, mask}: the known things of the picture
-    text        string  caption of the target; of ground the expression, of edit the instruction
+    text        string  caption of the target; of edit the instruction; of ground the expression,
+                        or empty where the phrases of the boxes are the expressions
     licence     string  where it is known, else empty
 
 Boxes are (x0, y0, x1, y1) in pixels, maxima exclusive. Masks and conditions have the size of their
@@ -30,7 +31,7 @@ Row: TypeAlias = dict[str, Any]
 
 REQUIRED: Final[Mapping[str, tuple[str, ...]]] = {
     "inpaint": ("target", "text"),
-    "ground": ("source", "text", "boxes"),
+    "ground": ("source", "boxes"),
     "control": ("target", "conditions", "text"),
     "customise": ("source", "target", "text"),
     "edit": ("source", "target", "text"),

@@ -71,16 +71,15 @@ def made(folder: Path, kind: str, task: str, name: str, **options: Any) -> tuple
 
 def test_grounding_by_class(folder: Path) -> None:
     rows, manifest = made(folder, "coco", "ground", "instances.json", licence="CC BY 4.0")
-    assert manifest.rejected == {"crowd": 1, "zero-area box": 1}
-    assert [row["key"] for row in rows] == ["1/10", "1/11"]
-    assert [row["text"] for row in rows] == ["the dog", "the alarm clock"]
-    assert rows[0]["licence"] == "CC BY 4.0" and rows[0]["target"] is None
-    boxes = [row["boxes"] for row in rows]
-    assert boxes[0][0]["box"] == [10, 5, 30, 25] and boxes[1][0]["box"] == [2, 4, 4, 14]
-    for box in boxes:
-        extent = mask_box(np.array(box[0]["mask"]) > 0)
-        assert extent is not None and box_iou(extent, tuple(box[0]["box"])) > 0.85
-    assert mask_box(np.array(boxes[1][0]["mask"]) > 0) == (2, 4, 4, 14)
+    assert manifest.rejected == {"zero-area box": 1} and not manifest.converted
+    (row,) = rows
+    assert (row["key"], row["text"], row["licence"]) == ("1", "", "CC BY 4.0")
+    assert row["target"] is None and row["source"].size == (64, 48)
+    assert [thing["phrase"] for thing in row["boxes"]] == ["dog", "alarm clock"]
+    assert [thing["box"] for thing in row["boxes"]] == [[10, 5, 30, 25], [2, 4, 4, 14]]
+    extents = [mask_box(np.array(thing["mask"]) > 0) for thing in row["boxes"]]
+    assert extents[0] is not None and box_iou(extents[0], (10, 5, 30, 25)) > 0.85
+    assert extents[1] == (2, 4, 4, 14)
 
 
 def test_inpainting_with_captions_and_objects(folder: Path) -> None:
@@ -100,14 +99,14 @@ def test_inpainting_with_captions_and_objects(folder: Path) -> None:
         ["dog", "alarm clock"], [],
     ]  # fmt: skip
     assert manifest.rejected == {"empty caption": 1}
-    assert manifest.converted == {"box left out": 1}
+    assert manifest.converted == {"left out a zero-area box": 1}
     assert rows[0]["source"] is None and rows[0]["target"].size == (64, 48)
 
 
 def test_referring_expressions(folder: Path) -> None:
     references = [
         {"ref_id": 7, "ann_id": 10, "split": "train",
-         "sentences": [{"sent": "left dog"}, "the big dog"]},
+         "sentences": [{"sent": "left dog"}, "the big dog", " "]},
         {"ref_id": 8, "ann_id": 11, "split": "val", "sentences": [{"raw": "clock"}]},
     ]  # fmt: skip
     write(folder, references, "refs.json")
@@ -117,7 +116,7 @@ def test_referring_expressions(folder: Path) -> None:
         ("7/0", "left dog"), ("7/1", "the big dog"),
     ]  # fmt: skip
     assert rows[1]["boxes"][0]["phrase"] == "the big dog"
-    assert rows[1]["boxes"][0]["label"] == "dog" and manifest.kept == 2
+    assert rows[1]["boxes"][0]["label"] == "dog" and manifest.rejected == {"empty caption": 1}
 
 
 @pytest.mark.parametrize(
