@@ -265,7 +265,9 @@ def _close_shard(out: Path, manifest: Manifest, rows: list[Row], schema: Any) ->
         name = f"data/train-{len(manifest.shards):05d}.parquet"
         table = pyarrow.Table.from_pylist(rows, schema=schema)
         with atomic.replace_file(out / name) as new:
-            parquet.write_table(table, new, row_group_size=ROW_GROUP)
+            parquet.write_table(
+                table, new, row_group_size=ROW_GROUP, use_dictionary=["task", "licence"]
+            )
             entry = {"file": name, "rows": len(rows), "bytes": new.stat().st_size}
             manifest.shards.append({**entry, "sha256": sha256(new)})
         manifest.kept += len(rows)
