@@ -11,6 +11,7 @@ from typing import Any
 from prw_flux.cli import show
 
 EPILOG = """inputs (--from KIND PATH):
+  photos DIR         photos with captions and annotations.json
   pairs DIR          before/after pictures: edits.json, or source/ target/ (mask/, text/)
   coco FILE          instances.json of COCO or LVIS; --images, for inpaint also --captions
   refcoco FILE       references as JSON; --images, --instances, --split

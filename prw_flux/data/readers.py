@@ -11,10 +11,12 @@ from prw_flux.data.coco import CocoGround, CocoInpaint
 from prw_flux.data.edit_pairs import EditPairs
 from prw_flux.data.input_files import near
 from prw_flux.data.parquet_rows import KNOWN, ParquetRows, column_map
+from prw_flux.data.photo_rows import PhotoRows
 from prw_flux.data.refcoco import References
 from prw_flux.data.rows import Reader
 
 FEEDS: Final[dict[str, tuple[str, ...]]] = {
+    "photos": ("inpaint", "ground", "control", "customise", "edit"),
     "pairs": ("edit", "customise"),
     "coco": ("ground", "inpaint"),
     "refcoco": ("ground",),
@@ -31,7 +33,8 @@ class Origin:
 
     Args:
         kind: a key of `FEEDS`.
-        path: a folder (pairs), a json file (coco, refcoco), parquet files or a folder of them.
+        path: a folder (photos, pairs), a json file (coco, refcoco), a parquet file or a folder of
+            them.
         images: folder of the pictures that json files name.
         instances: the instances.json of refcoco.
         captions: the captions.json of coco for inpainting.
@@ -60,6 +63,7 @@ def open_reader(origin: Origin, task: str) -> Reader:
     Raises:
         ConfigError: there is no such kind, it does not feed the task, or an option is missing.
         DataError: the input cannot be read.
+        PhotoError: a folder of photos has none, or its annotations are wrong.
     """
     if origin.kind not in FEEDS:
         raise ConfigError(f"cannot build from {origin.kind!r}{near(origin.kind, FEEDS)}")
@@ -67,6 +71,8 @@ def open_reader(origin: Origin, task: str) -> Reader:
         fed = ", ".join(FEEDS[origin.kind])
         raise ConfigError(f"{origin.kind} feeds {fed}, not {task!r}")
     path, licence = Path(origin.path), origin.licence
+    if origin.kind == "photos":
+        return PhotoRows(path, task, licence=licence)
     if origin.kind == "pairs":
         return EditPairs(path, licence=licence)
     if origin.kind == "parquet" or origin.kind in KNOWN:

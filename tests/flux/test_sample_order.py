@@ -167,7 +167,7 @@ print(took, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
 def test_resuming_at_ten_million_costs_nothing() -> None:
-    """Issue 6 asks for 2 s and 1 GiB; measured 0.06 s and about 5 MiB."""
+    """Issue 6 asks for 2 s and 1 GiB; measured 0.0014 s and 0.5 MiB."""
     told = subprocess.run(
         [sys.executable, "-c", RESUME], capture_output=True, text=True, check=True
     ).stdout
