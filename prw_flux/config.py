@@ -33,7 +33,9 @@ class DataConfig:
     """Where training samples come from.
 
     Attributes:
-        source: "shapeweave", "photos", or ``package.module:object`` of a DataSource of the user's.
+        source: "shapeweave", "photos", ``disk:DIR`` for what `data build` made (several with
+            weights: ``disk:DIR*3,OTHER*1``), or ``package.module:object`` of a DataSource of the
+            user's.
         photos: a folder of photos; None is the public-domain photos of scikit-image. They train
             where the source is "photos", and are shown in the report in any case.
         samples: per stage, how many are drawn and encoded before it begins; None encodes every

@@ -1,4 +1,7 @@
-"""The verb `data`: what a data source offers, seen before anything is trained."""
+"""The verb `data`: what a data source offers, seen before anything is trained.
+
+Below it, `data build`, `data inspect` and `data check` are about data on disk (data_build.py).
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from prw_flux.cli import show
+from prw_flux.cli import data_build, show
 
 
 def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
     """Add the verb."""
     parser = verbs.add_parser(
-        "data", parents=[common], help="show what a data source offers to each task"
+        "data",
+        parents=[common],
+        help="show what a data source offers to each task; build, inspect, check data on disk",
     )
     parser.add_argument(
-        "--source", help="shapeweave, photos or package.module:object (default: shapeweave)"
+        "--source", help="shapeweave (default), photos, disk:DIR or package.module:object"
     )
     parser.add_argument("--photos", metavar="DIR", help="a folder of your photos")
     parser.add_argument("--task", action="append", help="only this task; may be repeated")
@@ -28,6 +33,7 @@ def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE", help="write the samples as a contact sheet")
     parser.add_argument("--json", action="store_true", help="print it for a script")
     parser.set_defaults(run=run_data)
+    data_build.add_to(parser, common)
 
 
 def run_data(args: argparse.Namespace) -> int:

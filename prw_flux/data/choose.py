@@ -1,4 +1,4 @@
-"""A data source by name: "shapeweave", "photos", or the user's own ``package.module:object``."""
+"""A data source by name: "shapeweave", "photos", "disk:DIR", or ``package.module:object``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 from typing import Final
 
 from prw import ConfigError
+from prw_flux.data.on_disk import PREFIX, OnDisk
 from prw_flux.data.photos import PhotoFolder
 from prw_flux.shapeweave.source import ShapeWeave
 from prw_flux.tasks.base import DataSource, Task
@@ -19,8 +20,9 @@ def open_data(
     """Open a data source.
 
     Args:
-        source: one of `NAMED`, or ``package.module:object``: a DataSource, or a callable that
-            makes one from ``size=``, ``seed=`` and ``split=``.
+        source: one of `NAMED`; ``disk:DIR``, built data (see `OnDisk` for mixtures); or
+            ``package.module:object``: a DataSource, or a callable that makes one from ``size=``,
+            ``seed=`` and ``split=``.
         size: side of its pictures in pixels.
         seed: of generated pictures.
         split: "train" or "heldout".
@@ -29,16 +31,19 @@ def open_data(
     Raises:
         ConfigError: there is no such source.
         PhotoError: the photos cannot be used.
+        DataError: there is no built data in the folder.
     """
     if source == "shapeweave":
         return ShapeWeave(size=size, seed=seed, split=split)
     if source == "photos":
         return PhotoFolder(photos, size=size, split=split)
+    if source.startswith(PREFIX):
+        return OnDisk(source.removeprefix(PREFIX), size, seed=seed, split=split)
     module_name, colon, name = source.partition(":")
     if not colon:
         raise ConfigError(
-            f"there is no data source {source!r}; there are {' and '.join(NAMED)}, and one of your "
-            "own is package.module:object"
+            f"there is no data source {source!r}; there are {' and '.join(NAMED)}, built data is "
+            "disk:DIR, and one of your own is package.module:object"
         )
     try:
         found = getattr(importlib.import_module(module_name), name)

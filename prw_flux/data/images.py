@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Final, TypeAlias, final
 
@@ -36,18 +37,23 @@ class ImageError(Exception):
 
 
 def open_image(
-    path: str | Path, *, min_side: int = MIN_SIDE, max_pixels: int = MAX_PIXELS
+    path: str | Path,
+    *,
+    data: bytes | None = None,
+    min_side: int = MIN_SIDE,
+    max_pixels: int = MAX_PIXELS,
 ) -> Image:
     """Reads one picture as uint8 [H, W, 3] RGB, turned upright as its EXIF tag says.
 
     16-bit values are scaled to 8, CMYK is converted, transparency is laid on white. Of a
-    multi-picture JPEG (as phones write) the first is taken.
+    multi-picture JPEG (as phones write) the first is taken. With `data`, the bytes of the file,
+    `path` is only its name.
 
     Raises:
         ImageError: with a `reason` among "missing", "not an image", "damaged", "animated",
             "several pages", "too small", "too large", "unknown range".
     """
-    with _decoding(path), _opened(path, max_pixels) as picture:
+    with _decoding(path), _opened(path, max_pixels, data) as picture:
         if min(picture.size) < min_side:
             size = f"{picture.width} x {picture.height}"
             raise ImageError(path, "too small", f"{size} pixels, below the minimum of {min_side}")
@@ -58,16 +64,18 @@ def open_image(
         return _to_rgb(ImageOps.exif_transpose(picture), path)
 
 
-def open_map(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+def open_map(
+    path: str | Path, *, data: bytes | None = None, max_pixels: int = MAX_PIXELS
+) -> NDArray[np.uint8]:
     """Reads a mask or a map: uint8 [H, W] where it has one channel or a palette, else [H, W, 3].
 
     A palette's indices are returned, not its colours (segmentations are stored so); 16-bit values
-    are scaled to 8.
+    are scaled to 8. With `data`, the bytes of the file, `path` is only its name.
 
     Raises:
         ImageError: as `open_image`.
     """
-    with _decoding(path), _opened(path, max_pixels) as picture:
+    with _decoding(path), _opened(path, max_pixels, data) as picture:
         if picture.mode.startswith("I;16"):
             return _from_16_bit(picture)
         if picture.mode == "1":
@@ -102,9 +110,9 @@ def _decoding(path: str | Path) -> Iterator[None]:
         raise ImageError(path, "damaged", detail) from problem
 
 
-def _opened(path: str | Path, max_pixels: int) -> PILImage.Image:
+def _opened(path: str | Path, max_pixels: int, data: bytes | None) -> PILImage.Image:
     PILImage.init()  # all plugins: `formats` names must be registered
-    picture = PILImage.open(path, formats=FORMATS)
+    picture = PILImage.open(path if data is None else BytesIO(data), formats=FORMATS)
     if picture.width * picture.height > max_pixels:
         size = f"{picture.width} x {picture.height}"
         picture.close()

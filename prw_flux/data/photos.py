@@ -224,7 +224,7 @@ class PhotoFolder:
                 )
             box = fit.box(whole)
             side = min(box[2] - box[0], box[3] - box[1])
-            clear = side >= MIN_SIDE and _visible(whole, fit) >= MIN_VISIBLE
+            clear = side >= MIN_SIDE and visible(whole, fit) >= MIN_VISIBLE
             if clear and (mask is None or mask.any()):
                 yield Thing(phrase=thing.phrase, label=thing.label, box=box, mask=mask)
 
@@ -259,7 +259,7 @@ class PhotoFolder:
         return self._remember(replace(example, key=key, edit=pair))
 
 
-def _visible(box: Box, fit: Fit) -> float:
+def visible(box: Box, fit: Fit) -> float:
     """The share of a box that the crop keeps."""
     x0, y0, x1, y1 = fit.window
     width = min(box[2], x1) - max(box[0], x0)

@@ -1,0 +1,180 @@
+"""Built data sets as a data source: pictures by random access, in the order of `SampleOrder`.
+
+Named "disk:DIR" or, to mix several of one task or another, "disk:DIR*3,OTHER*1". Of every data set
+the last hundredth, at least one row and at most 1,000, is the held-out side. The shards are opened
+by `datasets`, which keeps one memory-mapped Arrow copy of them in its cache folder.
+
+Index i of a task is position i of its mixture: the epoch, the part and the row follow from the
+seed and i alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final, NamedTuple, final
+
+import numpy as np
+
+from prw import ConfigError
+from prw_flux.data.build import read_manifest
+from prw_flux.data.images import Fit, open_image, open_map
+from prw_flux.data.photos import MIN_SIDE, MIN_VISIBLE, NO_CAPTION, visible
+from prw_flux.data.rows import DataError, Row, features
+from prw_flux.data.sample_order import Part, SampleOrder
+from prw_flux.tasks.base import Example, Pair, Thing
+
+PREFIX: Final = "disk:"
+HELDOUT: Final = 100
+MOST_HELDOUT: Final = 1000
+
+
+class Opened(NamedTuple):
+    """The rows of one data set that belong to a side of the split."""
+
+    part: Part
+    rows: Any
+    first: int
+
+
+@final
+class OnDisk:
+    """A DataSource over built data sets.
+
+    Args:
+        folders: "DIR" or "DIR*WEIGHT", with commas between several.
+        size: side of the (square) result, or (height, width); multiples of 16.
+        seed: of the shuffles.
+        split: "train", "heldout" or "all".
+        cache: folder of the Arrow copies; None is that of `datasets` (HF_DATASETS_CACHE).
+
+    Raises:
+        DataError: a folder is no data set, or not finished.
+        ConfigError: a weight is not a number, or a folder is named twice.
+        ValueError: the size or the split is wrong.
+    """
+
+    def __init__(
+        self,
+        folders: str,
+        size: int | tuple[int, int] = 96,
+        *,
+        seed: int = 0,
+        split: str = "train",
+        cache: str | Path | None = None,
+    ) -> None:
+        Fit(16, 16, size)
+        if split not in ("train", "heldout", "all"):
+            raise ValueError(f"unknown split {split!r}; known: train, heldout, all")
+        self.size, self.name = size, PREFIX + folders
+        self._of: dict[str, list[Opened]] = {}
+        for folder, weight in _named(folders):
+            task, opened = _open(folder, weight, split, cache)
+            self._of.setdefault(task, []).append(opened)
+        self._order = {
+            task: SampleOrder([one.part for one in found], seed=seed)
+            for task, found in self._of.items()
+        }
+
+    def __len__(self) -> int:
+        return sum(one.part.size for found in self._of.values() for one in found)
+
+    def tasks(self) -> frozenset[str]:
+        """The tasks of the data sets."""
+        return frozenset(self._of)
+
+    def summary(self) -> str:
+        """One sentence: rows by task."""
+        counts = {task: sum(one.part.size for one in found) for task, found in self._of.items()}
+        return ", ".join(f"{task} {count:,} rows" for task, count in counts.items())
+
+    def example(self, task: str, index: int) -> Example:
+        """Position `index` of the mixture of a task; in later epochs with another key.
+
+        Raises:
+            ValueError: no data set is for the task.
+            IndexError: the index is negative.
+        """
+        if task not in self._of:
+            raise ValueError(f"{self.name} feeds {', '.join(sorted(self._of))}, not {task!r}")
+        picks = self._order[task].at([index])
+        number, sample, epoch = (int(x[0]) for x in (picks.part_N, picks.sample_N, picks.epoch_N))
+        opened = self._of[task][number]
+        row = opened.rows[opened.first + sample].to_pylist()[0]
+        key = f"{opened.part.name}:{row['key']}" + (f"#{epoch}" if epoch else "")
+        return _example(row, key, self.size)
+
+
+def _named(folders: str) -> Iterator[tuple[Path, float]]:
+    for text in folders.split(","):
+        folder, star, weight = text.strip().rpartition("*")
+        try:
+            yield (Path(folder), float(weight)) if star else (Path(weight), 1.0)
+        except ValueError:
+            raise ConfigError(f"{text!r}: the weight {weight!r} is not a number") from None
+
+
+def _open(folder: Path, weight: float, split: str, cache: str | Path | None) -> tuple[str, Opened]:
+    manifest = read_manifest(folder)
+    if not manifest.done:
+        raise DataError(f"{folder} is not finished; run the same `data build` again")
+    features()
+    from datasets import load_dataset
+
+    files = [str(folder / shard["file"]) for shard in manifest.shards]
+    place = None if cache is None else str(cache)
+    rows = load_dataset("parquet", data_files=files, split="train", cache_dir=place)
+    rows = rows.with_format("arrow")
+    held = min(MOST_HELDOUT, max(1, len(rows) // HELDOUT))
+    first = {"train": 0, "heldout": len(rows) - held, "all": 0}[split]
+    count = {"train": len(rows) - held, "heldout": held, "all": len(rows)}[split]
+    if not count:
+        raise DataError(f"{folder} has one row, so there is none for split {split!r}")
+    return manifest.task, Opened(Part(name=folder.name, size=count, weight=weight), rows, first)
+
+
+def _example(row: Row, key: str, size: int | tuple[int, int]) -> Example:
+    """What a row says, fitted to the size."""
+    task, text = row["task"], row["text"] or NO_CAPTION
+    stored = {name: row[name] for name in ("source", "target") if row[name] is not None}
+    opened = {name: open_image(key, data=one["bytes"]) for name, one in stored.items()}
+    fits = {name: Fit(one.shape[0], one.shape[1], size) for name, one in opened.items()}
+    pictures = {name: fits[name].image(one) for name, one in opened.items()}
+    main = "source" if task in ("ground", "edit") else "target"
+    fit = fits[main]
+    metadata: dict[str, Any] = {}
+    if row["mask"] is not None:
+        metadata["mask"] = fit.mask(open_map(key, data=row["mask"]["bytes"]) >= 128)
+    pair = None
+    if task in ("edit", "customise"):
+        facts = {"edit": "pair", "exact": False, **metadata} if task == "edit" else {}
+        pair = Pair(source=pictures["source"], text=text, target=pictures["target"], metadata=facts)
+    return Example(
+        key=key,
+        image=pictures[main],
+        caption=text,
+        things=tuple(_things(row, fit)),
+        maps={entry["name"]: _map(entry, fit) for entry in row["conditions"]},
+        edit=pair if task == "edit" else None,
+        subject=pair if task == "customise" else None,
+        metadata={"licence": row["licence"]},
+    )
+
+
+def _map(entry: Row, fit: Fit) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    values = open_map(entry["name"], data=entry["image"]["bytes"])
+    return fit.labels(values) if entry["name"] == "segmentation" else fit.image(values)
+
+
+def _things(row: Row, fit: Fit) -> Iterator[Thing]:
+    """The things of which the crop shows at least half."""
+    for thing in row["boxes"]:
+        x0, y0, x1, y1 = thing["box"]
+        box = fit.box((x0, y0, x1, y1))
+        mask = None
+        if thing["mask"] is not None:
+            mask = fit.mask(open_map("mask", data=thing["mask"]["bytes"]) >= 128)
+        seen = min(box[2] - box[0], box[3] - box[1]) >= MIN_SIDE
+        seen = seen and visible((x0, y0, x1, y1), fit) >= MIN_VISIBLE
+        if seen and (mask is None or mask.any()):
+            yield Thing(phrase=thing["phrase"], label=thing["label"], box=box, mask=mask)
