@@ -97,7 +97,8 @@ def held_out(session: Session, config: RunConfig, count: int) -> dict[str, Held]
 
 
 def _on(device: torch.device, batch: Batch) -> Batch:
-    return replace(batch, **{name: value.to(device) for name, value in vars(batch).items()})
+    given = {name: value for name, value in vars(batch).items() if value is not None}
+    return replace(batch, **{name: value.to(device) for name, value in given.items()})
 
 
 def source(session: Session, held: Held, t: float, record: prw.Record | None = None) -> SourceCache:

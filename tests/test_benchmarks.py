@@ -65,6 +65,7 @@ def assert_pipeline(told: dict[str, Any]) -> None:
 def test_a_wrong_velocity_has_no_speed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.syspath_prepend(ROOT)
     from benchmarks import _flux, pipeline
 
     def shifted(*args: Any, **kwargs: Any) -> Tensor:
