@@ -46,7 +46,8 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
 def replace_file(path: str | Path) -> Iterator[Path]:
     """Yield the name of a file beside `path`; when the block ends well it takes `path`'s place.
 
-    It is synced to disk before. When the block raises, it is removed and `path` is untouched.
+    It is synced to disk before, and may be read by whom the umask lets. When the block raises, it
+    is removed and `path` is untouched.
 
     Raises:
         FileExistsError: `path` is a folder or a device, which is left alone.
@@ -56,8 +57,11 @@ def replace_file(path: str | Path) -> Iterator[Path]:
         raise FileExistsError(f"{path} is no file; choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
+    new.touch()
+    mode = new.stat().st_mode & 0o666
     try:
         yield new
+        new.chmod(mode)
         _fsync(new)
         new.replace(path)
         _fsync(path.parent)
@@ -76,7 +80,10 @@ def sweep(path: str | Path) -> None:
     """Remove what writers of `path` left beside it when they were killed; nobody may be writing."""
     path = Path(os.path.abspath(path))
     for left in path.parent.glob(f".{path.name}.*.new"):
-        shutil.rmtree(left, ignore_errors=True)
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def _install(new: Path, path: Path) -> None:

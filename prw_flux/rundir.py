@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import torch
 
 import prw
 from prw import PRWError
+from prw.atomic import replace_file
 from prw_flux.config import RunConfig
 
 FORMAT_VERSION: Final = 1
@@ -243,12 +243,8 @@ def _held(path: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a text file in one step: a crash leaves the old one or the new one."""
-    new = path.with_name(f".{path.name}.new")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    with replace_file(path) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def _absolute(base: str) -> str:

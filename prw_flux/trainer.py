@@ -32,7 +32,7 @@ from prw_flux.optimization import learning_rate, new_optimizer
 from prw_flux.passes import source_pass
 from prw_flux.progress import Quiet
 from prw_flux.resume import Position, read_moments, read_position, restore_moments, save_state
-from prw_flux.rundir import RunFolder
+from prw_flux.rundir import INDEX, RunFolder
 from prw_flux.samples import Batch, Samples, stable_hash
 from prw_flux.session import Session
 from prw_flux.tasks import TASKS, DataSource
@@ -106,9 +106,8 @@ def train(
         TrainingError: a loss or gradient is not finite; the state before it is saved.
     """
     with run.exclusively():
-        sweep(run.state)
-        sweep(run.adapter)
-        sweep(run.coredi)
+        for written in (run.state, run.adapter, run.coredi, run.path / INDEX, run.metrics):
+            sweep(written)
         position = read_position(run)
         run.forget_log_after(position.stage, position.step)
         if run.config.remember:

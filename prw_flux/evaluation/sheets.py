@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -12,10 +11,11 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image as PILImage
 
+from prw.atomic import replace_folder
 from prw_flux.data.annotations import PhotoError
 from prw_flux.data.photos import PhotoFolder
 from prw_flux.evaluation.samples import EvaluationSample, draw_samples
-from prw_flux.rundir import RunFolder, write_atomically
+from prw_flux.rundir import RunFolder
 from prw_flux.tasks import Image, load_task
 
 log = logging.getLogger(__name__)
@@ -53,21 +53,17 @@ def write_sheets(
         photos: photo samples by task.
         outputs: one picture per photo sample, in the same order.
     """
-    new = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    entries = [
-        _entry(new, f"{task}-scene-{i}", sample, output, "scenes", value)
-        for task, rows in shown.items()
-        for i, (sample, output, value) in enumerate(rows)
-    ]
-    of_photos = (sample for part in photos.values() for sample in part)
-    for i, (sample, output) in enumerate(zip(of_photos, outputs, strict=True)):
-        entries.append(_entry(new, f"{sample.task}-photo-{i}", sample, output, "photos", None))
-    index = {"version": VERSION, "photos": OUTSIDE, "samples": entries}
-    write_atomically(new / "samples.json", json.dumps(index, indent=1) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    new.replace(folder)
+    with replace_folder(folder) as new:
+        entries = [
+            _entry(new, f"{task}-scene-{i}", sample, output, "scenes", value)
+            for task, rows in shown.items()
+            for i, (sample, output, value) in enumerate(rows)
+        ]
+        of_photos = (sample for part in photos.values() for sample in part)
+        for i, (sample, output) in enumerate(zip(of_photos, outputs, strict=True)):
+            entries.append(_entry(new, f"{sample.task}-photo-{i}", sample, output, "photos", None))
+        index = {"version": VERSION, "photos": OUTSIDE, "samples": entries}
+        (new / "samples.json").write_text(json.dumps(index, indent=1) + "\n", "utf-8")
 
 
 def _entry(

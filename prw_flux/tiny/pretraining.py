@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from transformers import T5EncoderModel
 
 from prw import CheckpointError
+from prw.atomic import replace_file
 from prw_flux.arithmetic import arithmetic
 from prw_flux.flow import interpolate, resolution_shift, sample_times, velocity_target
 from prw_flux.tiny.autoencoder import warmup_cosine
@@ -231,14 +231,8 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 def save_state(now: Pretraining, path: Path, made_from: Mapping[str, str]) -> None:
     """Replace the state file in one step."""
     tensors = {name: tensor.detach().clone() for name, tensor in now.tensors().items()}
-    new = path.with_name(f".{path.name}.new")
-    try:
+    with replace_file(path) as new:
         save_file(tensors, new, metadata={"step": str(now.step), **made_from})
-        with new.open("rb") as file:
-            os.fsync(file.fileno())
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,8 @@ def test_what_a_killed_process_left_is_removed(
     for name in (".state.0123.new", ".adapter.4567.new"):
         (run.path / name).mkdir()
         (run.path / name / "half").write_text("...")
+    for name in (".run.json.89ab.new", ".metrics.jsonl.cdef.new"):
+        (run.path / name).write_text("{")
     go(run)
     assert not list(run.path.glob(".*.new"))
     assert contents(run) == contents(whole)

@@ -414,3 +414,13 @@ def test_a_save_loses_nothing_that_no_save_wrote(tmp_path: Path) -> None:
     weave.save(tmp_path / "link")  # a link stays one, and what it leads to is replaced
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "run" / "prw.json").is_file()
+
+
+def test_a_replaced_file_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    """safetensors 0.8 writes 0600, whatever the umask says."""
+    plain = tmp_path / "plain"
+    plain.touch()
+    with atomic.replace_file(tmp_path / "x.safetensors") as new:
+        safetensors.torch.save_file({"x": torch.zeros(1)}, new)
+    found = (tmp_path / "x.safetensors").stat().st_mode
+    assert found == plain.stat().st_mode
