@@ -179,10 +179,11 @@ def leave_fast_path(
 ) -> list[tuple[nn.TransformerEncoder, bool]]:
     """Make torch's transformer encoder call its layers of a kind in eval mode too.
 
-    Returns the ``use_nested_tensor`` that each encoder had.
-
     Its fast path reads the weights instead. A layer leaves it where a module inside has a hook; the
     stack of layers must also be kept from giving them nested tensors, which only that path takes.
+
+    Returns:
+        Every encoder with such a layer, and the ``use_nested_tensor`` that it had.
     """
     nested: list[tuple[nn.TransformerEncoder, bool]] = []
     for module in list(model.modules()):

@@ -104,6 +104,17 @@ def test_the_fastest_candidate_is_found_once_and_kept(search: Path) -> None:
     assert [file.name for file in search.parent.iterdir()] == ["tiles.json"]
 
 
+def test_a_cache_that_cannot_be_written_stops_no_launch(
+    search: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PRW_CACHE", str(tmp_path / "file" / "below"))
+    found = tile("scatter", "sm_90", 128, 4096, measure=lambda sizes: float(sizes.n))
+    assert "cannot be written, so other processes search again" in caplog.text
+    assert tile("scatter", "sm_90", 128, 4096, measure=never) == found
+    assert not (tmp_path / "file").read_bytes()
+
+
 def test_what_another_shipped_block_was_searched_with_is_not_used(
     search: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 import triton
-import triton.testing
 from torch import Tensor
 
 from prw_kernels.routed_lora.blocks import Groups, arch_for, columns, fit, parts, runs
 from prw_kernels.routed_lora.kernels import gather_kernel, gram_kernel, scatter_kernel
 from prw_kernels.tiles import Tile, tile
+from prw_kernels.tiles.timing import timed
 
 
 def shrink(row_TK: Tensor, factor_ENK: Tensor, groups: Groups) -> Tensor:
@@ -65,13 +65,11 @@ def _gather(
     transposed: bool,
 ) -> None:
     tokens, width = row_TK.shape
-    rank = out_SN.shape[1]
+    rank, d_gate = out_SN.shape[1], extra[3]
 
     def launch(t: Tile) -> None:
-        if extra[3] is not None:
-            extra[
-                3
-            ].zero_()  # the partial sums of a search's other tiles, and those without program
+        if d_gate is not None:
+            d_gate.zero_()  # partial sums of a search's other tiles, and those without program
         rows, every = triton.cdiv(groups.slots, t.m), rank * max(groups.dense, 1)
         b_n = columns(every, t.n, rows)
         gather_kernel[(rows, triton.cdiv(every, b_n))](
@@ -220,10 +218,7 @@ def gram(
 def _run(kernel: str, launch: Callable[[Tile], None], row: Tensor, rank: int) -> None:
     """Launch with the tile of the table, or with the fastest where a search is asked for."""
 
-    def measure(candidate: Tile) -> float:
-        return float(triton.testing.do_bench(lambda: launch(candidate)))
-
-    launch(tile(kernel, arch_for(row), rank, row.shape[0], measure=measure))
+    launch(tile(kernel, arch_for(row), rank, row.shape[0], measure=timed(launch)))
 
 
 def precision() -> str:

@@ -5,8 +5,6 @@ Shape suffixes: T tokens, D width, E experts, F columns of both kinds, S slots, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 from torch import Tensor
@@ -20,6 +18,7 @@ from prw_kernels.routing.kernels import (
 )
 from prw_kernels.routing.reference import Segments, slots
 from prw_kernels.tiles import Tile, arch_of, tile
+from prw_kernels.tiles.timing import timed
 
 SPLIT = 2048
 """Tokens that one program of `route_weight_kernel` sums."""
@@ -203,8 +202,3 @@ def launch_route_weight(d_logit_TF: Tensor, h_TD: Tensor) -> Tensor:
 def precision(arch: str) -> str:
     """How fp32 is multiplied: in three TF32 products (2**-21) where tensor cores have no fp32."""
     return "tf32x3" if arch.startswith("sm_") else "ieee"
-
-
-def timed(run: Callable[[Tile], None]) -> Callable[[Tile], float]:
-    """Milliseconds of a launch, for `prw_kernels.tiles.tile`."""
-    return lambda sizes: float(triton.testing.do_bench(lambda: run(sizes)))

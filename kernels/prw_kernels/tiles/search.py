@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
@@ -17,6 +16,9 @@ from prw_kernels.backend import interpreted
 from prw_kernels.tiles.table import CANDIDATES, INTERPRETER, SAFE, TABLE, Tile
 
 _LOG = logging.getLogger(__name__)
+
+_UNWRITTEN: dict[tuple[Path, str], Tile] = {}
+"""What was found in this process and could not be written."""
 
 
 def tile(
@@ -42,14 +44,19 @@ def tile(
     if os.environ.get("PRW_AUTOTUNE", "0") != "1" or arch == INTERPRETER:
         return shipped
     key = f"{arch} {kernel} rank<={_bucket(rank)} tokens<={_bucket(tokens)}"
-    known = known_tiles().get(key)
+    known = known_tiles().get(key) or _UNWRITTEN.get((cache_file(), key))
     if known is not None and known.m == shipped.m:
         return known
     if measure is None or _capturing():
         return shipped
     found = _search(kernel, shipped, measure)
     _LOG.info("%s: %s", key, found)
-    _remember(key, found)
+    try:
+        _remember(key, found)
+    except OSError as error:
+        _LOG.warning("%s cannot be written, so other processes search again: %s",
+                     cache_file(), error)  # fmt: skip
+        _UNWRITTEN[cache_file(), key] = found
     return found
 
 
@@ -127,6 +134,9 @@ def _remember(key: str, found: Tile) -> None:
     file = cache_file()
     entries = {name: asdict(value) for name, value in {**known_tiles(), key: found}.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
-        json.dump(entries, temporary, indent=1, sort_keys=True)
-    os.replace(temporary.name, file)
+    new = file.with_name(f".{file.name}.{os.getpid()}.new")
+    try:
+        new.write_text(json.dumps(entries, indent=1, sort_keys=True))
+        new.replace(file)
+    finally:
+        new.unlink(missing_ok=True)
