@@ -80,6 +80,8 @@ def loop(p: Problem) -> list[Tensor]:
     outputs = base(p)
     for e in range(p.shape.experts):
         index = (p.expert == e).nonzero()[:, 0]
+        if not len(index):
+            continue  # PEFT visits the adapters of the batch only
         part, weight = p.x[index], p.weight(index)
         for y, A, B in zip(outputs, p.A, p.B, strict=True):
             y[index] += (F.linear(F.linear(part, A[e]), B[e]) * weight).to(y.dtype)
@@ -91,6 +93,8 @@ def tuned_loop(p: Problem) -> list[Tensor]:
     outputs = base(p)
     for e in range(p.shape.experts):
         index = (p.expert == e).nonzero()[:, 0]
+        if not len(index):
+            continue
         part, weight = p.x.index_select(0, index), p.weight(index)
         for y, A, B in zip(outputs, p.A, p.B, strict=True):
             y.index_add_(0, index, (F.linear(F.linear(part, A[e]), B[e]) * weight).to(y.dtype))

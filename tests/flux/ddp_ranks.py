@@ -6,17 +6,15 @@ nothing, to ``<checkpointing>-<rank>.txt``.
 
 from __future__ import annotations
 
-import sys
-import traceback
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import report
 
 import prw
 import prw.distributed
@@ -84,7 +82,7 @@ def backward(model: nn.Module, weave: Any, given: dict[str, Tensor]) -> None:
     (loss + prw.veteran_gate_loss(record, 0.8, 0.5)).backward()
 
 
-def check(checkpointing: bool, rank: int) -> None:
+def check(checkpointing: bool, rank: int, _folder: Path) -> None:
     module, whole = build(checkpointing), build(checkpointing)
     model = DistributedDataParallel(module)
     for _ in range(2):  # the second forward fails where a parameter of the first was not reduced
@@ -104,21 +102,5 @@ def check(checkpointing: bool, rank: int) -> None:
     assert max(float(p.grad.abs().max()) for p in wanted.values() if p.grad is not None) > 1e-4
 
 
-def main() -> None:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120)
-    )
-    for checkpointing in (False, True):
-        try:
-            check(checkpointing, rank)
-            problem = ""
-        except BaseException:
-            problem = traceback.format_exc()
-        (folder / f"{checkpointing}-{rank}.txt").write_text(problem, encoding="utf-8")
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    report({"False": partial(check, False), "True": partial(check, True)})

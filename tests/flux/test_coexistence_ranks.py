@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import ContextParallelConfig, ParallelConfig, TensorParallelConfig
+from two_processes import require_quiet, run_two
 
 from prw_flux.parallel import require_spreadable
 
@@ -21,16 +19,7 @@ WORKER = Path(__file__).with_name("ulysses_ranks.py")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two ranks wrote what they found."""
     made = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(made)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    told = [rank.communicate(timeout=280)[0] for rank in ranks]
-    (made / "told.txt").write_text("\n".join(told), encoding="utf-8")
+    run_two(WORKER, made)
     return made
 
 
@@ -39,9 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ulysses_on_two_ranks_is_one_process(folder: Path, granularity: str, rank: int) -> None:
     """Whole samples are routed by the mean over all ranks, or each rank would choose for itself."""
-    found = folder / f"{granularity}-{rank}.txt"
-    assert found.is_file(), (folder / "told.txt").read_text(encoding="utf-8")
-    assert not found.read_text(encoding="utf-8")
+    require_quiet(folder, granularity, rank)
 
 
 @pytest.mark.parametrize(

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from two_processes import require_quiet, run_two
 
 WORKER = Path(__file__).with_name("two_ranks_coredi.py")
 
 
 def test_two_ranks_normalise_as_one_process(tmp_path: Path) -> None:
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(tmp_path)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    told = "\n".join(rank.communicate(timeout=120)[0] for rank in ranks)
+    run_two(WORKER, tmp_path, timeout=120)
     for rank in range(2):
-        found = tmp_path / f"coredi-{rank}.txt"
-        assert found.is_file(), told
-        assert not found.read_text(encoding="utf-8")
+        require_quiet(tmp_path, "coredi", rank)

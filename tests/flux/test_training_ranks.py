@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from two_processes import require_quiet, run_two
 
 WORKER = Path(__file__).with_name("ddp_ranks.py")
 
@@ -16,16 +14,7 @@ WORKER = Path(__file__).with_name("ddp_ranks.py")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two ranks wrote what they found."""
     made = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(made)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    told = [rank.communicate(timeout=280)[0] for rank in ranks]
-    (made / "told.txt").write_text("\n".join(told), encoding="utf-8")
+    run_two(WORKER, made)
     return made
 
 
@@ -36,6 +25,4 @@ def test_two_ranks_have_the_gradients_of_one_process(
     folder: Path, checkpointing: bool, rank: int
 ) -> None:
     """Several draws per source, the veteran gate, and no `find_unused_parameters`."""
-    found = folder / f"{checkpointing}-{rank}.txt"
-    assert found.is_file(), (folder / "told.txt").read_text(encoding="utf-8")
-    assert not found.read_text(encoding="utf-8")
+    require_quiet(folder, str(checkpointing), rank)

@@ -6,16 +6,14 @@ nothing, to ``<granularity>-<rank>.txt``.
 
 from __future__ import annotations
 
-import sys
-import traceback
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from diffusers import ContextParallelConfig, FluxTransformer2DModel
 from torch import Tensor
+from two_processes import report
 
 from prw_flux import PRWAdapter, SourceCache, attach, main_pass, source_pass
 from prw_flux.encode import position_ids
@@ -62,7 +60,7 @@ def passes(transformer: FluxTransformer2DModel, sizes: tuple[int, int]) -> tuple
 
 
 @torch.no_grad()
-def check(granularity: str, rank: int) -> None:
+def check(granularity: str, rank: int, _folder: Path) -> None:
     wanted, keys = passes(build(granularity), (2, 4))
     spread = build(granularity)
     spread.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
@@ -74,22 +72,6 @@ def check(granularity: str, rank: int) -> None:
         passes(spread, (3, 3))
 
 
-def main() -> None:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-    torch.accelerator.device_count = lambda: 1  # diffusers divides by it, and a CPU counts as 0
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=120)
-    )
-    for granularity in ("sample", "token"):
-        try:
-            check(granularity, rank)
-            problem = ""
-        except BaseException:
-            problem = traceback.format_exc()
-        (folder / f"{granularity}-{rank}.txt").write_text(problem, encoding="utf-8")
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    torch.accelerator.device_count = lambda: 1  # diffusers divides by it, and a CPU counts as 0
+    report({name: partial(check, name) for name in ("sample", "token")})

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from two_processes import require_quiet, run_two
 
 import prw
 import prw.distributed
@@ -20,25 +18,14 @@ WORKER = Path(__file__).with_name("two_ranks.py")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two ranks wrote what they found."""
     made = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(made)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    told = [rank.communicate(timeout=280)[0] for rank in ranks]
-    (made / "told.txt").write_text("\n".join(told), encoding="utf-8")
+    run_two(WORKER, made)
     return made
 
 
 @pytest.mark.parametrize("scenario", ["ddp", "fsdp2", "sharded", "splits"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_ranks_are_one_process(folder: Path, scenario: str, rank: int) -> None:
-    found = folder / f"{scenario}-{rank}.txt"
-    assert found.is_file(), (folder / "told.txt").read_text(encoding="utf-8")
-    assert not found.read_text(encoding="utf-8")
+    require_quiet(folder, scenario, rank)
 
 
 def test_alone_there_is_nothing_to_average() -> None:

@@ -6,9 +6,6 @@ went wrong, or nothing, to ``<scenario>-<rank>.txt``.
 
 from __future__ import annotations
 
-import sys
-import traceback
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import report
 
 import prw
 import prw.distributed
@@ -192,24 +190,5 @@ def splits(rank: int, folder: Path) -> None:
 SCENARIOS = {"ddp": ddp, "fsdp2": fsdp2, "sharded": sharded, "splits": splits}
 
 
-def main(rank: int, folder: Path) -> None:
-    """Run all scenarios; a failure on one rank does not keep the other waiting for long."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    for name, scenario in SCENARIOS.items():
-        try:
-            scenario(rank, folder)
-            told = ""
-        except Exception:
-            told = traceback.format_exc()
-        (folder / f"{name}-{rank}.txt").write_text(told, encoding="utf-8")
-        if told:
-            break
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    report(SCENARIOS, seconds=60)
