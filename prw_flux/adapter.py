@@ -7,7 +7,6 @@ quantised, offloaded and fused, and an adapter saves, loads and travels without 
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,12 @@ from torch import Tensor, nn
 import prw
 from prw import Pool
 from prw.fingerprint import TOLERANCE, difference, drift
-from prw_flux.locate import adapter_folder, base_fingerprint, stored_fingerprint
+from prw_flux.locate import (
+    adapter_folder,
+    base_fingerprint,
+    stored_fingerprint,
+    stored_settings,
+)
 from prw_flux.source_cache import Recorded
 from prw_flux.tasks import TASKS
 
@@ -331,7 +335,12 @@ class PRWAdapter(ModelMixin, ConfigMixin):
             prw.CheckpointError: If it is damaged, or was written by a newer version.
         """
         folder = adapter_folder(pretrained_model_name_or_path, kwargs)
-        adapter: Self = cls.from_config(json.loads((folder / "config.json").read_text("utf-8")))
+        settings = stored_settings(folder)
+        try:
+            adapter: Self = cls.from_config(settings)
+        except (TypeError, ValueError) as problem:
+            file = folder / "config.json"
+            raise prw.CheckpointError(f"{file} is damaged: {problem}") from None
         adapter.weave.fingerprint = stored_fingerprint(folder)
         adapter.weave.load_state(folder)
         dtype = kwargs.get("torch_dtype", kwargs.get("dtype"))

@@ -100,7 +100,7 @@ def open_adapter(
         inner = adapter_place(path / (options.get("subfolder") or ""))
         adapter: PRWAdapter = PRWAdapter.from_pretrained(inner)
         return adapter
-    if path.is_file() or path.suffix or weight_name is not None:
+    if path.is_file() or path.suffix == ".safetensors" or weight_name is not None:
         return _of_file(_local_file(path, weight_name, options))
     adapter = PRWAdapter.from_pretrained(location, **options)
     return adapter

@@ -11,10 +11,16 @@ from typing import Any
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from huggingface_hub import snapshot_download
 
+from prw import CheckpointError
 from prw.fingerprint import fingerprint
 from prw.hub import explained
 
 EMBEDDED = "tiny-flux"
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text can be "owner/name" on the Hub; a folder of that name comes first."""
+    return text.count("/") == 1 and not text.startswith((".", "/", "~"))
 
 
 def is_run(folder: Path) -> bool:
@@ -57,8 +63,7 @@ def resolve_base(base: str | os.PathLike[str]) -> str:
         from prw_flux import tiny
 
         return str(tiny.path())
-    is_hub_id = text.count("/") == 1 and not text.startswith((".", "/", "~"))
-    if Path(text).is_dir() or is_hub_id:
+    if Path(text).is_dir() or is_hub_id(text):
         return text
     raise FileNotFoundError(f"The base {text} does not exist: name its new place with base=.")
 
@@ -67,7 +72,7 @@ def adapter_folder(source: str | os.PathLike[str], kwargs: Mapping[str, Any]) ->
     """The folder of an adapter, fetched from the Hub if `source` is not a local one."""
     subfolder = kwargs.get("subfolder") or ""
     folder = Path(source)
-    if not folder.exists() and str(source).count("/") == 1 and not str(source).startswith("."):
+    if not folder.exists() and is_hub_id(str(source)):
         with explained(str(source), kwargs.get("revision")):
             folder = Path(
                 snapshot_download(
@@ -93,6 +98,21 @@ def base_fingerprint(transformer: FluxTransformer2DModel) -> dict[str, Any]:
     found = fingerprint(transformer, linears)
     found["config"].pop("quantization_config", None)  # the same base, stored in fewer bits
     return found
+
+
+def stored_settings(folder: Path) -> dict[str, Any]:
+    """What config.json of an adapter's folder says.
+
+    Raises:
+        CheckpointError: If it is missing or damaged.
+    """
+    try:
+        stored = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as problem:
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read: {problem}") from None
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{folder / 'config.json'} is damaged: it holds no settings")
+    return stored
 
 
 def stored_fingerprint(folder: Path) -> dict[str, Any]:

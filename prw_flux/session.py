@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from prw_flux.adapter import PRWAdapter
 from prw_flux.config import RunConfig
 from prw_flux.coredi.encoders import FeatureEncoder, load_encoder
 from prw_flux.coredi.model import CoReDi
-from prw_flux.locate import resolve_base
+from prw_flux.locate import resolve_base, stored_settings
 from prw_flux.passes import TwoPass
 from prw_flux.pipeline import CoLoGenPipeline
 from prw_flux.schema import plain
@@ -75,7 +73,7 @@ def open_session(config: RunConfig, adapter: Path | None = None) -> Session:
         **plain(config.adapter),
         tasks=_specs(config, tasks, adapter),
         resolution=config.size,
-        trained=[] if adapter is None else _stored(adapter).get("trained"),
+        trained=[] if adapter is None else stored_settings(adapter).get("trained"),
     )
     if adapter is not None:
         _require_same_settings(adapter, config)
@@ -120,7 +118,7 @@ def _load_base(config: RunConfig) -> CoLoGenPipeline:
 
 def _specs(config: RunConfig, tasks: tuple[Task, ...], adapter: Path | None) -> dict[str, Any]:
     """Every task the adapter is to know: the five, the parent's, and this run's own."""
-    known = _stored(adapter).get("tasks") if adapter is not None else None
+    known = stored_settings(adapter).get("tasks") if adapter is not None else None
     specs: dict[str, Any] = {
         task.name: {"sentence": task.sentence, "aligned": task.aligned}
         for task in (*TASKS.values(), *tasks)
@@ -128,17 +126,9 @@ def _specs(config: RunConfig, tasks: tuple[Task, ...], adapter: Path | None) -> 
     return {**(known or {}), **specs}
 
 
-def _stored(adapter: Path) -> Mapping[str, Any]:
-    try:
-        stored = json.loads((adapter / "config.json").read_text("utf-8"))
-    except (OSError, ValueError) as problem:
-        raise CheckpointError(f"{adapter / 'config.json'} cannot be read: {problem}") from None
-    return stored if isinstance(stored, dict) else {}
-
-
 def _require_same_settings(adapter: Path, config: RunConfig) -> None:
     """Experts of one adapter share how their source is modulated and how they are routed."""
-    stored = _stored(adapter)
+    stored = stored_settings(adapter)
     for name in ("granularity", "gate", "noise", "source_timestep", "source_pooled"):
         theirs, ours = stored.get(name), getattr(config.adapter, name)
         if theirs != ours:

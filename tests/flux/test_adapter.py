@@ -175,6 +175,19 @@ def test_a_missing_or_damaged_folder_says_so(
     with pytest.raises(FileNotFoundError, match="not a PRW adapter"):
         PRWAdapter.from_pretrained(tmp_path / "nowhere")
     make_adapter(make_transformer()).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter/config.json"
+    whole = file.read_text()
+    rank = json.dumps(json.loads(whole) | {"rank": "big"})
+    for text, told in (
+        (whole[:40], "config.json cannot be read"),
+        ("[]", "config.json is damaged: it holds no settings"),
+        ("{}", "config.json is damaged"),
+        (rank, "config.json is damaged"),
+    ):
+        file.write_text(text)
+        with pytest.raises(prw.CheckpointError, match=told):
+            PRWAdapter.from_pretrained(tmp_path / "adapter")
+    file.write_text(whole)
     (tmp_path / "adapter/prw.json").write_text("{")
     with pytest.raises(prw.CheckpointError):
         PRWAdapter.from_pretrained(tmp_path / "adapter")

@@ -83,9 +83,13 @@ def test_repositories(saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("huggingface_hub.hf_hub_download", one_file)
     pipe.load_prw_weights("someone/some-adapter", subfolder="adapter", revision="v1")
     pipe.load_prw_weights("someone/some-adapter", weight_name="adapter.safetensors")
+    pipe.load_prw_weights("someone/FLUX.1-adapter", subfolder="adapter")  # no file's ending
+    with pytest.raises(FileNotFoundError, match="is not a PRW adapter"):
+        pipe.load_prw_weights("~/adapter")
     assert asked == [
         ("someone/some-adapter", {"allow_patterns": ["adapter/**"], "revision": "v1"}),
         ("someone/some-adapter", "adapter.safetensors", {}),
+        ("someone/FLUX.1-adapter", {"allow_patterns": ["adapter/**"]}),
     ]
 
 
