@@ -18,6 +18,10 @@ PANELS = (
     ("feature_loss", "feature loss", "log"),
     ("loss", "image loss", "log"),
 )
+QUALITY = (
+    ("FD", "Fréchet distance to held-out pictures", "log"),
+    ("C", "C: attributes of held-out scenes", "linear"),
+)
 
 
 def figure(lines: list[dict[str, Any]], arms: list[str]) -> Figure:
@@ -32,11 +36,11 @@ def figure(lines: list[dict[str, Any]], arms: list[str]) -> Figure:
         for arm in present:
             curve(axis, [pairs(line["log"], key) for line in of(lines, arm)], arm, colours[arm])
         axis.set(title=title, xlabel="step", yscale=scale)
-    for axis, key in zip(axes[4:], ("C", "L"), strict=True):
+    for axis, (key, title, scale) in zip(axes[4:], QUALITY, strict=True):
         for arm in present:
             curve(axis, [pairs(line["quality"], key) for line in of(lines, arm)], arm, colours[arm])
-        words = {"C": "C: attributes of held-out scenes", "L": "L: their box IoU"}
-        axis.set(title=words[key], xlabel="step")
+        axis.set(title=title, xlabel="step", yscale=scale)
+        axis.set_visible(bool(axis.lines))
     handles, labels = axes[3].get_legend_handles_labels()
     top.legend(handles, labels, loc="outside lower center", ncols=len(present), frameon=False)
     if learned:

@@ -17,7 +17,6 @@ from torch import Tensor
 from prw_flux.coredi import FeatureEncoder, FunctionEncoder
 from prw_flux.encode import resize
 
-WIDTH = 512
 MEAN = (123.0, 117.0, 104.0)
 POOLED = (2, 6, 11)
 """Layers after which torchvision's numbering has a pooling."""
@@ -30,26 +29,29 @@ def weights() -> Path | None:
     return file if file.is_file() else None
 
 
-def encoder() -> FeatureEncoder:
-    """The outputs of the last fire module: 512 channels, 16 pixels a place."""
+def encoder(last: int = 12) -> FeatureEncoder:
+    """The outputs of a fire module: by default of the last one, 512 channels, 16 pixels a place."""
     file = weights()
     if file is None:
         raise FileNotFoundError("SqueezeNet needs PRW_TEST_ASSETS to name the test assets")
     state = {name: value.float() for name, value in load_file(file).items()}
-    return FunctionEncoder(lambda pixels, grid: features(state, pixels, grid), WIDTH)
+    width = 2 * state[f"features.{last}.expand1x1.weight"].shape[0]
+    return FunctionEncoder(lambda pixels, grid: features(state, pixels, grid, last), width)
 
 
-def features(state: dict[str, Tensor], pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Maps [B, 512, R, C] of pixels in [-1, 1], which are resized so that the maps are the grid."""
+def features(
+    state: dict[str, Tensor], pixels: Tensor, grid: tuple[int, int], last: int = 12
+) -> Tensor:
+    """Maps [B, D, R, C] of pixels in [-1, 1], resized so that those of layer 12 are the grid."""
     x = resize(pixels.cpu(), (16 * grid[0] + 17, 16 * grid[1] + 17))
     x = (x + 1.0) * 127.5 - x.new_tensor(MEAN).view(3, 1, 1)
     x = F.relu(F.conv2d(x, state["features.0.weight"], state["features.0.bias"], stride=2))
-    for layer in range(2, 13):
+    for layer in range(2, last + 1):
         if layer in POOLED:
             x = F.max_pool2d(x, 3, 2, ceil_mode=True)
             continue
         x = _fire(state, f"features.{layer}", x)
-    return x
+    return x if last == 12 else F.adaptive_avg_pool2d(x, grid)
 
 
 def _fire(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -127,3 +128,17 @@ def test_a_routed_step_costs_about_one_lora_on_a_cpu() -> None:
     over_plain, over_loop = json.loads(ran.stdout)
     assert over_plain < 1.5
     assert over_loop < 1.1
+
+
+def test_steps_to_a_bar_are_those_after_which_it_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between looks linearly; a look that falls back below the bar starts the count again."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    steps_to = importlib.import_module("benchmarks.coredi").steps_to
+    rising = [{"step": 10, "C": 0.1}, {"step": 20, "C": 0.3}, {"step": 30, "C": 0.5}]
+    assert steps_to(rising, "C", 1, 0.2) == 15.0
+    assert steps_to(rising, "C", 1, 0.6) is None
+    assert steps_to(rising, "C", 1, 0.05) == 10.0
+    dipped = [{"step": 10, "C": 0.4}, {"step": 20, "C": 0.2}, {"step": 30, "C": 0.6}]
+    assert steps_to(dipped, "C", 1, 0.3) == 22.5
+    falling = [{"step": 10, "FD": 9.0}, {"step": 20, "FD": 5.0}]
+    assert steps_to(falling, "FD", -1, 7.0) == 15.0
