@@ -24,9 +24,6 @@ from prw_kernels.routing import (
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
-# Triton 3.9 announces a default of 3.10 at the first compilation.
-pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-
 places = pytest.mark.parametrize(
     "device",
     [
@@ -337,6 +334,9 @@ def test_operators_keep_their_contract(device: torch.device) -> None:
         (found.expert, 3, 16, found.count),
         test_utils=checks,
     )
+    expert, _, probs, slope, _ = torch.ops.prw_kernels.route(*given)
+    back = expert, probs, slope, case.by_gate, None, *given[:3], True, True
+    torch.library.opcheck(torch.ops.prw_kernels.route_backward.default, back, test_utils=checks)
 
 
 @pytest.mark.interpreted
