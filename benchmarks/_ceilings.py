@@ -46,6 +46,7 @@ def _scratch() -> torch.Tensor:
 def graphed(run: Callable[[], object]) -> Callable[[], None] | None:
     """The same work as a CUDA graph; None where it cannot be captured, because it waits."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             run()

@@ -23,10 +23,26 @@ def parser(name: str, about: str) -> argparse.ArgumentParser:
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    made.add_argument("--device", type=_device, choices=("cpu", "cuda"), default="cpu")
     made.add_argument("--quick", action="store_true", help="smaller, and few rounds")
-    made.add_argument("--json", type=Path, help="write the result here, too")
+    made.add_argument("--json", type=new_file, help="write the result here, too")
     return made
+
+
+def new_file(name: str) -> Path:
+    """A file to be written, for argparse: refused before the run, not after it."""
+    file = Path(name)
+    if not file.parent.is_dir() or file.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"{name} cannot be written: give a file in a folder there is"
+        )
+    return file
+
+
+def _device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch sees no CUDA device here; use --device cpu")
+    return name
 
 
 def interleaved(

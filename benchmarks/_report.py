@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,20 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _mean(values: list[float]) -> float:
     return round(statistics.geometric_mean(values), 3)
+
+
+def earlier(name: str) -> dict[str, Any]:
+    """A result of this benchmark, for argparse: read before the run."""
+    try:
+        found: dict[str, Any] = json.loads(Path(name).read_text("utf-8"))
+        assert found["benchmark"] == "kernels"
+        assert all(row["ours_over"]["base"] > 0 and row["name"] for row in found["rows"])
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        told = f"{type(error).__name__} {error}".strip()
+        raise argparse.ArgumentTypeError(
+            f"{name} is no --json of this benchmark ({told})"
+        ) from None
+    return found
 
 
 def compare(result: dict[str, Any], old: dict[str, Any]) -> None:

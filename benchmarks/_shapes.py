@@ -52,13 +52,14 @@ class Shape:
         return found
 
     def choices(self, random: torch.Generator) -> Tensor:
-        """An expert for every token, or for every sample."""
+        """An expert for every token, or for every sample, on the generator's device."""
         count = 8 if self.skew == "sample" else self.tokens
         share = torch.ones(self.experts)
         if self.skew == "zipf":
             share = 1 / torch.arange(1, self.experts + 1)
         if self.skew == "one":
             share = torch.eye(self.experts)[-1]
+        share = share.to(random.device)
         return torch.multinomial(share, count, replacement=True, generator=random)
 
 

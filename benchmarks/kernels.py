@@ -5,14 +5,14 @@
 
 ``base``     the frozen linears alone; it is part of every other row
 ``plain``    one unrouted LoRA: the peft library's own layer, where it is installed
-``ours``     `prw_kernels.routed_lora`, backend "auto"
+``ours``     `prw_kernels.routed_linear`, backend "auto": on a GPU the base is part of the operator
 ``loop``     PEFT's loop over adapters (`_mixed_batch_forward`), with index tensors
 ``tuned``    the same loop with index_select and index_add_, which PEFT does not use
 ``dense``    X-LoRA: every expert on every token
 ``grouped``  sorted rows and `torch.nn.functional.grouped_mm`, differentiated by autograd
 
-Outputs and every gradient of each routed variant are compared with the reference in fp64, on at
-most 4096 tokens, before anything is timed; a wrong one ends the run with status 1. On a CPU there
+Outputs and every gradient of each routed variant are compared with the reference in fp64, at the
+size that is timed, before anything is timed; a wrong one ends the run with status 1. On a CPU there
 is one thread and times are process time. On CUDA they are taken between events with the L2 cache
 flushed, and up to 4096 tokens from a CUDA graph, too.
 
@@ -28,9 +28,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,13 +38,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import _report
 from benchmarks._ceilings import clocks, copy_rate, gemm_rate, graphed, roofline, seconds
-from benchmarks._common import interleaved, machine, parser, spread
+from benchmarks._common import interleaved, machine, new_file, parser, spread
 from benchmarks._peers import ROUTED, Plain, Problem, base, error, gradients, saved_bytes, truth
 from benchmarks._shapes import Shape, suite
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Of the largest value: some ten roundings of the dtype's epsilon, sums of some 1,000 in fp32."""
-CHECKED = 4096
 GRAPHED = 4096
 PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "_grouped_mm")
 MOVES = ("index_select", "sort", "cat", "scatter_", "copy_", "clone", "searchsorted")
@@ -55,8 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Check, time, print; 1 where a result is wrong."""
     found = parser("kernels", __doc__ or "")
     found.add_argument("--suite", choices=("cpu", "flux", "llm"))
-    found.add_argument("--compare", type=Path, help="an earlier --json of the same suite")
-    found.add_argument("--plot", type=Path, help="draw the ratios to the base here")
+    found.add_argument(
+        "--compare", type=_report.earlier, help="an earlier --json of the same suite"
+    )
+    found.add_argument("--plot", type=new_file, help="draw the ratios to the base here")
     args = found.parse_args(arguments)
     if args.device == "cpu":
         torch.set_num_threads(1)  # process time counts every thread
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
             _report.line(row)
     result["summary"] = _report.summary(result["rows"])
     if args.compare:
-        _report.compare(result, json.loads(args.compare.read_text("utf-8")))
+        _report.compare(result, args.compare)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     if args.plot:
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def verdict(shape: Shape, device: str) -> dict[str, float]:
     """The worst relative error of every routed variant."""
-    p = Problem(replace(shape, tokens=min(shape.tokens, CHECKED)), device)
+    p = Problem(shape, device)
     exact = truth(p)
     return {name: error(p, way, exact) for name, way in ROUTED.items()}
 
@@ -196,6 +196,8 @@ def on_cuda(runs: dict[str, Callable[[], object]], shape: Shape, device: str) ->
             name: spread([seconds(replay, device) for _ in range(20)])["median_ms"]
             for name, replay in replays.items() if replay
         }  # fmt: skip
+        if "ours" in graphs:
+            graphs["ours / base"] = round(graphs["ours"] / graphs["base"], 3)
     return {"peak_MB": round(peak / 2**20, 1), "launches": len(kernels), "graph_ms": graphs}
 
 

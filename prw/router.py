@@ -275,15 +275,17 @@ def router_input(
     Returns:
         ``[T, D + K]`` with T the number of tokens, or of samples (``x.shape[0]``).
     """
-    h = x.to(torch.promote_types(x.dtype, torch.float32))
+    dtype = torch.promote_types(x.dtype, torch.float32)
     if granularity == "token" or x.dim() == 2:
-        rows = h.reshape(-1, x.shape[-1])
-    elif mask is None:
-        h = h.flatten(1, -2)
-        rows = h.sum(1) / max(h.shape[1], 1)
+        rows = x.to(dtype).reshape(-1, x.shape[-1])
     else:
-        h, kept = h.flatten(1, -2), mask.flatten(1)
-        rows = torch.where(kept[..., None], h, 0.0).sum(1) / kept.sum(1, keepdim=True).clamp(min=1)
+        # The sum casts as it reads: on a GPU there is no copy of x in fp32.
+        h = x.flatten(1, -2)
+        count: Tensor | int = max(h.shape[1], 1)
+        if mask is not None:
+            kept = mask.flatten(1)
+            h, count = torch.where(kept[..., None], h, 0.0), kept.sum(1, keepdim=True).clamp(min=1)
+        rows = h.sum(1, dtype=dtype) / count
     if context is None:
         return rows
     given = context.to(rows.dtype)

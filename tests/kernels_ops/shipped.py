@@ -209,13 +209,13 @@ def order(dense: int) -> list[str | None]:
 
 def expand(arch: str, rank: int, tokens: int) -> Build:
     """``y = B_e h * scaling * gate + bias + base``."""
-    given = ["fp32", "bf16", "bf16"]
+    given = ["fp32", "bf16", "bf16", "i64"]
     return scatter(arch, rank, 2 * rank, tokens, given, transposed=True)
 
 
 def expand_transposed(arch: str, rank: int, tokens: int) -> Build:
     """``dx = A_e^T s`` for K and V together."""
-    return scatter(arch, 2 * rank, 2 * rank, tokens, [None, None, None], transposed=False)
+    return scatter(arch, 2 * rank, 2 * rank, tokens, [None] * 4, transposed=False)
 
 
 def scatter(
@@ -238,7 +238,7 @@ def scatter(
     return Build(
         kernel=ROUTED_LORA + "scatter_kernel",
         arch=arch,
-        args=["bf16", "bf16", "bf16", *order(dense), *given, 2.0, tokens],
+        args=["bf16", "bf16", "bf16", *order(dense), *given, 2.0, tokens, EXPERTS],
         meta=meta,
         products=products(arch, sizes.m),
     )

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prw_kernels import routed_lora
+from prw_kernels import routed_linear, routed_lora
 from prw_kernels.routed_lora import backends, cpu_concat
+from prw_kernels.routed_lora import cpu as cpu_module
+from prw_kernels.routed_lora import linear as linear_module
 from prw_kernels.routed_lora.cpu import _way
 
 # Sums of at most a few hundred products in fp64, in two orders: far below 1e-11.
@@ -335,46 +337,150 @@ def test_a_backend_that_cannot_is_named() -> None:
         backends.choose("cpu", backends.Case(meta, [[meta, meta]], [[1.0, 1.0]], None))
 
 
-def test_double_backward_is_refused() -> None:
+def by_samples(case: Case) -> tuple[Tensor, ...]:
+    """What "auto" takes for one choice per sample where there is no CPU and no Triton."""
+    given = case.x, case.A, case.B, case.scaling, case.expert, case.gate
+    deltas = backends.per_sample(*given)
+    return tuple(map(torch.add, case.results, deltas))
+
+
+def test_double_backward_is_refused_before_it_gives_zeros() -> None:
+    case = Case((3, 5), per_sample=True)
+    for outputs in (case.run("cpu"), by_samples(case)):
+        loss = outputs[0].square().sum()
+        with pytest.raises(RuntimeError, match="no second derivative; use backend='reference'"):
+            torch.autograd.grad(loss, case.x, create_graph=True)
+    (dx,) = torch.autograd.grad(case.run("reference")[0].square().sum(), case.x, create_graph=True)
+    assert torch.autograd.grad(dx.sum(), case.x)[0].any()
+
+
+@pytest.mark.parametrize("rank", [4, 24], ids=["concatenated", "sorted"])
+def test_a_backward_pass_under_autocast_has_the_same_bits(rank: int) -> None:
+    case = Aligned((4, 6), rank=rank, per_sample=True)
+    for low in (case.lowered(torch.float32), case.lowered(torch.bfloat16)):
+        for outputs in (low.run("cpu"), by_samples(low)):
+            loss = sum(y.float().sum() for y in outputs)
+            wanted = torch.autograd.grad(loss, low.leaves, retain_graph=True)  # type: ignore[arg-type]
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                found = torch.autograd.grad(loss, low.leaves)  # type: ignore[arg-type]
+            assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("per_sample", [False, True], ids=["token", "sample"])
+def test_indices_of_32_bits_are_the_same(per_sample: bool) -> None:
+    case = Case((3, 7), per_sample=per_sample)
+    wanted = case.run("cpu")
+    case.expert = case.expert.int()
+    for backend in ("cpu", "reference"):
+        torch.testing.assert_close(case.run(backend), wanted, **EXACT)
+
+
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_a_compiled_graph_looks_at_the_index_when_it_runs(wrong: int) -> None:
     case = Case((3, 5))
-    (y, *_) = case.run("cpu")
-    (dx,) = torch.autograd.grad(y.square().sum(), case.x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+    compiled = torch.compile(case.run, backend="aot_eager", fullgraph=True)
+    assert all(map(torch.equal, compiled("cpu"), case.run("cpu")))
+    case.expert[1, 2] = wrong
+    with pytest.raises(ValueError, match=f"index {wrong}; the pool has 0 to 2"):
+        compiled("cpu")
+    for y in compiled("reference"):  # nothing to look at there
+        assert y[1, 2].isnan().all() and y.isnan().sum() == y.shape[-1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "per_sample"),
+    [(torch.float64, 3, False), (torch.bfloat16, 4, True)],
+    ids=["token-sorted", "sample-concatenated"],
+)
+def test_the_operators_are_registered_as_torch_wants(
+    dtype: torch.dtype, rank: int, per_sample: bool
+) -> None:
+    case = Aligned((4, 5), rank=rank, per_sample=per_sample, uneven=True).lowered(dtype)
+    given = [leaf.detach() for leaf in (case.x, case.gate)]
+    factors = [f.detach() for side in (case.A, case.B) for row in side for f in row]
+    scaling = [s for row in case.scaling for s in row]
+    asked = given[0], case.expert, given[1], scaling, 2, factors
+    torch.library.opcheck(cpu_module._forward_op, asked)
+    outputs = cpu_module._forward_op(*asked)
+    dy = [torch.ones_like(y) for y in outputs[:2]]
+    needs = [bool(i % 3) for i in range(2 + len(factors))]
+    asked = dy, given[0], case.expert, given[1], scaling, factors, outputs[2:], needs
+    torch.library.opcheck(cpu_module._backward_op, asked)
 
 
 def test_mistakes_are_named() -> None:
+    def refused(match: str, **changed: Any) -> None:
+        case = Case((3, 5))
+        for name, value in changed.items():
+            setattr(case, name, value)
+        for backend in ("cpu", "reference", "auto"):
+            with pytest.raises(ValueError, match=match):
+                case.run(backend)
+
     case = Case((3, 5))
-    with pytest.raises(ValueError, match="at least one expert"):
-        routed_lora(case.results, case.x, [[], []], [[], []], [])
-    with pytest.raises(ValueError, match="has 3 experts: say which"):
-        routed_lora(case.results, case.x, case.A, case.B, case.scaling)
-    with pytest.raises(ValueError, match=r"expert has shape \(5,\).*input \(3, 5, 5\)"):
-        routed_lora(case.results, case.x, case.A, case.B, case.scaling, torch.zeros(5).long())
-    with pytest.raises(ValueError, match="gate has shape"):
-        routed_lora(
-            case.results, case.x, case.A, case.B, case.scaling, case.expert, torch.ones(3, 5, 1)
-        )
-    with pytest.raises(ValueError, match="index 3; the pool has 0 to 2"):
-        Case((3, 5), only=3).run()
-    with pytest.raises(ValueError, match="expert has dtype torch.float64"):
-        case.expert = case.expert.double()
-        case.run()
+    refused("at least one expert", A=[[], []], B=[[], []], scaling=[[], []])
+    refused("1 results, 2 projections in A, 2 in B and 2 in scaling", results=case.results[:1])
+    refused("2 results, 1 projections in A", A=case.A[:1])
+    refused("4 in B", B=case.B + case.B)
+    refused("projection 1 has 3 A, 2 B and 3 scalings", B=[case.B[0], case.B[1][:2]])
+    refused("has 3 experts: say which", expert=None)
+    refused(r"expert has shape \(5,\).*input \(3, 5, 5\)", expert=torch.zeros(5).long())
+    refused("gate has shape", gate=torch.ones(3, 5, 1))
+    refused(r"gate has shape \(3,\) and expert \(3, 5\)", gate=torch.ones(3))
+    refused("gate has dtype torch.complex64", gate=torch.ones(3, 5, dtype=torch.complex64))
+    refused("gate is on meta and x on cpu", gate=torch.ones(3, 5, device="meta"))
+    refused("expert is on meta and x on cpu", expert=case.expert.to("meta"))
+    refused("expert has dtype torch.float64", expert=case.expert.double())
+    refused("expert has dtype torch.int16", expert=case.expert.short())
+    for wrong in (3, -1, 2**40):
+        refused(f"index {wrong}; the pool has 0 to 2", expert=torch.full((3, 5), wrong))
+    A = [row[:] for row in case.A]
+    A[1][2] = case.leaf(3, 6)
+    refused(r"A\[1\]\[2\] \(3, 6\) and B.*no pair from width 5 to 4", A=A)
+    A[1][2] = case.leaf(3)
+    refused(r"A\[1\]\[2\] \(3,\) and B.*no pair", A=A)
+    B = [row[:] for row in case.B]
+    B[0][1] = case.leaf(7)
+    refused(r"B\[0\]\[1\] \(7,\) are no pair", B=B)
+    B[0][1] = case.B[0][1].float()
+    refused("one dtype and one device", B=B)
+    low = (
+        [[row[0], row[1].bfloat16(), row[2]] for row in case.A],
+        [[row[0], row[1].bfloat16(), row[2]] for row in case.B],
+    )
+    refused("factors are of .*bfloat16.*float64.*one dtype", A=low[0], B=low[1])
+    refused(r"results\[0\] has shape \(4, 5, 7\)", results=[case.leaf(4, 5, 7), case.results[1]])
+    refused("on meta, which does not go", results=[r.to("meta") for r in case.results])
+
+
+def test_mistakes_about_weights_are_named() -> None:
     case = Case((3, 5))
-    case.gate = case.gate[:, 0]
-    with pytest.raises(ValueError, match=r"gate has shape \(3,\) and expert \(3, 5\)"):
-        case.run()
-    case = Case((3, 5))
-    case.A[1][2] = case.leaf(3, 6)
-    with pytest.raises(ValueError, match=r"A\[1\]\[2\] \(3, 6\) and B.*no pair from width 5 to 4"):
-        case.run()
-    case = Case((3, 5))
-    case.B[0][1] = case.B[0][1].float()
-    with pytest.raises(ValueError, match="one dtype and one device"):
-        case.run()
-    case.results = [case.leaf(4, 5, 7), case.leaf(3, 5, 4)]
-    with pytest.raises(ValueError, match=r"results\[0\] has shape \(4, 5, 7\)"):
-        case.run()
+    rest = case.A, case.B, case.scaling, case.expert, case.gate
+    wide, thin = case.leaf(7, 5), case.leaf(4, 5)
+    with pytest.raises(ValueError, match="2 weights, 1 biases and 2 projections in A"):
+        routed_linear(case.x, [wide, thin], [None], *rest)
+    with pytest.raises(ValueError, match="0 weights, 0 biases and 0 projections"):
+        routed_linear(case.x, [], [], [], [], [])
+    with pytest.raises(ValueError, match=r"weights\[1\] is \(4, 3\).*width 5"):
+        routed_linear(case.x, [wide, thin[:, :3]], [None, None], *rest)
+    with pytest.raises(ValueError, match=r"biases\[0\] is \(4,\), expected \(7,\)"):
+        routed_linear(case.x, [wide, thin], [thin[:, 0], None], *rest)
+    with pytest.raises(ValueError, match="no pair from width 5 to 7"):
+        routed_linear(case.x, [wide, wide], [None, None], *rest)
+
+
+def test_a_folded_linear_says_once_what_it_picked(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backends._say.cache_clear()
+    case, folded = Case((3, 5)), []
+    monkeypatch.setattr(linear_module, "_folds", lambda *_: True)
+    monkeypatch.setattr(linear_module, "tiled", lambda *given, **_: folded.append(given))
+    weights = [torch.zeros(out, 5, dtype=torch.float64) for out in (7, 4)]
+    with caplog.at_level(logging.INFO, logger="prw_kernels"):
+        for _ in range(2):
+            routed_linear(case.x, weights, [None] * 2, case.A, case.B, case.scaling, case.expert)
+    assert len(folded) == 2 and len(caplog.messages) == 1
 
 
 def test_a_nan_gate_reaches_its_token_only() -> None:

@@ -6,11 +6,15 @@ Triton's interpreter (fp32 and fp16: its bf16 is wrong) and `gpu` for the kernel
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from prw_kernels.backend import check_interpreted, runs_triton
 from prw_kernels.routing import (
@@ -23,9 +27,6 @@ from prw_kernels.routing import (
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-# Triton 3.9 announces a default of 3.10 at the first compilation.
-pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
 places = pytest.mark.parametrize(
     "device",
@@ -337,6 +338,9 @@ def test_operators_keep_their_contract(device: torch.device) -> None:
         (found.expert, 3, 16, found.count),
         test_utils=checks,
     )
+    expert, _, probs, slope, _ = torch.ops.prw_kernels.route(*given)
+    back = expert, probs, slope, case.by_gate, None, *given[:3], True, True
+    torch.library.opcheck(torch.ops.prw_kernels.route_backward.default, back, test_utils=checks)
 
 
 @pytest.mark.interpreted
@@ -362,6 +366,48 @@ def test_the_truth_is_the_router_of_the_library() -> None:
     torch.testing.assert_close(found.probs, wanted.probs)
     torch.testing.assert_close(found.gate, wanted.gate)
     assert torch.equal(found.expert, wanted.expert)
+
+
+class Work(TorchDispatchMode):
+    """Operators that compute, and the bytes they read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in ("detach", "promote_types", "empty_like"):
+            given = [t for t in tree_leaves((args, kwargs, found)) if isinstance(t, Tensor)]
+            self.operators += 1
+            self.bytes += sum(t.numel() * t.itemsize for t in given)
+        return found
+
+
+def test_what_one_launch_would_save_the_router_of_the_library() -> None:
+    """The figures of the README: per token of FLUX's width in bf16, with noise, five experts."""
+    from prw.router import NoisyTop1, router_input
+
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    tokens, width, experts = 4096, 3072, 5
+    with torch.device("meta"):
+        x = torch.empty(tokens, width, dtype=torch.bfloat16, requires_grad=True)
+        columns = [torch.empty(width, requires_grad=True) for _ in range(2 * experts)]
+        eps = torch.empty(tokens, experts)
+        with Work() as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            h_TD = router_input(x, "token", None)
+            routing = NoisyTop1().route(h_TD, columns[:experts], columns[experts:], eps)
+        with Work() as backward:
+            routing.gate.sum().backward()
+    assert (forward.operators, backward.operators) == (17, 16)
+    per_token = [forward.bytes / tokens, backward.bytes / tokens, sum(kept.values()) / tokens]
+    assert per_token == pytest.approx([69e3, 106e3, 12.6e3], rel=0.02)
 
 
 def test_mistakes_of_routing_are_named() -> None:

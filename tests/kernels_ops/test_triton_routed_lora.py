@@ -22,13 +22,13 @@ from prw.testing import check_backend
 from prw.testing.backends import BackendCase, Given
 from prw_kernels import routed_linear, routed_lora
 from prw_kernels.backend import installed
-from prw_kernels.routed_lora import blocks, tiled_op
+from prw_kernels.routed_lora import blocks, checks, tiled_op
 from prw_kernels.routed_lora import tiled as tiled_module
 from prw_kernels.routed_lora.tiled import tiled
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 interpreted = pytest.mark.interpreted
-on_gpu = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")]
+on_gpu = pytest.mark.gpu
 places = pytest.mark.parametrize(
     ("device", "dtype"),
     [
@@ -202,7 +202,6 @@ def test_the_promises_of_a_backend() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_the_promises_of_a_backend_on_a_gpu() -> None:
     check_backend(op, device="cuda", dtypes=(FP32, FP16, BF16), examples=60)
 
@@ -255,6 +254,32 @@ def test_a_token_that_is_not_finite_stays_with_its_expert(device: str) -> None:
     assert gradients["A[0][0]"].isnan().any()  # type: ignore[union-attr]
     for leaf in ("A[0][1]", "A[0][2]", "B[0][1]", "B[0][2]"):
         assert gradients[leaf].isfinite().all()  # type: ignore[union-attr]
+
+
+@both
+@devices
+def test_a_choice_outside_the_pool_is_nan_where_nobody_looks(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prw_kernels.routing.launch import launch_segments
+
+    monkeypatch.setattr(checks, "check_pool", lambda *_: None)
+    monkeypatch.setattr(tiled_op, "segments", launch_segments)
+    given = BackendCase((20,), ranks=(8,) * 3, width=48, sizes=(64, 48)).begin(device)
+    wanted = given.run(op)
+    given.expert[3], given.expert[5] = 3, -1
+    for backend in (op, partial(routed_lora, backend="reference")):
+        for found, exact in zip(given.run(backend), wanted, strict=True):
+            wrong = found.isnan().all(1)
+            assert wrong.nonzero()[:, 0].tolist() == [3, 5]
+            close(found[~wrong], exact[~wrong], FP32)
+
+
+@interpreted
+def test_double_backward_is_refused() -> None:
+    given = CASES["two-projections"].begin()
+    with pytest.raises(RuntimeError, match="no second derivative; use backend='reference'"):
+        torch.autograd.grad(given.run(op)[0].square().sum(), given.x, create_graph=True)
 
 
 @both
@@ -322,8 +347,19 @@ def test_the_operator_is_registered_as_torch_wants() -> None:
     given = BackendCase((5,), ranks=(8,) * 2, width=48, sizes=(64, 48)).begin()
     factors = [f for row in given.A for f in row], [f for row in given.B for f in row]
     arguments = (given.x, *factors, given.results, [], [], given.expert, given.gate, 2.0)
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(tiled_op.routed_lora_op, arguments, test_utils=checks)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(tiled_op.routed_lora_op, arguments, test_utils=tests)
+    with torch.no_grad():
+        outputs = tiled_op.routed_lora_op(*arguments)
+    dy = [torch.ones_like(y) for y in outputs[4:]]
+    x, gate, h = given.x.detach(), torch.ones(5), outputs[0]
+    frozen = [[f.detach() for f in side] for side in factors]
+    choice = given.expert, gate, *outputs[1:4], 2.0
+    torch.library.opcheck(
+        tiled_op.routed_lora_backward_op,
+        (dy, x, h, *frozen, [], *choice, True, True, [True, False]),
+        test_utils=tests,
+    )
 
 
 @interpreted
@@ -373,7 +409,7 @@ def test_mistakes_are_named() -> None:
     refuse(wrong, results, x, cast(A, BF16), cast(B, BF16), *rest)
     refuse(wrong, [y.bfloat16() for y in results], x, A, B, *rest)
     refuse("torch.float64", results, x, cast(A, torch.float64), cast(B, torch.float64), *rest)
-    refuse("another argument on meta", results, x, A, B, scaling, expert, gate.to("meta"))
+    refuse("gate is on meta", results, x, A, B, scaling, expert, gate.to("meta"))
     refuse("expert has index 2", results, x, A, B, scaling, expert * 0 + 2, gate)
     for weight, bias, match in (
         (torch.zeros(8, 5), None, r"weights\[0\] is \(8, 5\)"),
@@ -427,7 +463,6 @@ FLUX = BackendCase((4096,), ranks=(128,) * 5, width=3072, sizes=(3072, 3072), dt
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("rank", [128, 16])
 def test_keys_and_values_of_flux(rank: int, dtype: torch.dtype) -> None:
@@ -446,7 +481,6 @@ def test_keys_and_values_of_flux(rank: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_nothing_waits_for_the_device() -> None:
     linear = Linear(FLUX, (True, True), "cuda")
     linear.given.gradients(linear.run())  # compiles
@@ -461,7 +495,6 @@ def test_nothing_waits_for_the_device() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_a_captured_graph_replays_with_another_routing() -> None:
     linear = Linear(FLUX, (True, True), "cuda")
     given = linear.given
@@ -489,7 +522,6 @@ def test_a_captured_graph_replays_with_another_routing() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_more_elements_than_int32_counts() -> None:
     tokens, width = 2**31 // 3072 + 1000, 3072
     if torch.cuda.mem_get_info()[0] < 24 * 2**30:

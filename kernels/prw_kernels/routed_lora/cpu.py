@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prw_kernels.routed_lora import cpu_concat, cpu_sorted
+from prw_kernels.routed_lora.checks import check_once, check_pool
 from prw_kernels.routed_lora.cpu_problem import Needs, Problem, by_projection, units
 
 CONCAT_RANKS = 64
@@ -86,13 +87,17 @@ def backward(
     saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """The gradients of x, of the gate and of every factor: of those, in turn, that are needed."""
+    """The gradients of x, of the gate and of every factor: of those, in turn, that are needed.
+
+    Autocast is off, also where a whole training step runs under it.
+    """
     problem = Problem.of(x, expert, gate, scaling, len(grads), factors)
     factors_need = [by_projection(half, len(grads)) for half in by_projection(needs[2:], 2)]
     wanted = Needs(needs[0], needs[1], *factors_need)
     dy = [units(grad.to(x.dtype).contiguous(), expert) for grad in grads]
     way = _way(x, problem.A)
-    dx, d_gate, d_A, d_B = way.backward(problem, dy, list(saved), wanted)
+    with torch.autocast("cpu", enabled=False):
+        dx, d_gate, d_A, d_B = way.backward(problem, dy, list(saved), wanted)
     found = [] if dx is None else [dx.view(x.shape)]
     found += [] if d_gate is None else [d_gate.view(gate.shape).to(gate.dtype)]
     return found + [grad for side in (d_A, d_B) for of in side for grad in of if grad is not None]
@@ -107,6 +112,7 @@ def _forward_op(
     count: int,
     factors: list[Tensor],
 ) -> list[Tensor]:
+    check_pool(expert, len(scaling) // count)  # nobody looked while the graph was made
     return forward(x, expert, gate, scaling, count, factors)
 
 
@@ -179,8 +185,8 @@ class _Routed(torch.autograd.Function):
         return tuple(found[:count])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        check_once()
         x, expert, gate, *rest = ctx.saved_tensors
         size = 2 * len(ctx.scaling)
         x_needs, _, gate_needs, _, _, *factors_need = ctx.needs_input_grad

@@ -100,7 +100,7 @@ def gather_kernel(
     tl.store(p_out + p_at, acc.to(p_out.dtype.element_ty), mask=m_at)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "E"])
 def scatter_kernel(
     p_slot,  # [S, width], its first K columns
     p_factor,  # [E, K, N], or [E, N, K] if transposed
@@ -110,8 +110,10 @@ def scatter_kernel(
     p_gate,  # [T] float32, or None
     p_bias,  # [N], or None
     p_base,  # [T, N], or None
+    p_choice,  # [T] any integer type, the expert of each token; None in the backward
     scaling,
     T,
+    E,
     K: tl.constexpr,
     N: tl.constexpr,
     width: tl.constexpr,
@@ -123,7 +125,11 @@ def scatter_kernel(
     b_n: tl.constexpr,
     b_k: tl.constexpr,
 ):
-    """``out_t = slot_s F_e * scaling * gate_t + bias + base_t``. Grid: (S / b_m, N / b_n)."""
+    """``out_t = slot_s F_e * scaling * gate_t + bias + base_t``. Grid: (S / b_m, N / b_n).
+
+    A row whose choice is outside the pool is NaN: nobody waits for a check, and nobody trains on
+    the numbers of another expert.
+    """
     i_m, i_n = tl.program_id(0), tl.program_id(1)
     o_slot = i_m.to(tl.int64) * b_m + tl.arange(0, b_m)
     o_n = i_n * b_n + tl.arange(0, b_n)
@@ -156,6 +162,9 @@ def scatter_kernel(
     if p_gate is not None:
         weight *= tl.load(p_gate + o_token, mask=m_token, other=0.0)
     acc *= weight[:, None]
+    if p_choice is not None:
+        choice = tl.load(p_choice + o_token, mask=m_token, other=0)
+        acc = tl.where(((choice >= 0) & (choice < E))[:, None], acc, float("nan"))
     if p_bias is not None:
         acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
     p_at = o_token[:, None] * N + o_n[None, :]

@@ -108,6 +108,7 @@ def expand(
     gate_T: Tensor | None = None,
     bias: Tensor | None = None,
     base_TN: Tensor | None = None,
+    choice_T: Tensor | None = None,
 ) -> Tensor:
     """``out_t = F_e^T h_s * scaling * gate_t + bias + base_t``: every row written once.
 
@@ -121,6 +122,7 @@ def expand(
         gate_T: fp32, or None for 1.
         bias: ``[N]``, or None.
         base_TN: added, or None.
+        choice_T: the expert of each token; a row whose choice is outside the pool becomes NaN.
     """
     (tokens, width), rank = out_TN.shape, h_SR.shape[1]
 
@@ -135,8 +137,10 @@ def expand(
             gate_T,
             bias,
             base_TN,
+            choice_T,
             scaling,
             tokens,
+            factor.shape[0],
             K=rank,
             N=width,
             width=h_SR.stride(0),

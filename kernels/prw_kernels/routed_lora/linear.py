@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prw_kernels.routed_lora.backends import Backend, Case
+from prw_kernels.routed_lora.backends import Backend, Case, choose
 from prw_kernels.routed_lora.checks import check
 from prw_kernels.routed_lora.op import routed_lora
 from prw_kernels.routed_lora.tiled import tiled, why_not_tiled
@@ -57,11 +57,13 @@ def routed_linear(
     Raises:
         ValueError: as `routed_lora`.
     """
-    if _folds(backend, Case(x, A, scaling, expert)) and _plain(x, weights, biases):
-        _check_weights(x, weights, biases, B)
+    _check_weights(x, weights, biases, len(A))
+    case = Case(x, A, scaling, expert)
+    if _folds(backend, case) and _plain(x, weights, biases):
         # Stand-ins for the results, of which only the shape is looked at.
         like = [x.new_empty(()).expand(*x.shape[:-1], W.shape[0]) for W in weights]
         check(like, x, A, B, scaling, expert, gate)
+        choose(backend, case)  # says in the log what "auto" picks
         A = [[a.to(x.dtype) for a in A_p] for A_p in A]
         B = [[b.to(x.dtype) for b in B_p] for B_p in B]
         given = [] if all(b is None for b in biases) else _filled(weights, biases)
@@ -79,13 +81,13 @@ def _folds(backend: Backend, case: Case) -> bool:
 
 
 def _check_weights(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    B: Sequence[Sequence[Tensor]],
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], projections: int
 ) -> None:
-    if not len(weights) == len(biases) == len(B):
-        raise ValueError(f"{len(weights)} weights, {len(biases)} biases, {len(B)} projections")
+    if not 0 < len(weights) == len(biases) == projections:
+        raise ValueError(
+            f"{len(weights)} weights, {len(biases)} biases and {projections} projections in A: "
+            "give one of each per projection, None where there is no bias"
+        )
     for p, (W, bias) in enumerate(zip(weights, biases, strict=True)):
         if W.dim() != 2 or W.shape[1] != x.shape[-1]:
             raise ValueError(

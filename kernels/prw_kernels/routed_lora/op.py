@@ -52,8 +52,11 @@ def routed_lora(
         Per projection a tensor shaped and typed like its result.
 
     Raises:
-        ValueError: arguments that do not fit together, an index outside the pool (seen on a CPU
-            only), or a backend that is not available or cannot compute the case.
+        ValueError: arguments that do not fit together, an index outside the pool (seen on a CPU;
+            on a device, where nothing is waited for, the row is NaN or the device asserts), or a
+            backend that is not available or cannot compute the case.
+        RuntimeError: in a backward pass with ``create_graph=True``, unless the backend is
+            ``"reference"``; that one also takes `torch.func`.
     """
     check(results, x, A, B, scaling, expert, gate)
     with torch.autocast(x.device.type, enabled=False):

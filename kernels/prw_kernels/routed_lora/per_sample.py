@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prw_kernels.routed_lora.checks import check_once
+
 
 def per_sample(
     x: Tensor,
@@ -68,34 +70,39 @@ class _PerSample(torch.autograd.Function):
         return deltas
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_BTD, expert_B, weight_B11, h_BTQ, A_EQD, *B_EOR = ctx.saved_tensors
-        dy = [grad.to(h_BTQ.dtype) for grad in grads]
-        s_BTQ = torch.cat(
-            [
-                torch.bmm(dy_BTO, _gather(b_EOR, expert_B))
-                for dy_BTO, b_EOR in zip(dy, B_EOR, strict=True)
-            ],
-            dim=-1,
-        )
-        needs_x, _, needs_weight, _, *needs = ctx.needs_input_grad
-        d_weight = (s_BTQ * h_BTQ).sum((1, 2)).to(weight_B11.dtype) if needs_weight else None
-        ws_BTQ = (s_BTQ * weight_B11).to(s_BTQ.dtype)
-        dx = torch.bmm(ws_BTQ, _gather(A_EQD, expert_B)) if needs_x else None
-        count, experts = len(B_EOR), A_EQD.shape[0]
-        d_factors: list[Tensor | None] = [None] * len(needs)
-        learning = [e for e in range(experts) if any(needs[e::experts])]
-        for e in learning:
-            mine_B11 = (expert_B == e).to(s_BTQ.dtype)[:, None, None]
-            dA_QD = (ws_BTQ * mine_B11).flatten(0, 1).T @ x_BTD.flatten(0, 1)
-            wh_BTQ = (h_BTQ * (weight_B11 * mine_B11)).to(h_BTQ.dtype)
-            parts = zip(dA_QD.chunk(count), dy, wh_BTQ.chunk(count, dim=-1), strict=True)
-            for p, (dA_RD, dy_BTO, wh_BTR) in enumerate(parts):
-                d_factors[p * experts + e] = dA_RD
-                dB_OR = dy_BTO.flatten(0, 1).T @ wh_BTR.flatten(0, 1)
-                d_factors[(count + p) * experts + e] = dB_OR
-        return dx, None, d_weight, None, *d_factors
+        check_once()
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return _gradients(ctx, grads)
+
+
+def _gradients(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    x_BTD, expert_B, weight_B11, h_BTQ, A_EQD, *B_EOR = ctx.saved_tensors
+    dy = [grad.to(h_BTQ.dtype) for grad in grads]
+    s_BTQ = torch.cat(
+        [
+            torch.bmm(dy_BTO, _gather(b_EOR, expert_B))
+            for dy_BTO, b_EOR in zip(dy, B_EOR, strict=True)
+        ],
+        dim=-1,
+    )
+    needs_x, _, needs_weight, _, *needs = ctx.needs_input_grad
+    d_weight = (s_BTQ * h_BTQ).sum((1, 2)).to(weight_B11.dtype) if needs_weight else None
+    ws_BTQ = (s_BTQ * weight_B11).to(s_BTQ.dtype)
+    dx = torch.bmm(ws_BTQ, _gather(A_EQD, expert_B)) if needs_x else None
+    count, experts = len(B_EOR), A_EQD.shape[0]
+    d_factors: list[Tensor | None] = [None] * len(needs)
+    learning = [e for e in range(experts) if any(needs[e::experts])]
+    for e in learning:
+        mine_B11 = (expert_B == e).to(s_BTQ.dtype)[:, None, None]
+        dA_QD = (ws_BTQ * mine_B11).flatten(0, 1).T @ x_BTD.flatten(0, 1)
+        wh_BTQ = (h_BTQ * (weight_B11 * mine_B11)).to(h_BTQ.dtype)
+        parts = zip(dA_QD.chunk(count), dy, wh_BTQ.chunk(count, dim=-1), strict=True)
+        for p, (dA_RD, dy_BTO, wh_BTR) in enumerate(parts):
+            d_factors[p * experts + e] = dA_RD
+            dB_OR = dy_BTO.flatten(0, 1).T @ wh_BTR.flatten(0, 1)
+            d_factors[(count + p) * experts + e] = dB_OR
+    return dx, None, d_weight, None, *d_factors
 
 
 def _gather(factor_E: Tensor, expert_B: Tensor) -> Tensor:

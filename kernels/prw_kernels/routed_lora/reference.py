@@ -30,18 +30,24 @@ def reference(
         A: per projection and expert ``[R_e, D]``.
         B: per projection and expert ``[O_p, R_e]``.
         scaling: per projection and expert.
-        expert: int64, ``x.shape[:-1]`` or a prefix of it; None only with one expert.
+        expert: int64, ``x.shape[:-1]`` or a prefix of it; None only with one expert. An index
+            outside the pool gives NaN, where nobody has looked (on a device, in a compiled graph).
         gate: shaped like ``expert``; None means 1.
 
     Returns:
         Per projection ``[..., O_p]``.
     """
-    chosen = [] if expert is None else [spread(expert == e, x.dim()) for e in range(len(A[0]))]
+    experts = len(A[0])
+    chosen = []
+    if expert is not None and experts > 1:
+        chosen = [spread(expert == e, x.dim()) for e in range(experts)]
     weight = None if gate is None else spread(gate, x.dim())
     deltas = []
     for A_p, B_p, scaling_p in zip(A, B, scaling, strict=True):
         delta = _residual(x, A_p[0], B_p[0], scaling_p[0], weight)
-        for e in range(1, len(A_p)):
+        if chosen:
+            delta = torch.where(chosen[0], delta, torch.nan)
+        for e in range(1, experts):
             other = _residual(x, A_p[e], B_p[e], scaling_p[e], weight)
             delta = torch.where(chosen[e], other, delta)
         deltas.append(delta)

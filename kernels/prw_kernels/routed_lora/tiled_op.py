@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prw_kernels.routed_lora.blocks import Groups, block_for, is_dense
+from prw_kernels.routed_lora.checks import check_once
 from prw_kernels.routing import segments
 from prw_kernels.routing.reference import slots
 
@@ -67,6 +68,7 @@ def routed_lora_op(
                 gate_T=gate_T,
                 bias=biases[p] if biases else None,
                 base_TN=results[p] if results else None,
+                choice_T=expert_T if len(A) > count else None,
             )
             # In place: out of place, torch first copies the residual.
             outputs.append(y_TO.addmm_(x_TD, weights[p].t()) if weights else y_TO)
@@ -187,6 +189,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    check_once()
     x_TD, expert_T, gate_T, h_SQ, token_S, expert_I, offset_F, *rest = ctx.saved_tensors
     factors, weight_count, bias_count = ctx.counts
     A, B, weights = rest[:factors], rest[factors : 2 * factors], rest[2 * factors :]
