@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     given.add_argument("--pairs", type=int, default=30, help="of steps that are compared")
     args = given.parse_args(arguments)
     pairs = 3 if args.quick else args.pairs
-    count = "8" if args.quick else "600"
+    count = "8" if args.quick else "256"
     found, waited, logged = measure(pairs, args.quick, count, beside=True)
     if found.first != logged:
         print(f"no times: the bare loop's first loss is {found.first}, the trainer's {logged}",
