@@ -147,7 +147,7 @@ def _adapter_bytes(rank: int, experts: int) -> int:
 
 
 def weights(model: nn.Module, bits: float) -> int:
-    """Bytes with the weights of linear layers in `bits`, everything else in 16."""
+    """Bytes of a model with the weights of linear layers in `bits`, everything else in 16."""
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     every = sum(parameter.numel() for parameter in model.parameters())
     return int((linear * bits + (every - linear) * 16) / 8)

@@ -207,6 +207,11 @@ class Objective:
 
     # Between steps ----------------------------------------------------------------------------
 
+    def know_sentence(self, samples: Samples) -> None:
+        """Encode what modulates the source, while the text encoders are there."""
+        with self.arithmetic():
+            self._source_pooled(samples)
+
     def quiet_usage(self, samples: Samples, stage: Stage, step: int) -> float:
         """Usage of the same batch without router noise, as generation routes."""
         share = self.ranks.share(stage.batch_size)

@@ -52,6 +52,13 @@ class Session:
         device: torch.device = self.passes.transformer.device
         return device
 
+    def rest(self, resting: bool) -> None:
+        """Let the encoders leave the device while nothing is encoded, or come back."""
+        where = torch.device("cpu") if resting else self.device
+        for part in (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.vae):
+            if part.device != where:
+                part.to(where)
+
 
 def open_session(config: RunConfig, adapter: Path | None = None) -> Session:
     """Load the base and an adapter for it.
@@ -120,6 +127,8 @@ def _load_base(config: RunConfig) -> CoLoGenPipeline:
     )
     pipe.to(device)
     pipe.vae.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+    if config.size > 256:  # 32 large pictures at once would be the peak of the whole run
+        pipe.vae.enable_slicing()
     return pipe
 
 
