@@ -1,39 +1,33 @@
-"""The training loop: stage after stage, each unlocking one expert (CoLoGen, section 3).
-
-Shapes: B samples, T target tokens, C packed latent channels.
-"""
+"""The training loop: stage after stage, each unlocking one expert (CoLoGen, section 3)."""
 
 from __future__ import annotations
 
 import logging
 import resource
 import time
+from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import prw
 from prw import PRWError
 from prw.atomic import sweep
+from prw.distributed import average, broadcast
 from prw_flux.adapter import PRWAdapter
-from prw_flux.arithmetic import arithmetic
 from prw_flux.config import RunConfig
 from prw_flux.coredi.collapse import Watch
-from prw_flux.coredi.training import FeatureStep
 from prw_flux.curriculum import Stage
 from prw_flux.data.choose import open_data, require_feeds
-from prw_flux.flow import flow_loss, interpolate, resolution_shift, sample_times
 from prw_flux.interrupt import Interrupted, Stop
+from prw_flux.objective import Objective, StepLoss
 from prw_flux.optimization import learning_rate, new_optimizer
-from prw_flux.passes import source_pass
 from prw_flux.progress import Quiet
+from prw_flux.ranks import Ranks, noticing, require_even
 from prw_flux.resume import Position, read_moments, read_position, restore_moments, save_state
 from prw_flux.rundir import INDEX, RunFolder
-from prw_flux.samples import Batch, Samples, stable_hash
+from prw_flux.samples import Samples, stable_hash
 from prw_flux.session import Session
 from prw_flux.tasks import TASKS, DataSource
 
@@ -44,27 +38,6 @@ StageEnd = Callable[[RunFolder, int], None]
 
 class TrainingError(PRWError, RuntimeError):
     """Training cannot go on; the state before the step that failed is saved."""
-
-
-@dataclass(frozen=True, eq=False)
-class StepLoss:
-    """One forward: the flow matching loss, the veteran gate's, and the routings they came from.
-
-    With a feature stream, its losses as well.
-    """
-
-    flow: Tensor
-    gate: Tensor
-    record: prw.Record
-    features: FeatureStep | None = None
-
-    @property
-    def total(self) -> Tensor:
-        """What is minimised."""
-        total = self.flow + self.gate
-        if self.features is not None:
-            total = total + self.features.loss + self.features.penalty
-        return total
 
 
 def open_training_data(config: RunConfig, session: Session) -> DataSource:
@@ -89,6 +62,7 @@ def train(
     progress: Quiet | None = None,
     stop: Stop | None = None,
     on_stage_end: StageEnd | None = None,
+    ranks: Ranks | None = None,
 ) -> None:
     """Train the stages of a run that are not finished, from where its state says.
 
@@ -98,25 +72,38 @@ def train(
         data: from `open_training_data`.
         progress: told what happens.
         stop: asked after every step whether to save and leave.
-        on_stage_end: called with the run and the number of each stage that has been finished.
+        on_stage_end: called with the run and the number of each stage that has been finished, on
+            the first rank.
+        ranks: the processes that train together; every one calls this, and the first writes.
 
     Raises:
+        ConfigError: a batch cannot be split evenly.
         RunError: another process trains this run.
         Interrupted: `stop` asked for it; the state is saved.
         TrainingError: a loss or gradient is not finite; the state before it is saved.
+        RankLost: another rank is gone.
     """
-    with run.exclusively():
-        for written in (run.state, run.adapter, run.coredi, run.path / INDEX, run.metrics):
-            sweep(written)
-        position = read_position(run)
-        run.forget_log_after(position.stage, position.step)
-        if run.config.remember:
+    ranks = ranks or Ranks()
+    require_even(run.config, ranks.count)
+    remedy = f"continue from the last saved state with prw-flux train --resume {run.path}"
+    with ExitStack() as held, noticing(remedy):
+
+        def begin() -> Position:
+            held.enter_context(run.exclusively())
+            for written in (run.state, run.adapter, run.coredi, run.path / INDEX, run.metrics):
+                sweep(written)
+            position = read_position(run)
+            run.forget_log_after(position.stage, position.step)
+            return position
+
+        position = ranks.once(begin)
+        if run.config.remember and ranks.first:
             _warn_of_stages_without_memory(session.adapter)
-        trainer = Trainer(run, session, data, progress or Quiet(), stop or Stop())
+        trainer = Trainer(run, session, data, progress or Quiet(), stop or Stop(), ranks)
         for number in range(position.stage, len(run.config.stages)):
             trainer.run_stage(number, position)
             position = Position(stage=number + 1)
-            if on_stage_end is not None:
+            if on_stage_end is not None and ranks.first:
                 on_stage_end(run, number)
 
 
@@ -135,13 +122,20 @@ class Trainer:
     """One run in memory; see `train`."""
 
     def __init__(
-        self, run: RunFolder, session: Session, data: DataSource, progress: Quiet, stop: Stop
+        self,
+        run: RunFolder,
+        session: Session,
+        data: DataSource,
+        progress: Quiet,
+        stop: Stop,
+        ranks: Ranks | None = None,
     ) -> None:
         self.run, self.session, self.data = run, session, data
-        self.progress, self.stop = progress, stop
+        self.progress, self.stop, self.ranks = progress, stop, ranks or Ranks()
         self.config = run.config
         self.adapter, self.coredi = session.adapter, session.coredi
         self.watch = Watch(run.config.coredi)
+        self.objective = Objective(run.config, session, self.ranks)
         self.optimizer: torch.optim.AdamW | None = None
 
     def run_stage(self, number: int, position: Position) -> None:
@@ -152,30 +146,37 @@ class Trainer:
         if position.step == 0:
             self._unlock(stage)
             self._begin_features(samples)
+        self._share_weights()
         self.adapter.note_trained(self.session.tasks[number].name)
         optimizer = self._optimizer(stage)
         began = time.perf_counter() - position.seconds
         for step in range(position.step, stage.steps):
-            loss = self._loss(samples, stage, step)
-            self._descend(optimizer, loss, stage, step, Position(number, step, position.seconds))
+            loss = self._gradients(samples, stage, step)
+            self._descend(optimizer, loss, stage, Position(number, step, position.seconds))
             self.progress.stepped(step + 1)
             position = Position(number, step + 1, time.perf_counter() - began)
             if self._is_logged(stage, step):
                 self._log(loss, samples, stage, position)
-            if self.stop.requested:
+            if self._stopping():
                 self._leave(position)
             if (step + 1) % self.config.save_every == 0 and step + 1 < stage.steps:
                 self._save_state(position)
-        facts = {"seconds": round(position.seconds, 2), "rejected": dict(samples.rejected)}
+        rejected = self._rejected(samples)
+        facts = {"seconds": round(position.seconds, 2), "rejected": rejected}
         self.adapter.weave.close()
         if self.config.remember:
-            self._consolidate(samples, stage)
+            self.objective.consolidate(samples, stage)
         if self.coredi is not None:
             self.coredi.close_stage(stage.name)
-            self.coredi.save(self.run.coredi)
-        self.adapter.save_pretrained(self.run.adapter)
-        self._save_state(Position(stage=number + 1))
-        self.run.finish_stage(number, facts)
+
+        def finish() -> None:
+            if self.coredi is not None:
+                self.coredi.save(self.run.coredi)
+            self.adapter.save_pretrained(self.run.adapter)
+            save_state(self.run, self.adapter, optimizer, Position(stage=number + 1), self.coredi)
+            self.run.finish_stage(number, facts)
+
+        self.ranks.once(finish)
 
     # Preparation ------------------------------------------------------------------------------
 
@@ -193,11 +194,15 @@ class Trainer:
         )
 
         def tick(done: int) -> None:
-            if self.stop.requested:
+            if self._stopping():
                 self._leave(position)
             self.progress.encoded(done, config.data.samples or 0)
 
+        self.session.rest(False)
         samples.prepare(tick)
+        if samples.count is not None:
+            self.objective.know_sentence(samples)
+            self.session.rest(True)
         return samples
 
     def _unlock(self, stage: Stage) -> None:
@@ -212,6 +217,19 @@ class Trainer:
             features = samples.features(self.config.coredi.fit_images)
             self.coredi.projection.fit(features, self.config.coredi.constant)
 
+    def _share_weights(self) -> None:
+        """Every rank begins a stage with the first one's weights, whatever drew them."""
+        broadcast(self.adapter.weave)
+        if self.coredi is not None:
+            for tensor in (*self.coredi.parameters(), *self.coredi.buffers()):
+                self.ranks.spread(tensor)
+
+    def _rejected(self, samples: Samples) -> dict[str, int]:
+        """Rejected draws by reason; of all ranks, where each draws its own samples."""
+        if samples.count is not None:
+            return dict(samples.rejected)
+        return dict(sum(self.ranks.gathered(samples.rejected), Counter()))
+
     def _optimizer(self, stage: Stage) -> torch.optim.AdamW:
         """The run's optimizer, holding what learns now; router moments survive the stages."""
         if self.optimizer is None:
@@ -224,99 +242,47 @@ class Trainer:
 
     # One step ---------------------------------------------------------------------------------
 
-    def _loss(self, samples: Samples, stage: Stage, step: int) -> StepLoss:
-        """Flow matching on the batch of this step, and the veteran gate on its routings.
-
-        Times, noise, dropped captions and blank sources are drawn on the CPU from a generator of
-        this step alone.
-        """
-        config, device = self.config, self.session.device
-        draw = torch.Generator().manual_seed(stable_hash(config.seed, stage.name, "step", step))
-        dropped = torch.rand(stage.batch_size, generator=draw) < config.caption_dropout
-        batch = samples.batch(step, dropped.tolist()).drawn(config.draws)
-        clean = batch.target_BTC
-        shift = config.time_shift or resolution_shift(clean.shape[1])
-        times = sample_times(clean.shape[0], draw, shift=shift)
-        noise = torch.randn(clean.shape, generator=draw)
-        blank = torch.rand(stage.batch_size, generator=draw) < config.source_dropout
-        batch.source_BSC[blank] = 0.0
-        clean, noise, times = clean.to(device), noise.to(device), times.to(device)
-        key = stable_hash(config.seed, stage.name, "router", step)
-        features = self._features(batch, times, draw)
-        read: AbstractContextManager[Any] = nullcontext()
-        if features is not None:
-            read = features.reading(self.session.passes.transformer)
-        with self._arithmetic(), self.adapter.weave.record(key=key) as record, read:
-            noisy = interpolate(clean, noise, times)
-            velocity = self._forward(batch, noisy, times, samples, record)
-        return StepLoss(
-            flow_loss(velocity, clean, noise),
-            prw.veteran_gate_loss(record, stage.density, stage.weight),
-            record,
-            features,
-        )
-
-    def _features(self, batch: Batch, times: Tensor, draw: torch.Generator) -> FeatureStep | None:
-        """Noisy features of the targets, drawn after everything that the image draws."""
-        if self.coredi is None or batch.features_BRCD is None:
-            return None
-        return FeatureStep.begin(self.coredi, batch.features_BRCD, times, draw)
-
-    def _forward(
-        self, batch: Batch, noisy: Tensor, times: Tensor, samples: Samples, call: prw.Call
-    ) -> Tensor:
-        device = self.session.device
-        guidance = torch.full((noisy.shape[0],), self.config.guidance, device=device)
-        velocity: Tensor = self.session.passes(
-            noisy,
-            batch.target_ids_T3.to(device),
-            batch.text_BLE.to(device),
-            batch.pooled_BP.to(device),
-            times,
-            batch.source_BSC.to(device),
-            batch.source_ids_S3.to(device),
-            self._source_pooled(samples),
-            guidance,
-            call,
-        )
-        return velocity
-
-    def _source_pooled(self, samples: Samples) -> Tensor | None:
-        """[1, P] what modulates the source; None for the pooled caption."""
-        kind = self.config.adapter.source_pooled
-        if kind == "prompt":
-            return None
-        text = samples.task.sentence if kind == "task" else ""
-        return samples.texts.gather(samples.texts.rows([text]))[1].to(self.session.device)
+    def _gradients(self, samples: Samples, stage: Stage, step: int) -> StepLoss:
+        """Forwards and backwards of a step; every rank then has the gradient of the whole batch."""
+        parts = []
+        for part in self.objective.parts(samples, stage, step):
+            with self.objective.arithmetic():
+                part.total.backward()
+            parts.append(part)
+        self.ranks.wait()  # over gloo: nobody waits on a device for a rank that is gone
+        gate = self.objective.gate(parts, stage)
+        gate.backward()
+        average(self._learning())
+        return self.objective.of_step(parts, gate)
 
     def _descend(
-        self,
-        optimizer: torch.optim.AdamW,
-        loss: StepLoss,
-        stage: Stage,
-        step: int,
-        before: Position,
+        self, optimizer: torch.optim.AdamW, loss: StepLoss, stage: Stage, before: Position
     ) -> None:
-        with self._arithmetic():
-            loss.total.backward()
-        learning = list(self.adapter.weave.parameters())
-        learning += [] if self.coredi is None else self.coredi.learners()
-        norm = torch.nn.utils.clip_grad_norm_(learning, self.config.optimizer.clip)
-        if not torch.isfinite(loss.total.detach() + norm):
+        norm = torch.nn.utils.clip_grad_norm_(self._learning(), self.config.optimizer.clip)
+        if not torch.isfinite(loss.total + norm):
             self._save_state(before)
             what = "loss" if not torch.isfinite(loss.total) else "gradient"
             raise TrainingError(
-                f"the {what} of stage {stage.name!r} is not finite at step {step + 1}; the state "
-                f"before it is kept in {self.run.state}: try a lower stages.{stage.name}.lr"
+                f"the {what} of stage {stage.name!r} is not finite at step {before.step + 1}; the "
+                f"state before it is kept in {self.run.state}: try a lower stages.{stage.name}.lr"
             )
-        rate = learning_rate(self.config.optimizer, stage, step)
+        rate = learning_rate(self.config.optimizer, stage, before.step)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def _arithmetic(self) -> AbstractContextManager[None]:
-        return arithmetic(self.session.device.type, self.config.precision)
+    def _learning(self) -> list[torch.nn.Parameter]:
+        """What learns now, on every rank in the same order."""
+        learning = list(self.adapter.weave.parameters())
+        return learning + ([] if self.coredi is None else self.coredi.learners())
+
+    def _stopping(self) -> bool:
+        """Whether any rank was told to stop; every rank then knows."""
+        number = self.ranks.largest(self.stop.number or 0)
+        if number:
+            self.stop.number = number
+        return bool(number)
 
     # Between steps ----------------------------------------------------------------------------
 
@@ -328,58 +294,24 @@ class Trainer:
             "stage": stage.name,
             "task": samples.task.name,
             "step": position.step,
-            "loss": float(loss.flow.detach()),
-            "gate_loss": float(loss.gate.detach()),
-            "usage_noisy": loss.record.usage(),
-            "usage_deterministic": self._quiet_usage(samples, stage, position.step - 1),
+            "loss": float(loss.flow),
+            "gate_loss": float(loss.gate),
+            "usage_noisy": self.objective.usage(loss.records),
+            "usage_deterministic": self.objective.quiet_usage(samples, stage, position.step - 1),
             "lr": learning_rate(self.config.optimizer, stage, position.step - 1),
             "seconds": round(position.seconds, 3),
             "memory_mib": memory_mib(),
         }
         if loss.features is not None:
             line |= loss.features.line(self.watch, position.step)
-        self.run.log(line)
+        if self.ranks.first:
+            self.run.log(line)
         self.progress.logged(line)
 
-    def _quiet_usage(self, samples: Samples, stage: Stage, step: int) -> float:
-        """Usage of the same batch without router noise, as generation routes."""
-        with prw.Record() as record:
-            self._route(samples, samples.batch(step), torch.full((stage.batch_size,), 0.5), record)
-        return record.usage()
-
-    def _consolidate(self, samples: Samples, stage: Stage) -> None:
-        """Let the routers keep inputs of the stage just closed, and fit them to all they keep."""
-        rows = self.config.remember
-        draw = torch.Generator().manual_seed(stable_hash(self.config.seed, stage.name, "memory"))
-        with self.adapter.weave.remember(stage.name, rows) as recall:
-            for step in range(-(-rows // stage.batch_size)):
-                batch = samples.batch(step)
-                shift = self.config.time_shift or resolution_shift(batch.target_BTC.shape[1])
-                self._route(
-                    samples, batch, sample_times(stage.batch_size, draw, shift=shift), recall
-                )
-        self.adapter.weave.consolidate()
-
-    @torch.no_grad()
-    def _route(self, samples: Samples, batch: Batch, times_B: Tensor, call: prw.Call) -> None:
-        """The source pass alone."""
-        device = self.session.device
-        pooled = self._source_pooled(samples)
-        with self._arithmetic():
-            source_pass(
-                self.session.passes.transformer,
-                batch.source_BSC.to(device),
-                batch.source_ids_S3.to(device),
-                batch.pooled_BP.to(device) if pooled is None else pooled,
-                self.adapter.source_time(times_B.to(device)),
-                self.adapter.source_guidance(
-                    torch.full((len(times_B),), self.config.guidance, device=device)
-                ),
-                call,
-            )
-
     def _save_state(self, position: Position) -> None:
-        save_state(self.run, self.adapter, self.optimizer, position, self.coredi)
+        self.ranks.once(
+            lambda: save_state(self.run, self.adapter, self.optimizer, position, self.coredi)
+        )
 
     def _leave(self, position: Position) -> None:
         """Save and raise; a stage that has not begun is left as the stage before it ended."""

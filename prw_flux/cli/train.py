@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,14 @@ def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
     demo = verbs.add_parser(
         "demo", parents=[common], help="train the demo, generate, and write a report"
     )
-    demo.set_defaults(run=run_demo, recipe="demo", resume=None, parent=None, stages=[], only=[])
+    demo.set_defaults(
+        run=run_demo, recipe="demo", resume=None, parent=None, stages=[], only=[], dry_run=False
+    )
     train = verbs.add_parser("train", parents=[common], help="train a recipe, resume or extend one")
     train.add_argument(
-        "recipe", nargs="?", help="demo, shapes, photos, paper, or package.module:function"
+        "recipe",
+        nargs="?",
+        help="demo, shapes, photos, photos_24gb, one_h200, paper, or package.module:function",
     )
     train.add_argument(
         "--resume", nargs="?", const="", metavar="RUN",
@@ -39,6 +44,9 @@ def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
         "--only", action="append", default=[], metavar="NAME",
         help="of the recipe's stages train this one; may be repeated",
     )  # fmt: skip
+    train.add_argument(
+        "--dry-run", action="store_true", help="print the run and what it takes; nothing runs"
+    )
     train.set_defaults(run=run_train)
     for parser in (demo, train):
         _add_common(parser)
@@ -60,25 +68,33 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 def run_demo(args: argparse.Namespace) -> int:
     """Train the demo in a folder of its own, then evaluate and report."""
     if args.out is None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("demo on several ranks needs the name of its folder: add --out DIR")
         args.out = str(RUNS / "demo" if args.overwrite else _free(RUNS / "demo"))
     return run_train(args)
 
 
 def run_train(args: argparse.Namespace) -> int:
     """Train, resume or extend; then, unless told otherwise, evaluate and report."""
+    from prw_flux.ranks import join, leave
+
+    if args.dry_run:
+        return _tell_plan(args)
     show.quiet_loading()
-    if args.resume is not None:
-        path = _resume(args)
-    else:
-        path = _begin(args)
+    ranks = join()
+    path = _begin(args, ranks) if args.resume is None else _resume(args, ranks)
+    leave()
+    if not ranks.first:
+        return 0
     if args.no_evaluation:
         return _tell(args, {"run": str(path)})
     return _evaluate_and_report(args, path)
 
 
-def _begin(args: argparse.Namespace) -> Path:
+def _begin(args: argparse.Namespace, ranks: Any) -> Path:
     """A new run: everything that can be wrong is found before its folder exists."""
     from prw_flux.data.photos import PhotoFolder
+    from prw_flux.ranks import require_even
     from prw_flux.resume import adapter_to_continue
     from prw_flux.rundir import RunFolder
     from prw_flux.session import open_session
@@ -86,23 +102,33 @@ def _begin(args: argparse.Namespace) -> Path:
 
     parent = None if args.parent is None else _finished(RunFolder.open(args.parent))
     config = configured(args, parent)
-    path = Path(args.out) if args.out else RUNS / (config.recipe.replace(":", ".") or "run")
-    RunFolder.check_room(path, overwrite=args.overwrite, parent=parent)
-    start = None if parent is None else adapter_to_continue(parent)
+    require_even(config, ranks.count)
+
+    def room() -> Path:
+        path = Path(args.out) if args.out else RUNS / (config.recipe.replace(":", ".") or "run")
+        RunFolder.check_room(path, overwrite=args.overwrite, parent=parent)
+        return path
+
+    path: Path = ranks.once(room)
+    start = None if parent is None else ranks.once(lambda: adapter_to_continue(parent))
     # a folder that does not train is shown in the report: it has to be usable as well
     shown = PhotoFolder(config.data.photos, config.size) if config.data.photos else None
     session = open_session(config, start)
     data = open_training_data(config, session)
     photos = data if isinstance(data, PhotoFolder) else shown
-    run = RunFolder.create(path, config, parent=parent, overwrite=args.overwrite)
-    if photos is not None:
-        run.note(photos={"name": photos.name, "summary": photos.summary()})
-        show.watcher().print(f"{photos.name}  {photos.summary()}", soft_wrap=True)
-    _train(args, run, session, data)
+
+    def create() -> None:
+        run = RunFolder.create(path, config, parent=parent, overwrite=args.overwrite)
+        if photos is not None:
+            run.note(photos={"name": photos.name, "summary": photos.summary()})
+            show.watcher().print(f"{photos.name}  {photos.summary()}", soft_wrap=True)
+
+    ranks.once(create)
+    _train(args, RunFolder.open(path), session, data, ranks)
     return path
 
 
-def _resume(args: argparse.Namespace) -> Path:
+def _resume(args: argparse.Namespace, ranks: Any) -> Path:
     from prw_flux.resume import adapter_to_continue
     from prw_flux.rundir import RunError, RunFolder
     from prw_flux.session import open_session
@@ -121,18 +147,19 @@ def _resume(args: argparse.Namespace) -> Path:
     if args.recipe and args.recipe != run.config.recipe:
         raise RunError(f"{where} is a run of recipe {run.config.recipe!r}, not {args.recipe!r}")
     if not run.finished:
-        session = open_session(run.config, adapter_to_continue(run))
-        _train(args, run, session, open_training_data(run.config, session))
+        session = open_session(run.config, ranks.once(lambda: adapter_to_continue(run)))
+        _train(args, run, session, open_training_data(run.config, session), ranks)
     return run.path
 
 
-def _train(args: argparse.Namespace, run: Any, session: Any, data: Any) -> None:
+def _train(args: argparse.Namespace, run: Any, session: Any, data: Any, ranks: Any) -> None:
     from prw_flux.interrupt import Stop
     from prw_flux.progress import watching
     from prw_flux.trainer import train
 
-    with Stop() as stop, watching(show.watcher(), quiet=args.quiet) as progress:
-        train(run, session, data, progress=progress, stop=stop)
+    quiet = args.quiet or not ranks.first
+    with Stop() as stop, watching(show.watcher(), quiet=quiet) as progress:
+        train(run, session, data, progress=progress, stop=stop, ranks=ranks)
 
 
 def configured(args: argparse.Namespace, parent: Any = None) -> Any:
@@ -215,6 +242,35 @@ def _tell(args: argparse.Namespace, facts: dict[str, Any]) -> int:
     console.print(f"run     {facts['run']}")
     if "report" in facts:
         console.print(f"report  {facts['report']}")
+    return 0
+
+
+def _tell_plan(args: argparse.Namespace) -> int:
+    """The configuration and its estimate."""
+    from prw_flux.estimate import estimate, told
+    from prw_flux.rundir import RunFolder
+
+    config = configured(args, RunFolder.open(args.parent) if args.parent else None)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    facts = told(config, estimate(config, ranks))
+    if args.json:
+        show.answer({"config": config.to_dict(), **facts})
+        return 0
+    console = show.human()
+    console.print(f"[bold]{config.recipe}[/bold]  {config.base.path}, {config.size} px, "
+                  f"{config.precision}, base.quantisation {config.base.quantisation}, "
+                  f"{ranks} rank(s)")  # fmt: skip
+    columns = dict.fromkeys(("steps", "batch", "lr", "PFLOP", "hours at 400 TFLOP/s"), "right")
+    table = show.table("", {"stage": "left", "task": "left", **columns})
+    for stage in config.stages:
+        work = facts["TFLOP"][stage.name]
+        table.add_row(stage.name, stage.task, f"{stage.steps:,}", str(stage.batch_size),
+                      f"{stage.lr:g}", f"{work / 1e3:,.3g}",
+                      f"{work / 400 / 3600:,.3g}")  # fmt: skip
+    console.print(table)
+    for name, size in facts["GiB"].items():
+        console.print(f"{name:>12}  {size:,.2f} GiB", markup=False)
+    console.print("device: the sum of what stands before it, of one rank, without what CUDA takes")
     return 0
 
 
