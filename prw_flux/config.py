@@ -148,6 +148,9 @@ class RunConfig:
         remember: router inputs that every block keeps of every finished stage, so that the routers
             can be consolidated at its end (`prw.Weave.consolidate`); 0, the paper's way, is off.
         log_every, save_every: steps between lines in metrics.jsonl, and between saved states.
+        keep: how many saved states are kept; a damaged one is passed over for the one before it.
+        ema: decay of the moving averages of what trains, which become the weights at the end of a
+            stage (`prw_flux.ema`); 0 is off.
         coredi: semantic features beside the image, off by default.
 
     Raises:
@@ -167,6 +170,8 @@ class RunConfig:
     remember: int = 0
     log_every: int = 10
     save_every: int = 200
+    keep: int = 2
+    ema: float = 0.0
     base: BaseConfig = field(default_factory=BaseConfig)
     data: DataConfig = field(default_factory=DataConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -199,7 +204,9 @@ class RunConfig:
             )
         if self.remember < 0:
             raise ConfigError(f"remember must be at least 0, got {self.remember}")
-        for name in ("draws", "log_every", "save_every"):
+        if not 0.0 <= self.ema < 1.0:
+            raise ConfigError(f"ema must lie in [0, 1), got {self.ema}")
+        for name in ("draws", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 

@@ -126,6 +126,18 @@ def keys(settings: Any, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{field.name}"
 
 
+def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key as in `keys`, with its value."""
+    for key in keys(settings, prefix):
+        value = settings
+        for part in key.removeprefix(prefix).split("."):
+            if isinstance(value, tuple):
+                value = next(x for i, x in enumerate(value) if _names(part, i, x))
+            else:
+                value = getattr(value, part)
+        yield key, value
+
+
 def with_settings(settings: T, assignments: list[str]) -> T:
     """A copy with each ``a.b=c`` applied in turn.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,15 @@ from prw_flux.interrupt import Interrupted, Stop
 from prw_flux.optimization import learning_rate, new_optimizer
 from prw_flux.passes import source_pass
 from prw_flux.progress import Quiet
-from prw_flux.resume import Position, read_moments, read_position, restore_moments, save_state
+from prw_flux.resume import (
+    Position,
+    named_parameters,
+    read_average,
+    read_moments,
+    read_position,
+    restore_moments,
+    save_state,
+)
 from prw_flux.rundir import INDEX, RunFolder
 from prw_flux.samples import Batch, Samples, stable_hash
 from prw_flux.session import Session
@@ -106,9 +114,12 @@ def train(
         TrainingError: a loss or gradient is not finite; the state before it is saved.
     """
     with run.exclusively():
-        for written in (run.state, run.adapter, run.coredi, run.path / INDEX, run.metrics):
+        for written in (run.adapter, run.coredi, run.path / INDEX, run.metrics):
             sweep(written)
         position = read_position(run)
+        state = run.state()
+        run.states.settle_on(state)
+        run.agree(position.stage, {} if state is None else state.facts["ended"])
         run.forget_log_after(position.stage, position.step)
         if run.config.remember:
             _warn_of_stages_without_memory(session.adapter)
@@ -143,6 +154,7 @@ class Trainer:
         self.adapter, self.coredi = session.adapter, session.coredi
         self.watch = Watch(run.config.coredi)
         self.optimizer: torch.optim.AdamW | None = None
+        self.average = read_average(run, self.adapter, self.coredi)
 
     def run_stage(self, number: int, position: Position) -> None:
         """Train what is left of a stage, then close it and save."""
@@ -152,12 +164,16 @@ class Trainer:
         if position.step == 0:
             self._unlock(stage)
             self._begin_features(samples)
+            if self.average is not None:
+                self.average.begin(self._learners())
         self.adapter.note_trained(self.session.tasks[number].name)
         optimizer = self._optimizer(stage)
         began = time.perf_counter() - position.seconds
         for step in range(position.step, stage.steps):
             loss = self._loss(samples, stage, step)
             self._descend(optimizer, loss, stage, step, Position(number, step, position.seconds))
+            if self.average is not None:
+                self.average.update(self._learners())
             self.progress.stepped(step + 1)
             position = Position(number, step + 1, time.perf_counter() - began)
             if self._is_logged(stage, step):
@@ -167,6 +183,8 @@ class Trainer:
             if (step + 1) % self.config.save_every == 0 and step + 1 < stage.steps:
                 self._save_state(position)
         facts = {"seconds": round(position.seconds, 2), "rejected": dict(samples.rejected)}
+        if self.average is not None:
+            self.average.settle(self._learners())
         self.adapter.weave.close()
         if self.config.remember:
             self._consolidate(samples, stage)
@@ -174,7 +192,7 @@ class Trainer:
             self.coredi.close_stage(stage.name)
             self.coredi.save(self.run.coredi)
         self.adapter.save_pretrained(self.run.adapter)
-        self._save_state(Position(stage=number + 1))
+        self._save_state(Position(stage=number + 1), facts)
         self.run.finish_stage(number, facts)
 
     # Preparation ------------------------------------------------------------------------------
@@ -221,6 +239,11 @@ class Trainer:
         else:
             self.adapter.weave.sync(self.optimizer)
         return self.optimizer
+
+    def _learners(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """What learns in the open stage, by name."""
+        named = named_parameters(self.adapter, self.coredi)
+        return [(name, parameter) for name, parameter in named if parameter.requires_grad]
 
     # One step ---------------------------------------------------------------------------------
 
@@ -307,7 +330,7 @@ class Trainer:
             what = "loss" if not torch.isfinite(loss.total) else "gradient"
             raise TrainingError(
                 f"the {what} of stage {stage.name!r} is not finite at step {step + 1}; the state "
-                f"before it is kept in {self.run.state}: try a lower stages.{stage.name}.lr"
+                f"before it is kept in {self.run.states.folder}: try a lower stages.{stage.name}.lr"
             )
         rate = learning_rate(self.config.optimizer, stage, step)
         for group in optimizer.param_groups:
@@ -378,8 +401,10 @@ class Trainer:
                 call,
             )
 
-    def _save_state(self, position: Position) -> None:
-        save_state(self.run, self.adapter, self.optimizer, position, self.coredi)
+    def _save_state(self, position: Position, ended: Mapping[str, Any] | None = None) -> None:
+        save_state(
+            self.run, self.adapter, self.optimizer, position, self.coredi, self.average, ended
+        )
 
     def _leave(self, position: Position) -> None:
         """Save and raise; a stage that has not begun is left as the stage before it ended."""

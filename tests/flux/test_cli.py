@@ -304,7 +304,7 @@ def test_a_damaged_expert_is_named(
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     for words in (["inspect", run], ["train", "--from", run, "--stage", "edit", "--out", "x"]):
         if words[0] == "train":
-            shutil.rmtree(run / "state")
+            shutil.rmtree(run / "states")
         status, _, err = told(capsys, *words)
         assert status == 1 and "expert 'ground'" in err and err.count("\n") == 1
     assert not Path("x").exists()
