@@ -1,7 +1,4 @@
-"""The training loop: stage after stage, each unlocking one expert (CoLoGen, section 3).
-
-Shapes: B samples, T target tokens, C packed latent channels.
-"""
+"""The training loop: stage after stage, each unlocking one expert (CoLoGen, section 3)."""
 
 from __future__ import annotations
 
@@ -9,27 +6,20 @@ import logging
 import resource
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import prw
 from prw import PRWError
 from prw.atomic import sweep
 from prw_flux.adapter import PRWAdapter
-from prw_flux.arithmetic import arithmetic
 from prw_flux.config import RunConfig
 from prw_flux.coredi.collapse import Watch
-from prw_flux.coredi.training import FeatureStep
 from prw_flux.curriculum import Stage
 from prw_flux.data.choose import open_data, require_feeds
-from prw_flux.flow import flow_loss, interpolate, resolution_shift, sample_times
 from prw_flux.interrupt import Interrupted, Stop
+from prw_flux.objective import Objective, StepLoss
 from prw_flux.optimization import learning_rate, new_optimizer
-from prw_flux.passes import source_pass
 from prw_flux.progress import Quiet
 from prw_flux.resume import (
     Position,
@@ -41,7 +31,7 @@ from prw_flux.resume import (
     save_state,
 )
 from prw_flux.rundir import INDEX, RunFolder
-from prw_flux.samples import Batch, Samples, stable_hash
+from prw_flux.samples import Samples, stable_hash
 from prw_flux.session import Session
 from prw_flux.tasks import TASKS, DataSource
 
@@ -52,27 +42,6 @@ StageEnd = Callable[[RunFolder, int], None]
 
 class TrainingError(PRWError, RuntimeError):
     """Training cannot go on; the state before the step that failed is saved."""
-
-
-@dataclass(frozen=True, eq=False)
-class StepLoss:
-    """One forward: the flow matching loss, the veteran gate's, and the routings they came from.
-
-    With a feature stream, its losses as well.
-    """
-
-    flow: Tensor
-    gate: Tensor
-    record: prw.Record
-    features: FeatureStep | None = None
-
-    @property
-    def total(self) -> Tensor:
-        """What is minimised."""
-        total = self.flow + self.gate
-        if self.features is not None:
-            total = total + self.features.loss + self.features.penalty
-        return total
 
 
 def open_training_data(config: RunConfig, session: Session) -> DataSource:
@@ -153,6 +122,7 @@ class Trainer:
         self.config = run.config
         self.adapter, self.coredi = session.adapter, session.coredi
         self.watch = Watch(run.config.coredi)
+        self.objective = Objective(run.config, session)
         self.optimizer: torch.optim.AdamW | None = None
         self.average = read_average(run, self.adapter, self.coredi)
 
@@ -170,7 +140,7 @@ class Trainer:
         optimizer = self._optimizer(stage)
         began = time.perf_counter() - position.seconds
         for step in range(position.step, stage.steps):
-            loss = self._loss(samples, stage, step)
+            loss = self.objective.loss(samples, stage, step)
             self._descend(optimizer, loss, stage, step, Position(number, step, position.seconds))
             if self.average is not None:
                 self.average.update(self._learners())
@@ -187,7 +157,7 @@ class Trainer:
             self.average.settle(self._learners())
         self.adapter.weave.close()
         if self.config.remember:
-            self._consolidate(samples, stage)
+            self.objective.consolidate(samples, stage)
         if self.coredi is not None:
             self.coredi.close_stage(stage.name)
             self.coredi.save(self.run.coredi)
@@ -247,71 +217,6 @@ class Trainer:
 
     # One step ---------------------------------------------------------------------------------
 
-    def _loss(self, samples: Samples, stage: Stage, step: int) -> StepLoss:
-        """Flow matching on the batch of this step, and the veteran gate on its routings.
-
-        Times, noise, dropped captions and blank sources are drawn on the CPU from a generator of
-        this step alone.
-        """
-        config, device = self.config, self.session.device
-        draw = torch.Generator().manual_seed(stable_hash(config.seed, stage.name, "step", step))
-        dropped = torch.rand(stage.batch_size, generator=draw) < config.caption_dropout
-        batch = samples.batch(step, dropped.tolist()).drawn(config.draws)
-        clean = batch.target_BTC
-        shift = config.time_shift or resolution_shift(clean.shape[1])
-        times = sample_times(clean.shape[0], draw, shift=shift)
-        noise = torch.randn(clean.shape, generator=draw)
-        blank = torch.rand(stage.batch_size, generator=draw) < config.source_dropout
-        batch.source_BSC[blank] = 0.0
-        clean, noise, times = clean.to(device), noise.to(device), times.to(device)
-        key = stable_hash(config.seed, stage.name, "router", step)
-        features = self._features(batch, times, draw)
-        read: AbstractContextManager[Any] = nullcontext()
-        if features is not None:
-            read = features.reading(self.session.passes.transformer)
-        with self._arithmetic(), self.adapter.weave.record(key=key) as record, read:
-            noisy = interpolate(clean, noise, times)
-            velocity = self._forward(batch, noisy, times, samples, record)
-        return StepLoss(
-            flow_loss(velocity, clean, noise),
-            prw.veteran_gate_loss(record, stage.density, stage.weight),
-            record,
-            features,
-        )
-
-    def _features(self, batch: Batch, times: Tensor, draw: torch.Generator) -> FeatureStep | None:
-        """Noisy features of the targets, drawn after everything that the image draws."""
-        if self.coredi is None or batch.features_BRCD is None:
-            return None
-        return FeatureStep.begin(self.coredi, batch.features_BRCD, times, draw)
-
-    def _forward(
-        self, batch: Batch, noisy: Tensor, times: Tensor, samples: Samples, call: prw.Call
-    ) -> Tensor:
-        device = self.session.device
-        guidance = torch.full((noisy.shape[0],), self.config.guidance, device=device)
-        velocity: Tensor = self.session.passes(
-            noisy,
-            batch.target_ids_T3.to(device),
-            batch.text_BLE.to(device),
-            batch.pooled_BP.to(device),
-            times,
-            batch.source_BSC.to(device),
-            batch.source_ids_S3.to(device),
-            self._source_pooled(samples),
-            guidance,
-            call,
-        )
-        return velocity
-
-    def _source_pooled(self, samples: Samples) -> Tensor | None:
-        """[1, P] what modulates the source; None for the pooled caption."""
-        kind = self.config.adapter.source_pooled
-        if kind == "prompt":
-            return None
-        text = samples.task.sentence if kind == "task" else ""
-        return samples.texts.gather(samples.texts.rows([text]))[1].to(self.session.device)
-
     def _descend(
         self,
         optimizer: torch.optim.AdamW,
@@ -320,7 +225,7 @@ class Trainer:
         step: int,
         before: Position,
     ) -> None:
-        with self._arithmetic():
+        with self.objective.arithmetic():
             loss.total.backward()
         learning = list(self.adapter.weave.parameters())
         learning += [] if self.coredi is None else self.coredi.learners()
@@ -338,9 +243,6 @@ class Trainer:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def _arithmetic(self) -> AbstractContextManager[None]:
-        return arithmetic(self.session.device.type, self.config.precision)
-
     # Between steps ----------------------------------------------------------------------------
 
     def _is_logged(self, stage: Stage, step: int) -> bool:
@@ -354,7 +256,7 @@ class Trainer:
             "loss": float(loss.flow.detach()),
             "gate_loss": float(loss.gate.detach()),
             "usage_noisy": loss.record.usage(),
-            "usage_deterministic": self._quiet_usage(samples, stage, position.step - 1),
+            "usage_deterministic": self.objective.quiet_usage(samples, stage, position.step - 1),
             "lr": learning_rate(self.config.optimizer, stage, position.step - 1),
             "seconds": round(position.seconds, 3),
             "memory_mib": memory_mib(),
@@ -363,43 +265,6 @@ class Trainer:
             line |= loss.features.line(self.watch, position.step)
         self.run.log(line)
         self.progress.logged(line)
-
-    def _quiet_usage(self, samples: Samples, stage: Stage, step: int) -> float:
-        """Usage of the same batch without router noise, as generation routes."""
-        with prw.Record() as record:
-            self._route(samples, samples.batch(step), torch.full((stage.batch_size,), 0.5), record)
-        return record.usage()
-
-    def _consolidate(self, samples: Samples, stage: Stage) -> None:
-        """Let the routers keep inputs of the stage just closed, and fit them to all they keep."""
-        rows = self.config.remember
-        draw = torch.Generator().manual_seed(stable_hash(self.config.seed, stage.name, "memory"))
-        with self.adapter.weave.remember(stage.name, rows) as recall:
-            for step in range(-(-rows // stage.batch_size)):
-                batch = samples.batch(step)
-                shift = self.config.time_shift or resolution_shift(batch.target_BTC.shape[1])
-                self._route(
-                    samples, batch, sample_times(stage.batch_size, draw, shift=shift), recall
-                )
-        self.adapter.weave.consolidate()
-
-    @torch.no_grad()
-    def _route(self, samples: Samples, batch: Batch, times_B: Tensor, call: prw.Call) -> None:
-        """The source pass alone."""
-        device = self.session.device
-        pooled = self._source_pooled(samples)
-        with self._arithmetic():
-            source_pass(
-                self.session.passes.transformer,
-                batch.source_BSC.to(device),
-                batch.source_ids_S3.to(device),
-                batch.pooled_BP.to(device) if pooled is None else pooled,
-                self.adapter.source_time(times_B.to(device)),
-                self.adapter.source_guidance(
-                    torch.full((len(times_B),), self.config.guidance, device=device)
-                ),
-                call,
-            )
 
     def _save_state(self, position: Position, ended: Mapping[str, Any] | None = None) -> None:
         save_state(

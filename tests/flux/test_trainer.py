@@ -16,6 +16,7 @@ from prw_flux import PRWAdapter
 from prw_flux.config import OptimizerConfig, RunConfig
 from prw_flux.curriculum import Stage
 from prw_flux.interrupt import Stop
+from prw_flux.objective import Objective
 from prw_flux.optimization import learning_rate, new_optimizer
 from prw_flux.progress import Quiet
 from prw_flux.resume import Position
@@ -136,7 +137,7 @@ def one_loss(config: RunConfig, path: Path, session: Session, step: int = 0) -> 
     stage = config.stages[0]
     samples = trainer._samples(0, Position())
     trainer._unlock(stage)
-    return trainer._loss(samples, stage, step)
+    return trainer.objective.loss(samples, stage, step)
 
 
 def test_draws_share_one_source_pass(short_config: RunConfig, tmp_path: Path) -> None:
@@ -223,16 +224,16 @@ def test_bf16_keeps_experts_and_routers_in_fp32(short_config: RunConfig, tmp_pat
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_good_state(
     short_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    original = Trainer._loss
+    original = Objective.loss
 
-    def broken(self: Trainer, samples: Any, stage: Stage, step: int) -> Any:
+    def broken(self: Objective, samples: Any, stage: Stage, step: int) -> Any:
         loss = original(self, samples, stage, step)
         if (stage.name, step) != ("ground", 1):
             return loss
         zero = loss.flow * 0.0  # sqrt'(0) is infinite, its value is not
         return replace(loss, flow=loss.flow * math.nan if what == "loss" else zero.sqrt())
 
-    monkeypatch.setattr(Trainer, "_loss", broken)
+    monkeypatch.setattr(Objective, "loss", broken)
     with pytest.raises(TrainingError, match=f"{what} of stage 'ground' is not finite at step 2"):
         run_of(short_config, tmp_path / "run")
     run = RunFolder.open(tmp_path / "run")
