@@ -40,16 +40,21 @@ class DataConfig:
             where the source is "photos", and are shown in the report in any case.
         samples: per stage, how many are drawn and encoded before it begins; None encodes every
             batch when it is needed, for data that does not fit into memory.
+        max_rejected: largest share of the drawn pictures that may be unreadable. Each is replaced
+            by another example and counted; above this share training stops.
     """
 
     source: str = "shapeweave"
     photos: str | None = None
     samples: int | None = 2000
+    max_rejected: float = 0.05
 
     def __post_init__(self) -> None:
         settle(self)
         if self.samples is not None and self.samples < 1:
             raise ConfigError(f"samples must be at least 1 or none, got {self.samples}")
+        if not 0.0 <= self.max_rejected <= 1.0:
+            raise ConfigError(f"max_rejected must lie in [0, 1], got {self.max_rejected}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,10 +24,12 @@ from prw.atomic import settle
 from prw_flux.adapter import PRWAdapter
 from prw_flux.config import RunConfig
 from prw_flux.coredi.model import CoReDi
+from prw_flux.data.fingerprint import fingerprint
 from prw_flux.ema import Average
 from prw_flux.rundir import RunError, RunFolder
 from prw_flux.schema import leaves
 from prw_flux.states import INDEX
+from prw_flux.tasks import DataSource
 
 MOMENTS: Final = "optimizer.safetensors"
 AVERAGES: Final = "ema.safetensors"
@@ -155,6 +157,24 @@ def require_same_config(trained: RunConfig, asked: RunConfig, run: str) -> None:
                 f"a resumed run keeps its configuration: {key} of {run} is {was!r}, not {now!r}; "
                 "put it back, or begin another run with it"
             )
+
+
+def require_same_data(run: RunFolder, data: DataSource) -> None:
+    """Note the fingerprint of a run's data when it begins; later refuse other data.
+
+    Raises:
+        RunError: names both fingerprints.
+    """
+    facts = {"name": data.name, "fingerprint": fingerprint(data)}
+    known = run.index.get("data")
+    if known is None:
+        run.note(data=facts)
+    elif known["fingerprint"] != facts["fingerprint"]:
+        raise RunError(
+            f"the data of {run.path} have changed: {known['name']} had the fingerprint "
+            f"{known['fingerprint']}, {data.name} has {facts['fingerprint']}; put them back, or "
+            "begin another run"
+        )
 
 
 def read_moments(run: RunFolder) -> dict[str, dict[str, Tensor]]:

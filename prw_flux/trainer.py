@@ -27,6 +27,7 @@ from prw_flux.resume import (
     read_average,
     read_moments,
     read_position,
+    require_same_data,
     restore_moments,
     save_state,
 )
@@ -78,7 +79,7 @@ def train(
         on_stage_end: called with the run and the number of each stage that has been finished.
 
     Raises:
-        RunError: another process trains this run.
+        RunError: another process trains this run, or its configuration or data have changed.
         Interrupted: `stop` asked for it; the state is saved.
         TrainingError: a loss or gradient is not finite; the state before it is saved.
     """
@@ -86,6 +87,7 @@ def train(
         for written in (run.adapter, run.coredi, run.path / INDEX, run.metrics):
             sweep(written)
         position = read_position(run)
+        require_same_data(run, data)
         state = run.state()
         run.states.settle_on(state)
         run.agree(position.stage, {} if state is None else state.facts["ended"])
@@ -178,6 +180,7 @@ class Trainer:
             batch_size=stage.batch_size,
             count=config.data.samples,
             encoder=self.session.encoder,
+            max_rejected=config.data.max_rejected,
         )
 
         def tick(done: int) -> None:

@@ -229,3 +229,18 @@ def test_a_second_ctrl_c_is_immediate() -> None:
         assert stop.requested
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_other_data_are_refused_by_their_fingerprint(
+    whole: RunFolder, short_config: RunConfig, tmp_path: Path
+) -> None:
+    path = shutil.copytree(whole.path, tmp_path / "run")
+    index = json.loads((path / "run.json").read_text())
+    old = index["data"]["fingerprint"]
+    assert index["data"]["name"] == "shapeweave" and len(old) == 32
+    config = short_config.with_settings(["seed=5"])
+    session = open_session(whole.config, adapter_to_continue(RunFolder.open(path)))
+    other = open_training_data(config, session)
+    with pytest.raises(RunError, match=f"had the fingerprint {old}, shapeweave has [0-9a-f]{{32}}"):
+        train(RunFolder.open(path), session, other)
+    assert json.loads((path / "run.json").read_text()) == index
