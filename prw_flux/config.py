@@ -133,6 +133,27 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeldOutConfig:
+    """The loss on samples that are never trained on, with times and noise that never change.
+
+    Attributes:
+        samples: how many per stage; 0 is off.
+        every: steps between two looks; the end of a stage is one in any case.
+    """
+
+    samples: int = 0
+    every: int = 100
+
+    def __post_init__(self) -> None:
+        settle(self)
+        if self.samples < 0 or self.every < 1:
+            raise ConfigError(
+                f"samples must be at least 0 and every at least 1, got {self.samples} and "
+                f"{self.every}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A training run. Validates itself; JSON round trip; any field by ``--set a.b=c``.
 
@@ -156,6 +177,11 @@ class RunConfig:
         keep: how many saved states are kept; a damaged one is passed over for the one before it.
         ema: decay of the moving averages of what trains, which become the weights at the end of a
             stage (`prw_flux.ema`); 0 is off.
+        trackers: "tensorboard", "wandb", or ``package.module:function`` of the user's, which makes
+            an `accelerate.tracking.GeneralTracker` from the run's folder and step.
+        sample_every: steps between grids of pictures that are drawn from four fixed held-out
+            samples of the stage, with `evaluation.steps` steps, into ``grids/``; 0 is off.
+        held_out: the loss on samples that are never trained on.
         coredi: semantic features beside the image, off by default.
 
     Raises:
@@ -177,11 +203,14 @@ class RunConfig:
     save_every: int = 200
     keep: int = 2
     ema: float = 0.0
+    trackers: tuple[str, ...] = ()
+    sample_every: int = 0
     base: BaseConfig = field(default_factory=BaseConfig)
     data: DataConfig = field(default_factory=DataConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
     coredi: CoReDiConfig = field(default_factory=CoReDiConfig)
 
     def __post_init__(self) -> None:
@@ -207,8 +236,9 @@ class RunConfig:
                 f"coredi.normalise=batch needs two samples or more, got a batch of one: raise "
                 f"stages.{small[0]}.batch_size, or set coredi.normalise=none"
             )
-        if self.remember < 0:
-            raise ConfigError(f"remember must be at least 0, got {self.remember}")
+        for name in ("remember", "sample_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0.0 <= self.ema < 1.0:
             raise ConfigError(f"ema must lie in [0, 1), got {self.ema}")
         for name in ("draws", "log_every", "save_every", "keep"):

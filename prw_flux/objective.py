@@ -84,7 +84,7 @@ class Objective:
             read = features.reading(self.session.passes.transformer)
         with self.arithmetic(), self.session.adapter.weave.record(key=key) as record, read:
             noisy = interpolate(clean, noise, times)
-            velocity = self._forward(batch, noisy, times, samples, record)
+            velocity = self.velocity(batch, noisy, times, samples, record)
         return StepLoss(
             flow_loss(velocity, clean, noise),
             prw.veteran_gate_loss(record, stage.density, stage.weight),
@@ -98,9 +98,10 @@ class Objective:
             return None
         return FeatureStep.begin(self.session.coredi, batch.features_BRCD, times, draw)
 
-    def _forward(
+    def velocity(
         self, batch: Batch, noisy: Tensor, times: Tensor, samples: Samples, call: prw.Call
     ) -> Tensor:
+        """Both passes on a batch: what the model says the velocity of `noisy` [B, T, C] is."""
         device = self.session.device
         guidance = torch.full((noisy.shape[0],), self.config.guidance, device=device)
         velocity: Tensor = self.session.passes(

@@ -218,6 +218,11 @@ class RunFolder:
         return self.path / "coredi"
 
     @property
+    def grids(self) -> Path:
+        """Folder of what was drawn while the run trained; `samples` is evaluation's."""
+        return self.path / "grids"
+
+    @property
     def metrics(self) -> Path:
         """The log, one JSON object per line."""
         return self.path / "metrics.jsonl"

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -194,6 +195,7 @@ class Samples:
         count: N, encoded by `prepare`; None encodes each batch when it is asked for.
         encoder: of the targets' semantic features, where they are wanted.
         max_rejected: largest share of the drawn pictures that may be unusable; see `DataConfig`.
+        reading: opened around whatever reads data.
 
     Attributes:
         rejected: rejected draws by reason.
@@ -211,12 +213,13 @@ class Samples:
         count: int | None,
         encoder: FeatureEncoder | None = None,
         max_rejected: float = 1.0,
+        reading: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.data, self.task, self.pipe = data, task, pipe
         self.stage, self.seed, self.batch_size, self.count = stage, seed, batch_size, count
         self.encoder = encoder
         self.rejected: Counter[str] = Counter()
-        self.max_rejected = max_rejected
+        self.max_rejected, self.reading = max_rejected, reading
         self._drawn, self._unusable = 0, 0
         self._example: ImageError | None = None
         self.texts = Texts(pipe)
@@ -274,6 +277,19 @@ class Samples:
         rows = [encoded.rows[i] for i in chosen]
         for position, drop in enumerate(dropped):
             rows[position] = 0 if drop else rows[position]
+        return self._collated(encoded, chosen, rows)
+
+    def every(self, size: int) -> Iterator[tuple[list[int], Batch]]:
+        """Every prepared sample once: batches of at most `size` of one picture size, numbered."""
+        first = 0
+        for bucket in self._buckets:
+            for start in range(0, len(bucket.rows), size):
+                chosen = list(range(start, min(start + size, len(bucket.rows))))
+                batch = self._collated(bucket, chosen, [bucket.rows[i] for i in chosen])
+                yield [first + i for i in chosen], batch
+            first += len(bucket.rows)
+
+    def _collated(self, encoded: Encoded, chosen: list[int], rows: list[int]) -> Batch:
         text_BLE, pooled_BP = self.texts.gather(rows)
         columns = encoded.source_grid[1]
         return Batch(
@@ -342,7 +358,9 @@ class Samples:
     def _encode(self, indices: range) -> list[Encoded]:
         """Samples, those of one size together."""
         groups: dict[Any, list[Triple]] = {}
-        for triple in map(self.triple, indices):
+        with self.reading():
+            triples = [self.triple(index) for index in indices]
+        for triple in triples:
             groups.setdefault((triple.source.shape, triple.target.shape), []).append(triple)
         return [self._encode_group(group) for group in groups.values()]
 
