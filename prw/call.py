@@ -27,21 +27,25 @@ class Call:
         mask: bool, ``[batch, tokens]``, True where a token counts: others enter neither usage nor
             a sample's mean.
         context: ``[batch, K]``, appended to what every router reads; never with a graph.
+        first: how many samples of a batch come before these: the parts of a batch, on ranks or as
+            micro-batches, then have the noise of the whole one.
         stage: pin routing to the end of this stage.
         force: send everything to the expert of this stage with gate 1.
         noisy: whether routers add noise, in modules that are in training mode.
         prompt: what a decoder's prompt decided for the tokens that continue it.
-        seed: the key as a tensor, for the routers.
+        seed, start: key and first as tensors, for the routers.
     """
 
     key: int = 0
     mask: Tensor | None = None
     context: Tensor | None = None
+    first: int = 0
     stage: str | None = None
     force: str | None = None
     noisy: bool = False
     prompt: Prompt = field(default_factory=Prompt, repr=False)
     seed: Tensor = field(init=False, repr=False)
+    start: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         mask: Any = self.mask
@@ -54,7 +58,10 @@ class Call:
             raise ConfigError(f"a context is a tensor [batch, context_features], got a {what}")
         if type(self.key) is not int:
             raise ConfigError(f"a key is a whole number of 64 bits, got {self.key!r}")
+        if type(self.first) is not int or self.first < 0:
+            raise ConfigError(f"first counts samples, got {self.first!r}")
         object.__setattr__(self, "seed", word(self.key))
+        object.__setattr__(self, "start", word(self.first))
 
     def __enter__(self) -> Call:
         return self

@@ -34,16 +34,18 @@ def routed_parameters(weave: Weave) -> set[nn.Parameter]:
 
 @torch.no_grad()
 def broadcast(weave: Weave, source: int = 0) -> None:
-    """Give every rank the routed parameters that rank `source` holds.
+    """Give every rank the routed parameters that rank `source` holds, and what its routers keep.
 
     Call it after `unlock`: each rank draws the new expert from its own generator. DDP does it
-    itself when it wraps the model. Does nothing without torch.distributed.
+    itself when it wraps the model. Call it after `consolidate` where ranks may round differently;
+    all must remember as many inputs. Does nothing without torch.distributed.
     """
     if ranks() > 1:
         whole(weave.pools)
         for pool in weave.pools.values():
-            for parameter in pool.parameters():
-                dist.broadcast(parameter.data, source)
+            for tensor in (*pool.parameters(), *pool.buffers()):
+                if tensor.numel():
+                    dist.broadcast(tensor.data, source)
 
 
 @torch.no_grad()
@@ -51,13 +53,25 @@ def average_gradients(weave: Weave) -> None:
     """Replace the gradient of every parameter that may learn by its mean over ranks.
 
     For parameters that no wrapper looks after, as under FSDP2 with ``ignored_params``; call it once
-    per step, after the last backward and before clipping. A gradient that is absent counts as
-    zeros. The sums run in the dtype of the gradients, one collective per dtype and device. Does
-    nothing without torch.distributed.
+    per step, after the last backward and before clipping. Does nothing without torch.distributed.
+    """
+    if ranks() > 1:
+        average(weave.parameters())
+
+
+@torch.no_grad()
+def average(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace the gradient of each parameter by its mean over ranks.
+
+    A gradient that is absent counts as zeros. The sums run in the dtype of the gradients, one
+    collective per dtype and device.
+
+    Args:
+        parameters: the same on every rank, in the same order.
     """
     if ranks() == 1:
         return
-    learning = list(weave.parameters())
+    learning = list(parameters)
     for parameter in learning:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

@@ -32,7 +32,12 @@ def word(value: int) -> Tensor:
 
 
 def gaussian_noise(
-    key: Tensor | int, group: Tensor | int, tokens: int, columns: int, device: torch.device
+    key: Tensor | int,
+    group: Tensor | int,
+    tokens: int,
+    columns: int,
+    device: torch.device,
+    first: Tensor | int = 0,
 ) -> Tensor:
     """Standard normal noise, a pure function of (key, group, token index, column index).
 
@@ -46,12 +51,15 @@ def gaussian_noise(
         tokens: T, how many rows.
         columns: C, how many columns.
         device: where the result lives.
+        first: index of the first row, so that a part of a batch has the noise of the whole one.
 
     Returns:
         fp32 ``[T, C]``.
     """
-    key, group = (word(value) if isinstance(value, int) else value for value in (key, group))
-    seed = _mix(_mix(key) ^ group)
+    key, group, first = (
+        word(value) if isinstance(value, int) else value for value in (key, group, first)
+    )
+    seed = _mix(_mix(key) ^ group) + first * _signed(_WEYL)
     rows_T = _mix(torch.arange(tokens, device=device) * _signed(_WEYL) + seed)
     columns_C = torch.arange(columns, device=device) * _signed(_WEYL)
     bits_TC = _mix(rows_T[:, None] ^ _mix(columns_C))

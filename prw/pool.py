@@ -296,7 +296,10 @@ class Pool(nn.Module):
             eps_TE = None
             if call.noisy and self.training and self.config.noise:
                 rows = h_TD.shape[0]
-                eps_TE = gaussian_noise(call.seed, self._group, rows, view.count, h_TD.device)
+                first = call.start * (rows // max(x.shape[0], 1))
+                eps_TE = gaussian_noise(
+                    call.seed, self._group, rows, view.count, h_TD.device, first
+                )
             flat = self.router.route(h_TD, view.signal, view.noise, eps_TE)
         # With gate "one" the router still takes part, so that its gradient is zero and not absent.
         gate_T = flat.gate if self.config.gate == "softmax" else flat.gate * 0 + 1

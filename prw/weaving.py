@@ -255,6 +255,7 @@ class Weave:
         context: Tensor | None = None,
         key: int | None = None,
         *,
+        first: int = 0,
         keep_inputs: bool = False,
     ) -> Record:
         """Bind a training call that observes its routings, until its ``with`` block ends.
@@ -263,12 +264,15 @@ class Weave:
             mask: bool ``[batch, tokens]``, the tokens that count.
             context: ``[batch, K]``, appended to what every router reads (``context_features`` K).
             key: 64-bit noise key; None draws one from torch's default generator.
+            first: how many samples of the batch come before these, on other ranks or in earlier
+                micro-batches: with one key, the parts have the noise of the whole.
             keep_inputs: also hold what the routers read, for the losses that say so.
 
         Returns:
             The record, for `veteran_gate_loss`; it stays bound until the next call.
         """
-        record = Record(**self._fields(mask, context, key, noisy=True), keep_inputs=keep_inputs)
+        fields = self._fields(mask, context, key, noisy=True)
+        record = Record(**fields, first=first, keep_inputs=keep_inputs)
         self._bind(record)
         return record
 

@@ -162,6 +162,9 @@ class RunConfig:
         size: side of the pictures in pixels.
         recipe: the name it was made by.
         seed: of everything that is random: data, order, noise, initialisation.
+        accumulate: micro-batches that a rank's part of a batch is split into: less memory, the same
+            step, the veteran gate's usage included, which is counted over the whole batch.
+        checkpointing: compute the blocks again in the backward: less memory, the same gradients.
         precision: "fp32", or "bf16" autocast with the base stored in bf16; experts and routers
             are fp32 in either.
         caption_dropout: share of samples that train with the empty text.
@@ -196,6 +199,8 @@ class RunConfig:
     caption_dropout: float = 0.1
     source_dropout: float = 0.0
     draws: int = 1
+    accumulate: int = 1
+    checkpointing: bool = False
     guidance: float = 1.0
     time_shift: float | None = None
     remember: int = 0
@@ -236,12 +241,17 @@ class RunConfig:
                 f"coredi.normalise=batch needs two samples or more, got a batch of one: raise "
                 f"stages.{small[0]}.batch_size, or set coredi.normalise=none"
             )
+        if self.coredi.enabled and self.accumulate > 1:
+            raise ConfigError(
+                f"accumulate={self.accumulate} cannot be had with a feature stream, whose "
+                "statistics are those of whole batches: use accumulate=1, on more ranks"
+            )
         for name in ("remember", "sample_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0.0 <= self.ema < 1.0:
             raise ConfigError(f"ema must lie in [0, 1), got {self.ema}")
-        for name in ("draws", "log_every", "save_every", "keep"):
+        for name in ("draws", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 

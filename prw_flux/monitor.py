@@ -62,11 +62,10 @@ class Monitor:
         self.trackers = Trackers.open(run, step) if writes else Trackers()
         self._held_out: HeldOut | None = None
         self._grids: Grids | None = None
-        self._lines = 0
 
     def begin(self, number: int) -> None:
         """Stage `number` begins, or goes on: its held-out samples are encoded."""
-        self._held_out, self._grids, self._lines = None, None, 0
+        self._held_out, self._grids = None, None
         task, stage = self.objective.session.tasks[number], self.config.stages[number]
         if self.data is None:
             return
@@ -153,8 +152,8 @@ class Monitor:
             stage: that trains.
             done: steps of the curriculum.
         """
-        whole = self._lines % BLOCKS_EVERY == 0 or "held_out_loss" in line
-        self._lines += 1
+        step, often = line["step"], BLOCKS_EVERY * self.config.log_every
+        whole = step in (1, stage.steps) or step % often == 0 or "held_out_loss" in line
         written = {k: v for k, v in line.items() if k != "blocks" or whole}
         if self.writes:
             self.run.log(written)

@@ -1,10 +1,14 @@
 """The objective of a step: flow matching on its batch, and the veteran gate on its routings.
 
-Shapes: B samples, T target tokens, C packed latent channels.
+Everything random is drawn for the whole batch, from what the seed, the stage and the step say, and
+each micro-batch of each rank takes its samples' part: how a batch is split changes rounding only.
+
+Shapes: B samples, m draws of each, T target tokens, C packed latent channels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, final
@@ -13,35 +17,73 @@ import torch
 from torch import Tensor
 
 import prw
+from prw.call import totals
+from prw.distributed import broadcast
 from prw_flux.arithmetic import arithmetic
 from prw_flux.config import RunConfig
 from prw_flux.coredi.training import FeatureStep
 from prw_flux.curriculum import Stage
 from prw_flux.flow import flow_loss, interpolate, resolution_shift, sample_times
 from prw_flux.passes import source_pass
+from prw_flux.ranks import Ranks
 from prw_flux.samples import Batch, Samples, stable_hash
 from prw_flux.session import Session
 
 
 @dataclass(frozen=True, eq=False)
-class StepLoss:
-    """One forward: the flow matching loss, the veteran gate's, and the routings they came from.
+class PartLoss:
+    """The losses of a micro-batch, as its part of the step's, and the routings of its forward.
 
     With a feature stream, its losses as well.
     """
 
     flow: Tensor
-    gate: Tensor
     record: prw.Record
     features: FeatureStep | None = None
 
     @property
     def total(self) -> Tensor:
-        """What is minimised."""
-        total = self.flow + self.gate
-        if self.features is not None:
-            total = total + self.features.loss + self.features.penalty
-        return total
+        """What is minimised, beside the veteran gate's loss."""
+        if self.features is None:
+            return self.flow
+        return self.flow + self.features.loss + self.features.penalty
+
+
+@dataclass(frozen=True, eq=False)
+class StepLoss:
+    """The losses of a step, over all micro-batches and ranks, without graph.
+
+    Attributes:
+        flow: flow matching.
+        gate: the veteran gate's.
+        total: everything that was minimised.
+        records: the routings of this rank.
+        features: of this rank's last micro-batch, where there is a feature stream.
+    """
+
+    flow: Tensor
+    gate: Tensor
+    total: Tensor
+    records: tuple[prw.Record, ...]
+    features: FeatureStep | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """What is random in the targets of a batch: times [B m] and noise [B m, T, C]."""
+
+    times_B: Tensor
+    noise_BTC: Tensor
+
+    @classmethod
+    def of(cls, count: int, like_BTC: Tensor, draw: torch.Generator, shift: float | None) -> Drawn:
+        """For `count` noisy latents shaped like these."""
+        times = sample_times(count, draw, shift=shift or resolution_shift(like_BTC.shape[1]))
+        return cls(times, torch.randn(count, *like_BTC.shape[1:], generator=draw))
+
+    def part(self, start: int, stop: int) -> Drawn:
+        """Of some latents."""
+        return Drawn(self.times_B[start:stop], self.noise_BTC[start:stop])
 
 
 @final
@@ -51,52 +93,90 @@ class Objective:
     Args:
         config: of the run.
         session: base and adapter.
+        ranks: which of each batch is this process's.
     """
 
-    def __init__(self, config: RunConfig, session: Session) -> None:
+    def __init__(self, config: RunConfig, session: Session, ranks: Ranks | None = None) -> None:
         self.config, self.session = config, session
+        self.ranks = ranks or Ranks()
 
     def arithmetic(self) -> AbstractContextManager[None]:
         """In what forwards and backwards run."""
         return arithmetic(self.session.device.type, self.config.precision)
 
-    def loss(self, samples: Samples, stage: Stage, step: int) -> StepLoss:
-        """Flow matching on the batch of this step, and the veteran gate on its routings.
+    def parts(self, samples: Samples, stage: Stage, step: int) -> Iterator[PartLoss]:
+        """The losses of this rank's micro-batches, one after another; they add up to its step's.
 
-        Times, noise, dropped captions and blank sources are drawn on the CPU from a generator of
-        this step alone.
+        The backward of each belongs before the next.
         """
-        config, device = self.config, self.session.device
+        config = self.config
         draw = torch.Generator().manual_seed(stable_hash(config.seed, stage.name, "step", step))
         dropped = torch.rand(stage.batch_size, generator=draw) < config.caption_dropout
-        batch = samples.batch(step, dropped.tolist()).drawn(config.draws)
-        clean = batch.target_BTC
-        shift = config.time_shift or resolution_shift(clean.shape[1])
-        times = sample_times(clean.shape[0], draw, shift=shift)
-        noise = torch.randn(clean.shape, generator=draw)
+        share = self.ranks.share(stage.batch_size)
+        batch = samples.batch(step, dropped.tolist(), share)
+        count = stage.batch_size * config.draws
+        drawn = Drawn.of(count, batch.target_BTC, draw, config.time_shift)
         blank = torch.rand(stage.batch_size, generator=draw) < config.source_dropout
-        batch.source_BSC[blank] = 0.0
-        clean, noise, times = clean.to(device), noise.to(device), times.to(device)
+        batch.source_BSC[blank[share.start : share.stop]] = 0.0
         key = stable_hash(config.seed, stage.name, "router", step)
-        features = self._features(batch, times, draw)
+        size = len(share) // config.accumulate
+        for start in range(0, len(share), size):
+            first = share.start + start
+            mine = batch.part(start, start + size).drawn(config.draws)
+            latents = range(first * config.draws, (first + size) * config.draws)
+            noise = drawn.part(latents.start, latents.stop)
+            features = self._features(mine, noise.times_B, draw, latents, count)
+            flow, record = self._flow(samples, mine, noise, features, key, first)
+            yield PartLoss(flow / config.accumulate, record, features)
+
+    def gate(self, parts: Sequence[PartLoss], stage: Stage) -> Tensor:
+        """The veteran gate's loss of a step: the usage of the whole batch is counted before.
+
+        It has no graph in common with the forwards, so its backward may come after theirs.
+        """
+        records = [part.record for part in parts]
+        return prw.veteran_gate_loss(records, stage.density, stage.weight)
+
+    def of_step(self, parts: Sequence[PartLoss], gate: Tensor) -> StepLoss:
+        """A step's losses from those of its micro-batches, and the means over ranks."""
+        sums = [torch.stack([x.detach() for x in column]).sum() for column in
+                zip(*((part.flow, part.total) for part in parts), strict=True)]  # fmt: skip
+        flow, rest = self.ranks.mean(torch.stack(sums))
+        gate = gate.detach()
+        records = tuple(part.record for part in parts)
+        return StepLoss(flow, gate, rest + gate, records, parts[-1].features)
+
+    def _flow(
+        self,
+        samples: Samples,
+        batch: Batch,
+        drawn: Drawn,
+        features: FeatureStep | None,
+        key: int,
+        first: int,
+    ) -> tuple[Tensor, prw.Record]:
+        """Flow matching on a micro-batch, whose samples begin at `first`, and its routings."""
+        device, weave = self.session.device, self.session.adapter.weave
+        clean, noise = batch.target_BTC.to(device), drawn.noise_BTC.to(device)
+        times = drawn.times_B.to(device)
         read: AbstractContextManager[Any] = nullcontext()
         if features is not None:
             read = features.reading(self.session.passes.transformer)
-        with self.arithmetic(), self.session.adapter.weave.record(key=key) as record, read:
+        with self.arithmetic(), weave.record(key=key, first=first) as record, read:
             noisy = interpolate(clean, noise, times)
             velocity = self.velocity(batch, noisy, times, samples, record)
-        return StepLoss(
-            flow_loss(velocity, clean, noise),
-            prw.veteran_gate_loss(record, stage.density, stage.weight),
-            record,
-            features,
-        )
+        return flow_loss(velocity, clean, noise), record
 
-    def _features(self, batch: Batch, times: Tensor, draw: torch.Generator) -> FeatureStep | None:
+    def _features(
+        self, batch: Batch, times_B: Tensor, draw: torch.Generator, part: range, whole: int
+    ) -> FeatureStep | None:
         """Noisy features of the targets, drawn after everything that the image draws."""
         if self.session.coredi is None or batch.features_BRCD is None:
             return None
-        return FeatureStep.begin(self.session.coredi, batch.features_BRCD, times, draw)
+        times_B = times_B.to(self.session.device)
+        return FeatureStep.begin(
+            self.session.coredi, batch.features_BRCD, times_B, draw, part, whole
+        )
 
     def velocity(
         self, batch: Batch, noisy: Tensor, times: Tensor, samples: Samples, call: prw.Call
@@ -126,39 +206,58 @@ class Objective:
         text = samples.task.sentence if kind == "task" else ""
         return samples.texts.gather(samples.texts.rows([text]))[1].to(self.session.device)
 
-    def quiet_usage(self, samples: Samples, stage: Stage, step: int) -> float:
-        """Usage of the same batch without router noise, as generation routes."""
+    # Between steps ----------------------------------------------------------------------------
+
+    def quiet(self, samples: Samples, stage: Stage, step: int) -> prw.Record:
+        """Routings of this rank's part of a batch without router noise, as generation routes."""
+        share = self.ranks.share(stage.batch_size)
+        batch = samples.batch(step, share=share)
         with prw.Record() as record:
-            self._route(samples, samples.batch(step), torch.full((stage.batch_size,), 0.5), record)
-        return record.usage()
+            times = torch.full((len(share),), 0.5)
+            self._route(samples, batch, times, record, len(share) // self.config.accumulate)
+        return record
+
+    def usage(self, records: Sequence[prw.Record]) -> float:
+        """U, the share that the newest expert received on all ranks."""
+        used, counted = totals(records)
+        return float(self.ranks.mean(used.double()) / self.ranks.mean(counted.double()))
 
     def consolidate(self, samples: Samples, stage: Stage) -> None:
-        """Let the routers keep inputs of the stage just closed, and fit them to all they keep."""
-        rows = self.config.remember
+        """Let the routers keep inputs of the stage just closed, and fit them to all they keep.
+
+        Every rank reads the same samples, so that all remember the same; the first one's columns,
+        which other devices may have rounded differently, are then everybody's.
+        """
+        rows, weave = self.config.remember, self.session.adapter.weave
+        size = stage.batch_size // (self.ranks.count * self.config.accumulate)
         draw = torch.Generator().manual_seed(stable_hash(self.config.seed, stage.name, "memory"))
-        with self.session.adapter.weave.remember(stage.name, rows) as recall:
+        with weave.remember(stage.name, rows) as recall:
             for step in range(-(-rows // stage.batch_size)):
                 batch = samples.batch(step)
                 shift = self.config.time_shift or resolution_shift(batch.target_BTC.shape[1])
-                self._route(
-                    samples, batch, sample_times(stage.batch_size, draw, shift=shift), recall
-                )
-        self.session.adapter.weave.consolidate()
+                times = sample_times(stage.batch_size, draw, shift=shift)
+                self._route(samples, batch, times, recall, size)
+        weave.consolidate()
+        broadcast(weave)
 
     @torch.no_grad()
-    def _route(self, samples: Samples, batch: Batch, times_B: Tensor, call: prw.Call) -> None:
-        """The source pass alone."""
+    def _route(
+        self, samples: Samples, batch: Batch, times_B: Tensor, call: prw.Call, size: int
+    ) -> None:
+        """The source pass alone, `size` samples at a time."""
         device = self.session.device
         pooled = self._source_pooled(samples)
-        with self.arithmetic():
-            source_pass(
-                self.session.passes.transformer,
-                batch.source_BSC.to(device),
-                batch.source_ids_S3.to(device),
-                batch.pooled_BP.to(device) if pooled is None else pooled,
-                self.session.adapter.source_time(times_B.to(device)),
-                self.session.adapter.source_guidance(
-                    torch.full((len(times_B),), self.config.guidance, device=device)
-                ),
-                call,
-            )
+        for start in range(0, len(times_B), size):
+            part, times = batch.part(start, start + size), times_B[start : start + size]
+            with self.arithmetic():
+                source_pass(
+                    self.session.passes.transformer,
+                    part.source_BSC.to(device),
+                    part.source_ids_S3.to(device),
+                    part.pooled_BP.to(device) if pooled is None else pooled,
+                    self.session.adapter.source_time(times.to(device)),
+                    self.session.adapter.source_guidance(
+                        torch.full((len(times),), self.config.guidance, device=device)
+                    ),
+                    call,
+                )

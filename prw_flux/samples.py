@@ -101,6 +101,20 @@ class Batch:
     source_ids_S3: Tensor
     features_BRCD: Tensor | None = None
 
+    def part(self, start: int, stop: int) -> Batch:
+        """Some of its samples."""
+        if (start, stop) == (0, len(self.target_BTC)):
+            return self
+        features = self.features_BRCD
+        return replace(
+            self,
+            target_BTC=self.target_BTC[start:stop],
+            source_BSC=self.source_BSC[start:stop],
+            text_BLE=self.text_BLE[start:stop],
+            pooled_BP=self.pooled_BP[start:stop],
+            features_BRCD=None if features is None else features[start:stop],
+        )
+
     def drawn(self, count: int) -> Batch:
         """Each target and text `count` times in a row, for as many draws of noise; one source."""
         if count == 1:
@@ -259,24 +273,31 @@ class Samples:
             found.append(self._features(images, self._latents(images[:1])[1]))
         return torch.cat(found).float()
 
-    def batch(self, step: int, dropped: Sequence[bool] = ()) -> Batch:
+    def batch(self, step: int, dropped: Sequence[bool] = (), share: range | None = None) -> Batch:
         """The batch of a step, float32; a `dropped` sample has the empty text.
+
+        Args:
+            step: of the stage.
+            dropped: of every sample of the batch.
+            share: positions in the batch that are wanted; None wants all.
 
         Raises:
             SampleError: no usable sample; or, where batches are encoded one by one, several sizes.
         """
+        share = range(self.batch_size) if share is None else share
         if self.count is None:
-            encoded = self._encode_batch(step)
-            chosen = list(range(self.batch_size))
+            encoded = self._encode_batch(step, share)
+            chosen = list(range(len(share)))
         else:
             assert self._buckets, "prepare() comes first"
             sizes = [len(bucket.rows) for bucket in self._buckets]
             bucket, turn = bucket_of(self.seed, self.stage, step, sizes)
             encoded = self._buckets[bucket]
             chosen = batch_indices(self.seed, self.stage, turn, self.batch_size, sizes[bucket])
+            chosen = chosen[share.start : share.stop]
         rows = [encoded.rows[i] for i in chosen]
-        for position, drop in enumerate(dropped):
-            rows[position] = 0 if drop else rows[position]
+        for index, drop in enumerate(dropped[share.start : share.stop]):
+            rows[index] = 0 if drop else rows[index]
         return self._collated(encoded, chosen, rows)
 
     def every(self, size: int) -> Iterator[tuple[list[int], Batch]]:
@@ -342,11 +363,11 @@ class Samples:
                 "them (prw-flux data check finds them in built data), or raise the limit"
             )
 
-    def _encode_batch(self, step: int) -> Encoded:
-        """The batch of a step whose samples are made when they are needed, in their order."""
+    def _encode_batch(self, step: int, share: range) -> Encoded:
+        """Some of a step whose samples are made when they are needed, in their order."""
         self.texts.trim()
         start = step * self.batch_size
-        parts = self._encode(range(start, start + self.batch_size))
+        parts = self._encode(range(start + share.start, start + share.stop))
         if len(parts) != 1:
             raise SampleError(
                 f"samples of {self.task.name!r} in one batch must agree in size; got token grids "

@@ -69,7 +69,12 @@ def sentence(problem: Exception) -> str:
 
 
 def _fail(message: str, status: int) -> int:
-    sys.stderr.write(f"prw-flux: {message}\n")
+    rank = int(os.environ.get("RANK", "0"))
+    if not rank or status < 128:  # all ranks are stopped together, one says so
+        sys.stderr.write(f"prw-flux: {f'rank {rank}: ' if rank else ''}{message}\n")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stderr.flush()
+        os._exit(status)  # an ordinary end may wait for a device that waits for a lost rank
     return status
 
 

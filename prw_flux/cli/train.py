@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -60,50 +61,71 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 def run_demo(args: argparse.Namespace) -> int:
     """Train the demo in a folder of its own, then evaluate and report."""
     if args.out is None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("demo on several ranks needs the name of its folder: add --out DIR")
         args.out = str(RUNS / "demo" if args.overwrite else _free(RUNS / "demo"))
     return run_train(args)
 
 
 def run_train(args: argparse.Namespace) -> int:
     """Train, resume or extend; then, unless told otherwise, evaluate and report."""
+    from prw_flux.ranks import join, leave
+
     show.quiet_loading()
-    if args.resume is not None:
-        path = _resume(args)
-    else:
-        path = _begin(args)
+    ranks = join()
+    path = _begin(args, ranks) if args.resume is None else _resume(args, ranks)
+    leave()
+    if not ranks.first:
+        return 0
     if args.no_evaluation:
         return _tell(args, {"run": str(path)})
     return _evaluate_and_report(args, path)
 
 
-def _begin(args: argparse.Namespace) -> Path:
+def _begin(args: argparse.Namespace, ranks: Any) -> Path:
     """A new run: everything that can be wrong is found before its folder exists."""
     from prw_flux.data.photos import PhotoFolder
+    from prw_flux.held_out import open_held_out
+    from prw_flux.ranks import require_even
     from prw_flux.resume import adapter_to_continue
     from prw_flux.rundir import RunFolder
     from prw_flux.session import open_session
+    from prw_flux.tracking import require_trackers
     from prw_flux.trainer import open_training_data
 
     parent = None if args.parent is None else _finished(RunFolder.open(args.parent))
     config = configured(args, parent)
-    path = Path(args.out) if args.out else RUNS / (config.recipe.replace(":", ".") or "run")
-    RunFolder.check_room(path, overwrite=args.overwrite, parent=parent)
-    start = None if parent is None else adapter_to_continue(parent)
+    require_even(config, ranks.count)
+
+    def room() -> Path:
+        path = Path(args.out) if args.out else RUNS / (config.recipe.replace(":", ".") or "run")
+        RunFolder.check_room(path, overwrite=args.overwrite, parent=parent)
+        return path
+
+    path: Path = ranks.once(room)
+    start = None if parent is None else ranks.once(lambda: adapter_to_continue(parent))
     # a folder that does not train is shown in the report: it has to be usable as well
     shown = PhotoFolder(config.data.photos, config.size) if config.data.photos else None
+    require_trackers(config.trackers)
     session = open_session(config, start)
     data = open_training_data(config, session)
+    if config.held_out.samples or config.sample_every:
+        open_held_out(config, data)
     photos = data if isinstance(data, PhotoFolder) else shown
-    run = RunFolder.create(path, config, parent=parent, overwrite=args.overwrite)
-    if photos is not None:
-        run.note(photos={"name": photos.name, "summary": photos.summary()})
-        show.watcher().print(f"{photos.name}  {photos.summary()}", soft_wrap=True)
-    _train(args, run, session, data)
+
+    def create() -> None:
+        run = RunFolder.create(path, config, parent=parent, overwrite=args.overwrite)
+        if photos is not None:
+            run.note(photos={"name": photos.name, "summary": photos.summary()})
+            show.watcher().print(f"{photos.name}  {photos.summary()}", soft_wrap=True)
+
+    ranks.once(create)
+    _train(args, RunFolder.open(path), session, data, ranks)
     return path
 
 
-def _resume(args: argparse.Namespace) -> Path:
-    from prw_flux.resume import adapter_to_continue
+def _resume(args: argparse.Namespace, ranks: Any) -> Path:
+    from prw_flux.resume import adapter_to_continue, require_same_config
     from prw_flux.rundir import RunError, RunFolder
     from prw_flux.session import open_session
     from prw_flux.trainer import open_training_data
@@ -111,28 +133,30 @@ def _resume(args: argparse.Namespace) -> Path:
     where = args.resume or args.out or (args.recipe and str(RUNS / args.recipe))
     if not where:
         raise ConfigError("--resume needs the run folder: prw-flux train --resume RUN")
-    changed = (args.settings, args.parent, args.stages, args.only, args.photos, args.overwrite)
-    if any(changed):
+    if any((args.parent, args.stages, args.only, args.overwrite)):
         raise ConfigError(
-            "a resumed run keeps its configuration: leave out --set, --photos, --from, --stage, "
-            "--only and --overwrite, or begin another run"
+            "a resumed run keeps its configuration: leave out --from, --stage, --only and "
+            "--overwrite, or begin another run"
         )
     run = RunFolder.open(where)
+    photos = [] if args.photos is None else [f"data.photos={args.photos}"]
+    require_same_config(run.config, run.config.with_settings([*photos, *args.settings]), where)
     if args.recipe and args.recipe != run.config.recipe:
         raise RunError(f"{where} is a run of recipe {run.config.recipe!r}, not {args.recipe!r}")
     if not run.finished:
-        session = open_session(run.config, adapter_to_continue(run))
-        _train(args, run, session, open_training_data(run.config, session))
+        session = open_session(run.config, ranks.once(lambda: adapter_to_continue(run)))
+        _train(args, run, session, open_training_data(run.config, session), ranks)
     return run.path
 
 
-def _train(args: argparse.Namespace, run: Any, session: Any, data: Any) -> None:
+def _train(args: argparse.Namespace, run: Any, session: Any, data: Any, ranks: Any) -> None:
     from prw_flux.interrupt import Stop
     from prw_flux.progress import watching
     from prw_flux.trainer import train
 
-    with Stop() as stop, watching(show.watcher(), quiet=args.quiet) as progress:
-        train(run, session, data, progress=progress, stop=stop)
+    quiet = args.quiet or not ranks.first
+    with Stop() as stop, watching(show.watcher(), quiet=quiet) as progress:
+        train(run, session, data, progress=progress, stop=stop, ranks=ranks)
 
 
 def configured(args: argparse.Namespace, parent: Any = None) -> Any:

@@ -106,6 +106,8 @@ class CoReDi(nn.Module):
         tokens: tuple[int, int],
         times_B: Tensor,
         draw: torch.Generator | None = None,
+        part: range | None = None,
+        whole: int = 0,
     ) -> Noised:
         """z_t = (1 - t) z_0 + t eps_z with noise of its own; dropped samples read zero instead.
 
@@ -114,10 +116,14 @@ class CoReDi(nn.Module):
             tokens: rows and columns of image tokens.
             times_B: the image's times.
             draw: CPU generator of the noise and of what is dropped.
+            part: where these pictures stand in a batch of `whole`, for which it draws; None draws
+                for these alone.
         """
         projected_BRCK, clean_BTF = self.clean(features_BRCD, tokens)
-        noise_BTF = torch.randn(clean_BTF.shape, generator=draw).to(clean_BTF)
-        keep_B = torch.rand(len(times_B), generator=draw) >= self.config.drop
+        part, whole = (range(len(times_B)), len(times_B)) if part is None else (part, whole)
+        mine = slice(part.start, part.stop)
+        noise_BTF = torch.randn(whole, *clean_BTF.shape[1:], generator=draw)[mine].to(clean_BTF)
+        keep_B = torch.rand(whole, generator=draw)[mine] >= self.config.drop
         keep_B = keep_B.to(clean_BTF)
         noisy_BTF = interpolate(clean_BTF, noise_BTF, times_B) * keep_B[:, None, None]
         return Noised(features_BRCD, projected_BRCK, clean_BTF, noise_BTF, noisy_BTF, keep_B)

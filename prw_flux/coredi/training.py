@@ -41,10 +41,13 @@ class FeatureStep:
         features_BRCD: Tensor,
         times_B: Tensor,
         draw: torch.Generator,
+        part: range | None = None,
+        whole: int = 0,
     ) -> FeatureStep:
         """Project and noise features with one place per image token, as in `CoReDi.noised`."""
         rows, columns = features_BRCD.shape[1:3]
-        noised = coredi.noised(features_BRCD.to(times_B.device), (rows, columns), times_B, draw)
+        given = features_BRCD.to(times_B.device)
+        noised = coredi.noised(given, (rows, columns), times_B, draw, part, whole)
         zero = times_B.new_zeros(())
         return cls(coredi, noised, zero, zero)
 

@@ -93,7 +93,7 @@ def test_wrong_usage_is_status_2(words: list[str]) -> None:
         (["train", "photos", "--photos", "gone"], "gone"),
         (["train", "--resume", "gone"], "there is no folder gone"),
         (["train", "--resume"], "--resume needs the run folder"),
-        (["train", "demo", "--resume", "x", "--set", "seed=1"], "keeps its configuration"),
+        (["train", "demo", "--resume", "x", "--stage", "edit"], "keeps its configuration"),
         (["inspect", "."], "is not a run: it holds no run.json"),
         (["evaluate", "."], "is not a run"),
         (["report", "."], "is not a run"),
@@ -129,6 +129,9 @@ def test_train_inspect_and_extend(
     assert told(capsys, "train", "--resume", run, "--no-evaluation", "--json") == (
         0, json.dumps({"run": str(run)}, indent=1) + "\n", ""
     )  # fmt: skip
+
+    status, _, err = told(capsys, "train", "--resume", run, "--set", "stages.edit.lr=0.3")
+    assert status == 1 and "stages.edit.lr of" in err and "not 0.3" in err
 
     status, out, _ = told(capsys, "inspect", run, "--json")
     facts = json.loads(out)

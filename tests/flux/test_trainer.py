@@ -131,13 +131,13 @@ def passes_of(session: Session) -> list[dict[str, torch.Tensor]]:
 
 
 def one_loss(config: RunConfig, path: Path, session: Session, step: int = 0) -> Any:
-    """The trainer's loss at a step of the first stage."""
+    """The trainer's first micro-batch of a step of the first stage."""
     data = open_training_data(config, session)
     trainer = Trainer(RunFolder.create(path, config), session, data, Quiet(), Stop())
     stage = config.stages[0]
     samples = trainer._samples(0, Position())
     trainer._unlock(stage)
-    return trainer.objective.loss(samples, stage, step)
+    return next(trainer.objective.parts(samples, stage, step))
 
 
 def test_draws_share_one_source_pass(short_config: RunConfig, tmp_path: Path) -> None:
@@ -224,16 +224,16 @@ def test_bf16_keeps_experts_and_routers_in_fp32(short_config: RunConfig, tmp_pat
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_good_state(
     short_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    original = Objective.loss
+    original = Objective.parts
 
     def broken(self: Objective, samples: Any, stage: Stage, step: int) -> Any:
-        loss = original(self, samples, stage, step)
+        (loss,) = original(self, samples, stage, step)
         if (stage.name, step) != ("ground", 1):
-            return loss
+            return [loss]
         zero = loss.flow * 0.0  # sqrt'(0) is infinite, its value is not
-        return replace(loss, flow=loss.flow * math.nan if what == "loss" else zero.sqrt())
+        return [replace(loss, flow=loss.flow * math.nan if what == "loss" else zero.sqrt())]
 
-    monkeypatch.setattr(Objective, "loss", broken)
+    monkeypatch.setattr(Objective, "parts", broken)
     with pytest.raises(TrainingError, match=f"{what} of stage 'ground' is not finite at step 2"):
         run_of(short_config, tmp_path / "run")
     run = RunFolder.open(tmp_path / "run")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import prw
 from prw.noise import gaussian_noise, group_id
 
 CPU = torch.device("cpu")
@@ -24,6 +26,14 @@ def test_a_value_does_not_depend_on_what_is_drawn_beside_it(
     assert small.dtype == torch.float32
     assert torch.equal(small, large[:tokens, :columns])
     assert bool(small.isfinite().all())
+
+
+@given(words, words, st.integers(0, 9), st.integers(0, 2**40))
+def test_a_part_of_a_batch_has_the_noise_of_the_whole(
+    key: int, group: int, tokens: int, first: int
+) -> None:
+    whole = gaussian_noise(key, group, tokens + 3, 4, CPU, first)
+    assert torch.equal(gaussian_noise(key, group, tokens, 4, CPU, first + 3), whole[3:])
 
 
 def test_no_generator_is_moved() -> None:
@@ -62,3 +72,25 @@ def test_keys_and_groups_are_independent() -> None:
     ]
     correlation = torch.corrcoef(torch.stack(draws).double()) - torch.eye(9, dtype=torch.float64)
     assert float(correlation.abs().max()) < 5 / math.sqrt(512 * 8)
+
+
+@pytest.mark.parametrize("granularity", ["token", "sample"])
+def test_parts_of_a_batch_are_routed_like_the_whole(granularity: str) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    config = prw.Config(target_modules=["0"], rank=2, granularity=granularity)
+    weave = prw.weave(net, config)
+    for name in ("one", "two", "three"):
+        weave.unlock(name)
+    x = torch.randn(24, 5, 4)
+
+    def chosen(part: torch.Tensor, first: int) -> torch.Tensor:
+        with weave.record(key=9, first=first) as record:
+            net(part)
+        return record.tally.groups["0"].routings[0].expert
+
+    whole = chosen(x, 0)
+    assert torch.equal(torch.cat([chosen(x[:8], 0), chosen(x[8:], 8)]), whole)
+    assert not torch.equal(chosen(x[8:], 0), whole[8:])
+    with pytest.raises(prw.ConfigError, match="first counts samples, got -1"):
+        weave.record(first=-1)

@@ -1,0 +1,104 @@
+"""What two gloo ranks check of the trainer; `test_trainer_ranks` starts them, one process compares.
+
+The folder holds ``config.json``, ``wanted.safetensors`` (gradients of one process) and ``run``,
+which one process has begun and which is to go on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from two_processes import report
+
+from prw_flux.config import RunConfig
+from prw_flux.interrupt import Interrupted, Stop
+from prw_flux.progress import Quiet
+from prw_flux.ranks import Ranks
+from prw_flux.resume import Position, adapter_to_continue
+from prw_flux.rundir import RunFolder
+from prw_flux.session import open_session
+from prw_flux.trainer import Trainer, open_training_data, train
+
+STOP_AT = ("control", 1)
+
+
+def gradients_of(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """By name, those of the second stage's first step, and its losses."""
+    session = open_session(config)
+    data = open_training_data(config, session)
+    run = RunFolder.open(folder) if folder.exists() else RunFolder.create(folder, config)
+    trainer = Trainer(run, session, data, Quiet(), Stop(), ranks)
+    for stage in config.stages[:2]:
+        trainer._unlock(stage)
+    for name, parameter in session.adapter.weave.named_parameters():
+        parameter.data.add_(0.1 * len(name) ** -0.5)  # no B and no column stays zero
+    samples = trainer._samples(1, Position())
+    loss = trainer._gradients(samples, config.stages[1], 0)
+    found = {n: p.grad.clone() for n, p in session.adapter.weave.named_parameters()
+             if p.grad is not None}  # fmt: skip
+    usage = loss.total.new_tensor(trainer.objective.usage(loss.records))
+    quiet = trainer.objective.usage([trainer.objective.quiet(samples, config.stages[1], 0)])
+    return found | {"loss": loss.flow, "gate": loss.gate, "total": loss.total, "usage": usage,
+                    "quiet": usage.new_tensor(quiet)}  # fmt: skip
+
+
+def gradients(ranks: Ranks, folder: Path) -> None:
+    """Those of one process, with dropout, several draws, router noise and the veteran gate."""
+    config = RunConfig.from_json((folder / "config.json").read_text())
+    wanted = load_file(folder / "wanted.safetensors")
+    for accumulate in (1, 2):
+        split = config.with_settings([f"accumulate={accumulate}"])
+        found = gradients_of(split, ranks, folder / "gradients")
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=f"{name}, {accumulate}")
+
+
+class Signals(Quiet):
+    """Only one rank is told to stop."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.stage = rank, ""
+
+    def begin(self, number: int, total: int, stage: Any) -> None:
+        self.stage = stage.name
+
+    def stepped(self, done: int) -> None:
+        if (self.stage, done) == STOP_AT and self.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def resumed(ranks: Ranks, folder: Path) -> None:
+    """Goes on where one process stopped, and stops in turn."""
+    run = RunFolder.open(folder / "run")
+    session = open_session(run.config, ranks.once(lambda: adapter_to_continue(run)))
+    data = open_training_data(run.config, session)
+    try:
+        with Stop() as stop:
+            train(run, session, data, progress=Signals(ranks.index), stop=stop, ranks=ranks)
+    except Interrupted as stopped:
+        assert stopped.status == 143
+    else:
+        raise AssertionError("nobody stopped")
+    mine = {name: p.detach().sum().item() for name, p in session.adapter.named_parameters()}
+    theirs, ours = ranks.gathered(mine)
+    assert ours == theirs, "the ranks' weights differ"
+
+
+def with_ranks(check: Any) -> Any:
+    """A scenario that is given the ranks."""
+
+    def run(rank: int, folder: Path) -> None:
+        check(Ranks(rank, 2, dist.new_group(backend="gloo")), folder)
+
+    return run
+
+
+if __name__ == "__main__":
+    report({"gradients": with_ranks(gradients), "resumed": with_ranks(resumed)})
