@@ -105,9 +105,9 @@ def plain(settings: Any) -> Any:
 
 def unknown(key: str, known: list[str]) -> ConfigError:
     """The error for a key that does not exist, with the nearest one that does."""
-    last = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
-    # the right last part in another place, else what looks alike
-    near = last[:1] or difflib.get_close_matches(key, known, n=1, cutoff=0.3)
+    last = [name for name in known if name.split(".")[-1] == key.split(".")[-1]][:1]
+    alike = difflib.get_close_matches(key, known, n=1, cutoff=0.3)
+    near = alike or last if "." in key else last or alike  # a last part alone is meant as one
     hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
     return ConfigError(f"there is no setting {key!r}; {hint}")
 
