@@ -17,10 +17,17 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class BaseConfig:
-    """The frozen FLUX.1 pipeline: "tiny-flux", a folder, or a Hub id with its revision."""
+    """The frozen FLUX.1 pipeline: "tiny-flux", a folder, or a Hub id with its revision.
+
+    Attributes:
+        quantisation: what the transformer's weights are stored in while training: "none" for that
+            of `precision`, "fp8" (diffusers' layerwise casting), "int8" (torchao) or "nf4"
+            (bitsandbytes).
+    """
 
     path: str = "tiny-flux"
     revision: str | None = None
+    quantisation: Literal["none", "fp8", "int8", "nf4"] = "none"
 
     def __post_init__(self) -> None:
         settle(self)

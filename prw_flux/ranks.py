@@ -25,6 +25,12 @@ PATIENCE: Final = timedelta(minutes=30)
 """How long a rank waits for one that lives; one that died is noticed at once."""
 
 
+LOST: Final = (
+    "another rank of this run has ended or cannot be reached, so this one cannot go on; what it "
+    "said itself tells why"
+)
+
+
 class RankLost(PRWError, RuntimeError):
     """Another rank has ended, or cannot be reached."""
 
@@ -151,22 +157,21 @@ def leave() -> None:
 
 
 @contextmanager
-def noticing() -> Iterator[None]:
-    """Turns a collective that failed because of another rank into RankLost."""
+def noticing(remedy: str = "") -> Iterator[None]:
+    """Turns a collective that failed because of another rank into RankLost, and says what to do."""
     try:
         yield
     except RuntimeError as problem:
-        if isinstance(problem, PRWError) or not is_lost(problem):
+        if not isinstance(problem, RankLost) and not is_lost(problem):
             raise
-        raise RankLost(
-            "another rank of this run has ended or cannot be reached, so this one cannot go on; "
-            "what that rank said comes before this"
-        ) from problem
+        raise RankLost(f"{LOST}{remedy and f'; {remedy}'}") from problem
 
 
 def is_lost(problem: RuntimeError) -> bool:
     """Whether an error of torch says that another process is gone or too slow."""
-    return isinstance(problem, dist.DistError) or "gloo" in str(problem)
+    return isinstance(problem, dist.DistError) or (
+        not isinstance(problem, PRWError) and "gloo" in str(problem)
+    )
 
 
 def require_even(config: RunConfig, ranks: int) -> None:

@@ -18,6 +18,7 @@ from prw_flux.coredi.model import CoReDi
 from prw_flux.locate import resolve_base, stored_settings
 from prw_flux.passes import TwoPass
 from prw_flux.pipeline import CoLoGenPipeline
+from prw_flux.quantisation import loading, narrow
 from prw_flux.schema import plain
 from prw_flux.tasks import TASKS, Task, load_task
 
@@ -82,6 +83,9 @@ def open_session(config: RunConfig, adapter: Path | None = None) -> Session:
     passes = TwoPass(pipe.transformer, woven)
     passes.train()
     passes.transformer.eval()
+    narrow(pipe.transformer, config.base.quantisation, _compute(config))
+    if config.checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
     if not config.coredi.enabled:
         return Session(pipe, passes, tasks)
     encoder = load_encoder(config.coredi.encoder, pipe.transformer.device)
@@ -106,14 +110,22 @@ def _open_stream(
 
 def _load_base(config: RunConfig) -> CoLoGenPipeline:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    narrow = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    compute = _compute(config)
     # a small base keeps its encoders wide, as generation will run them; a large one cannot
-    dtypes = {"transformer": narrow, "default": torch.float32 if device == "cpu" else narrow}
+    dtypes = {"transformer": compute, "default": torch.float32 if device == "cpu" else compute}
+    options = loading(config.base.quantisation, compute)
     location = resolve_base(config.base.path)
-    pipe = CoLoGenPipeline.from_pretrained(location, revision=config.base.revision, dtype=dtypes)
+    pipe = CoLoGenPipeline.from_pretrained(
+        location, revision=config.base.revision, dtype=dtypes, **options
+    )
     pipe.to(device)
     pipe.vae.to(memory_format=torch.channels_last)  # twice as fast on a CPU
     return pipe
+
+
+def _compute(config: RunConfig) -> torch.dtype:
+    """What the transformer computes in."""
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
 def _specs(config: RunConfig, tasks: tuple[Task, ...], adapter: Path | None) -> dict[str, Any]:

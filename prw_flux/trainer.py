@@ -97,7 +97,8 @@ def train(
     """
     ranks = ranks or Ranks()
     require_even(run.config, ranks.count)
-    with ExitStack() as held, noticing():
+    remedy = f"continue from the last saved state with prw-flux train --resume {run.path}"
+    with ExitStack() as held, noticing(remedy):
 
         def begin() -> Position:
             held.enter_context(run.exclusively())
