@@ -321,7 +321,8 @@ class Trainer:
     ) -> None:
         norm = torch.nn.utils.clip_grad_norm_(self._learning(), self.config.optimizer.clip)
         if not torch.isfinite(loss.total + norm):
-            self._save_state(before)
+            if before.step:  # else it is what the stage before ended with, saved there
+                self._save_state(before)
             what = "loss" if not torch.isfinite(loss.total) else "gradient"
             raise TrainingError(
                 f"the {what} of stage {stage.name!r} is not finite at step {before.step + 1}; the "

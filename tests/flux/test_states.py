@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
+from flux.failing import failing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -96,46 +93,10 @@ def test_without_a_whole_one_nothing_goes_on(states: States) -> None:
         States(states.folder).newest()
 
 
-FAILING = ("os.fsync", "os.open", "pathlib.Path.write_text", "pathlib.Path.write_bytes",
-           "pathlib.Path.mkdir", "pathlib.Path.rename", "pathlib.Path.chmod")  # fmt: skip
-
-
-@contextmanager
-def failing(
-    monkeypatch: pytest.MonkeyPatch, at: int, act: Callable[[], None]
-) -> Iterator[list[str]]:
-    """Call `act` instead of the write number `at` and all that follow; yields the names so far."""
-    import pathlib
-
-    done: list[str] = []
-
-    def wrapped(name: str, original: Any) -> Any:
-        def write(*args: Any, **kwargs: Any) -> Any:
-            done.append(name)
-            if len(done) > at:
-                act()
-            return original(*args, **kwargs)
-
-        return write
-
-    with monkeypatch.context() as patch:
-        for dotted in FAILING:
-            owner: Any = os if dotted.startswith("os.") else pathlib.Path
-            name = dotted.rpartition(".")[2]
-            patch.setattr(owner, name, wrapped(name, getattr(owner, name)))
-        yield done
-
-
-def full() -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_a_full_disk_at_any_write_leaves_what_was(
-    states: States, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_at_any_write_leaves_what_was(states: States) -> None:
     for at in range(100):
         try:
-            with failing(monkeypatch, at, full):
+            with failing(at):
                 write(states, 4)
         except OSError as problem:
             assert problem.errno == errno.ENOSPC
