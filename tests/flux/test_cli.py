@@ -21,7 +21,7 @@ from prw_flux.config import RunConfig
 from prw_flux.rundir import RunFolder
 
 SMALL = """size=64 data.samples=6 log_every=2 save_every=2 precision=fp32 adapter.rank=2
-adapter.alpha=none stages.*.steps=2 stages.*.batch_size=2""".split()
+adapter.alpha=none stages.*.steps=2 stages.*.batch_size=2 held_out.samples=2""".split()
 
 
 @pytest.fixture(scope="module")
