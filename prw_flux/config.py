@@ -47,16 +47,21 @@ class DataConfig:
             where the source is "photos", and are shown in the report in any case.
         samples: per stage, how many are drawn and encoded before it begins; None encodes every
             batch when it is needed, for data that does not fit into memory.
+        max_rejected: largest share of the drawn pictures that may be unreadable. Each is replaced
+            by another example and counted; above this share training stops.
     """
 
     source: str = "shapeweave"
     photos: str | None = None
     samples: int | None = 2000
+    max_rejected: float = 0.05
 
     def __post_init__(self) -> None:
         settle(self)
         if self.samples is not None and self.samples < 1:
             raise ConfigError(f"samples must be at least 1 or none, got {self.samples}")
+        if not 0.0 <= self.max_rejected <= 1.0:
+            raise ConfigError(f"max_rejected must lie in [0, 1], got {self.max_rejected}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +140,27 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeldOutConfig:
+    """The loss on samples that are never trained on, with times and noise that never change.
+
+    Attributes:
+        samples: how many per stage; 0 is off.
+        every: steps between two looks; the end of a stage is one in any case.
+    """
+
+    samples: int = 0
+    every: int = 100
+
+    def __post_init__(self) -> None:
+        settle(self)
+        if self.samples < 0 or self.every < 1:
+            raise ConfigError(
+                f"samples must be at least 0 and every at least 1, got {self.samples} and "
+                f"{self.every}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A training run. Validates itself; JSON round trip; any field by ``--set a.b=c``.
 
@@ -158,6 +184,14 @@ class RunConfig:
         remember: router inputs that every block keeps of every finished stage, so that the routers
             can be consolidated at its end (`prw.Weave.consolidate`); 0, the paper's way, is off.
         log_every, save_every: steps between lines in metrics.jsonl, and between saved states.
+        keep: how many saved states are kept; a damaged one is passed over for the one before it.
+        ema: decay of the moving averages of what trains, which become the weights at the end of a
+            stage (`prw_flux.ema`); 0 is off.
+        trackers: "tensorboard", "wandb", or ``package.module:function`` of the user's, which makes
+            an `accelerate.tracking.GeneralTracker` from the run's folder and step.
+        sample_every: steps between grids of pictures that are drawn from four fixed held-out
+            samples of the stage, with `evaluation.steps` steps, into ``grids/``; 0 is off.
+        held_out: the loss on samples that are never trained on.
         coredi: semantic features beside the image, off by default.
 
     Raises:
@@ -179,11 +213,16 @@ class RunConfig:
     remember: int = 0
     log_every: int = 10
     save_every: int = 200
+    keep: int = 2
+    ema: float = 0.0
+    trackers: tuple[str, ...] = ()
+    sample_every: int = 0
     base: BaseConfig = field(default_factory=BaseConfig)
     data: DataConfig = field(default_factory=DataConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
     coredi: CoReDiConfig = field(default_factory=CoReDiConfig)
 
     def __post_init__(self) -> None:
@@ -214,9 +253,12 @@ class RunConfig:
                 f"accumulate={self.accumulate} cannot be had with a feature stream, whose "
                 "statistics are those of whole batches: use accumulate=1, on more ranks"
             )
-        if self.remember < 0:
-            raise ConfigError(f"remember must be at least 0, got {self.remember}")
-        for name in ("draws", "accumulate", "log_every", "save_every"):
+        for name in ("remember", "sample_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0.0 <= self.ema < 1.0:
+            raise ConfigError(f"ema must lie in [0, 1), got {self.ema}")
+        for name in ("draws", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 

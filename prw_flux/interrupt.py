@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -17,6 +19,10 @@ class Interrupted(Exception):
         self.status = 128 + number
 
 
+class Requested(BaseException):
+    """A signal arrived inside `Stop.at_once`. No Exception: nothing that reads data swallows it."""
+
+
 class Stop:
     """Remembers Ctrl-C and SIGTERM while its ``with`` block is open; a second Ctrl-C is immediate.
 
@@ -28,6 +34,7 @@ class Stop:
     def __init__(self) -> None:
         self.number: int | None = None
         self._before: dict[int, Any] = {}
+        self._at_once = False
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
@@ -43,6 +50,26 @@ class Stop:
         if self.number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = number
+        if self._at_once:
+            raise Requested
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """While open, a signal ends the block: for reads that may take long and change nothing.
+
+        Raises:
+            Requested: one has arrived. In other threads than the main one, never.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._at_once = True
+        try:
+            if self.requested:
+                raise Requested
+            yield
+        finally:
+            self._at_once = False
 
     @property
     def requested(self) -> bool:

@@ -164,7 +164,7 @@ class Objective:
             read = features.reading(self.session.passes.transformer)
         with self.arithmetic(), weave.record(key=key, first=first) as record, read:
             noisy = interpolate(clean, noise, times)
-            velocity = self._forward(batch, noisy, times, samples, record)
+            velocity = self.velocity(batch, noisy, times, samples, record)
         return flow_loss(velocity, clean, noise), record
 
     def _features(
@@ -178,9 +178,10 @@ class Objective:
             self.session.coredi, batch.features_BRCD, times_B, draw, part, whole
         )
 
-    def _forward(
+    def velocity(
         self, batch: Batch, noisy: Tensor, times: Tensor, samples: Samples, call: prw.Call
     ) -> Tensor:
+        """Both passes on a batch: what the model says the velocity of `noisy` [B, T, C] is."""
         device = self.session.device
         guidance = torch.full((noisy.shape[0],), self.config.guidance, device=device)
         velocity: Tensor = self.session.passes(
@@ -212,14 +213,14 @@ class Objective:
         with self.arithmetic():
             self._source_pooled(samples)
 
-    def quiet_usage(self, samples: Samples, stage: Stage, step: int) -> float:
-        """Usage of the same batch without router noise, as generation routes."""
+    def quiet(self, samples: Samples, stage: Stage, step: int) -> prw.Record:
+        """Routings of this rank's part of a batch without router noise, as generation routes."""
         share = self.ranks.share(stage.batch_size)
         batch = samples.batch(step, share=share)
         with prw.Record() as record:
             times = torch.full((len(share),), 0.5)
             self._route(samples, batch, times, record, len(share) // self.config.accumulate)
-        return self.usage([record])
+        return record
 
     def usage(self, records: Sequence[prw.Record]) -> float:
         """U, the share that the newest expert received on all ranks."""

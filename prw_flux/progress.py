@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -28,6 +28,9 @@ class Quiet:
     def __exit__(self, *exception: object) -> None:
         return None
 
+    def plan(self, stages: Sequence[Stage], number: int, done: int) -> None:
+        """Training begins, or goes on, after `done` steps of stage `number`."""
+
     def begin(self, number: int, total: int, stage: Stage) -> None:
         """Stage `number` of `total` begins, or goes on after a resume."""
 
@@ -36,6 +39,9 @@ class Quiet:
 
     def stepped(self, done: int) -> None:
         """So many steps of the stage are done."""
+
+    def waiting(self, seconds: float) -> None:
+        """Training has waited so long for data and still does; told from another thread."""
 
     def logged(self, line: Mapping[str, Any]) -> None:
         """A line was added to the log."""
@@ -46,6 +52,9 @@ class Quiet:
 
 class Bars(Quiet):
     """A bar per stage: steps, loss, usage of the newest expert with and without noise, time left.
+
+    Of several stages, one more bar is the whole curriculum, in samples: a step with twice the batch
+    counts twice, so that the time left follows from the speed of any stage.
 
     Args:
         console: where to draw.
@@ -63,6 +72,9 @@ class Bars(Quiet):
             console=console,
             refresh_per_second=4,
         )
+        self._stages: Sequence[Stage] = ()
+        self._whole: TaskID | None = None
+        self._before, self._state = 0, ""
         self._label = ""
         self._stage: Stage | None = None
         self._bar: TaskID | None = None
@@ -74,7 +86,17 @@ class Bars(Quiet):
     def __exit__(self, *exception: object) -> None:
         self._bars.stop()
 
+    def plan(self, stages: Sequence[Stage], number: int, done: int) -> None:
+        self._stages = stages
+        if 1 < len(stages) > number:
+            seen = samples_of(stages[:number]) + done * stages[number].batch_size
+            total = samples_of(stages)
+            self._whole = self._bars.add_task(
+                "all stages", total=total, completed=seen, state="samples"
+            )
+
     def begin(self, number: int, total: int, stage: Stage) -> None:
+        self._before = samples_of(self._stages[:number])
         self._label, self._stage = f"stage {number + 1}/{total} {stage.name}", stage
         self._bar = None
 
@@ -91,17 +113,32 @@ class Bars(Quiet):
         if self._bar is None:
             total = self._stage.steps
             self._bar = self._bars.add_task(self._label, total=total, completed=done, state="")
-        self._bars.update(self._bar, completed=done)
+        self._bars.update(self._bar, completed=done, state=self._state)
+        if self._whole is not None:
+            trained = self._before + done * self._stage.batch_size
+            self._bars.update(self._whole, completed=trained)
+
+    def waiting(self, seconds: float) -> None:
+        if self._bar is not None:
+            self._bars.update(self._bar, state=f"waiting for data {seconds:.0f} s")
 
     def logged(self, line: Mapping[str, Any]) -> None:
         if self._bar is not None:
             usage = f"usage {line['usage_noisy']:.2f}/{line['usage_deterministic']:.2f}"
-            self._bars.update(self._bar, state=f"loss {line['loss']:.4f}  {usage}")
+            self._state = f"loss {line['loss']:.4f}  {usage}"
+            if "held_out_loss" in line:
+                self._state += f"  held out {line['held_out_loss']:.4f}"
+            self._bars.update(self._bar, state=self._state)
 
     def measured(self, what: str, done: int, total: int) -> None:
         if self._bar is None:
             self._bar = self._bars.add_task("evaluation", total=total, state="")
         self._bars.update(self._bar, total=total, completed=done, state=what)
+
+
+def samples_of(stages: Sequence[Stage]) -> int:
+    """How many samples stages train on, repeats counted."""
+    return sum(stage.steps * stage.batch_size for stage in stages)
 
 
 def watching(console: Console, *, quiet: bool = False) -> Quiet:

@@ -21,6 +21,7 @@ from prw_flux.config import (
     BaseConfig,
     DataConfig,
     EvaluationConfig,
+    HeldOutConfig,
     OptimizerConfig,
     RunConfig,
 )
@@ -50,6 +51,7 @@ def demo() -> RunConfig:
         remember=128,
         optimizer=_TINY_OPTIMIZER,
         evaluation=EvaluationConfig(per_task=32, history=12, steps=12),
+        held_out=HeldOutConfig(samples=16, every=50),
         log_every=10,
         save_every=100,
     )
@@ -65,6 +67,7 @@ def shapes() -> RunConfig:
         data=DataConfig(samples=10_000),
         adapter=AdapterConfig(rank=64, alpha=128),
         evaluation=EvaluationConfig(per_task=128, history=64, steps=28),
+        held_out=HeldOutConfig(samples=32, every=100),
         log_every=20,
         save_every=200,
     )
@@ -78,6 +81,7 @@ def photos() -> RunConfig:
         recipe="photos",
         stages=_steps(counts, batch_size=32, lr=1e-2),
         data=DataConfig(source="photos", samples=1500),
+        held_out=HeldOutConfig(),  # a single photo has no other to be held out
     )
 
 
@@ -141,6 +145,7 @@ def paper() -> RunConfig:
             rank=128, alpha=256, source_timestep="current", source_pooled="prompt"
         ),
         evaluation=EvaluationConfig(per_task=64, history=32, steps=28),
+        held_out=HeldOutConfig(samples=64, every=1000),
         log_every=50,
         save_every=1000,
     )

@@ -1,16 +1,18 @@
-"""The state of a run between two steps: saved all or nothing, loaded bit for bit.
+"""The state of a run between two steps: saved all or nothing, verified, loaded bit for bit.
 
-``state/adapter/`` the weave, its open stage included · ``state/coredi/`` the feature stream, where
-there is one · ``optimizer.safetensors`` the moments of every parameter · ``state.json`` where the
-run is.
+In a folder of `States`: ``adapter/`` the weave, its open stage included · ``coredi/`` the feature
+stream, where there is one · ``optimizer.safetensors`` the moments of every parameter ·
+``ema.safetensors`` the averages, where the run has them · ``state.json`` where the run is,
+and its configuration. No generator has a state to be saved: order, times, noise and dropout are
+functions of (seed, stage, step), on any number of ranks.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
@@ -18,10 +20,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prw import CheckpointError
-from prw.atomic import replace_folder, settle
+from prw.atomic import settle
 from prw_flux.adapter import PRWAdapter
+from prw_flux.config import RunConfig
 from prw_flux.coredi.model import CoReDi
-from prw_flux.rundir import RunFolder
+from prw_flux.data.fingerprint import fingerprint
+from prw_flux.ema import Average
+from prw_flux.rundir import RunError, RunFolder
+from prw_flux.schema import leaves
+from prw_flux.states import INDEX
+from prw_flux.tasks import DataSource
+
+MOMENTS: Final = "optimizer.safetensors"
+AVERAGES: Final = "ema.safetensors"
 
 Moments = Mapping[str, Mapping[str, Tensor]]
 
@@ -53,38 +64,62 @@ def save_state(
     optimizer: torch.optim.Optimizer | None,
     position: Position,
     coredi: CoReDi | None = None,
+    average: Average | None = None,
+    ended: Mapping[str, Any] | None = None,
 ) -> None:
-    """Replace the state of a run.
+    """Add a state to a run, and drop the oldest beyond `RunConfig.keep`.
+
+    Args:
+        ended: plain facts about the stage that ends here, which run.json will hold as well.
 
     Raises:
-        CheckpointError: it cannot be written; the state before stays.
+        CheckpointError: it cannot be written; the states before stay.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in named_parameters(adapter, coredi):
         moments = optimizer.state.get(parameter, {}) if optimizer is not None else {}
         for kind, value in moments.items():
-            tensors[f"{name}/{kind}"] = value.detach().cpu().contiguous()
+            tensors[f"{name}/{kind}"] = value
+    facts = {
+        "position": asdict(position),
+        "config": run.config.to_dict(),
+        "ended": dict(ended or {}),
+    }
     try:
-        with replace_folder(run.state) as folder:
+        with run.states.new(steps_before(run.config, position), facts, run.config.keep) as folder:
             adapter.save_pretrained(folder / "adapter")
             if coredi is not None:
                 coredi.save(folder / "coredi")
-            save_file(tensors, folder / "optimizer.safetensors")
-            (folder / "state.json").write_text(json.dumps(asdict(position)))
+            save_file(_saveable(tensors), folder / MOMENTS)
+            if average is not None:
+                save_file(_saveable(average.tensors()), folder / AVERAGES)
     except (OSError, SafetensorError, CheckpointError) as problem:
         raise CheckpointError(
-            f"{run.state} could not be written, what was saved before stays: {problem}; continue "
-            f"with prw-flux train --resume {run.path}"
+            f"{run.states.folder} could not be written, what was saved before stays: {problem}; "
+            f"continue with prw-flux train --resume {run.path}"
         ) from problem
 
 
+def _saveable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+
+def steps_before(config: RunConfig, position: Position) -> int:
+    """Steps of the whole curriculum that are done at a position: also where trackers are."""
+    return sum(stage.steps for stage in config.stages[: position.stage]) + position.step
+
+
 def adapter_to_continue(run: RunFolder) -> Path | None:
-    """The adapter that goes with `read_position`; None before the first step of a new run."""
-    settle(run.state)
+    """The adapter that goes with `read_position`; None before the first step of a new run.
+
+    Raises:
+        CheckpointError: there are states, and none is whole.
+    """
     settle(run.adapter)
     settle(run.coredi)
-    if (run.state / "state.json").is_file():
-        return run.state / "adapter"
+    state = run.state()
+    if state is not None:
+        return state.path / "adapter"
     return run.adapter if run.done else None
 
 
@@ -92,19 +127,54 @@ def read_position(run: RunFolder) -> Position:
     """Where a run is; at its first unfinished stage where no state was saved.
 
     Raises:
-        CheckpointError: the state is damaged.
+        CheckpointError: no state is whole.
+        RunError: the configuration in run.json is not the one that the state was saved with.
     """
-    file = run.state / "state.json"
-    if not file.is_file():
+    state = run.state()
+    if state is None:
         return Position(stage=run.done)
     try:
-        position = Position(**json.loads(file.read_text("utf-8")))
-        # a finished stage is noted in run.json only after its state was saved
-        if not run.done <= position.stage <= len(run.config.stages):
+        position = Position(**state.facts["position"])
+        trained = RunConfig.from_dict(state.facts["config"])
+        if not 0 <= position.stage <= len(run.config.stages):
             raise ValueError(f"stage {position.stage} of {len(run.config.stages)}")
-    except (TypeError, ValueError) as problem:
-        raise CheckpointError(f"{file} is damaged: {problem}") from None
+    except (KeyError, TypeError, ValueError) as problem:
+        raise CheckpointError(f"{state.path / INDEX} is damaged: {problem}") from None
+    if position != Position(stage=len(trained.stages)):  # else the run extends a finished one
+        require_same_config(trained, run.config, str(run.path))
     return position
+
+
+def require_same_config(trained: RunConfig, asked: RunConfig, run: str) -> None:
+    """Raise RunError, naming the first field and both its values, unless the two are equal."""
+    if trained == asked:
+        return
+    old, new = dict(leaves(trained)), dict(leaves(asked))
+    for key in {**old, **new}:
+        if key not in old or key not in new or old[key] != new[key]:
+            was, now = (side.get(key, "not there") for side in (old, new))
+            raise RunError(
+                f"a resumed run keeps its configuration: {key} of {run} is {was!r}, not {now!r}; "
+                "put it back, or begin another run with it"
+            )
+
+
+def require_same_data(run: RunFolder, data: DataSource) -> None:
+    """Note the fingerprint of a run's data when it begins; later refuse other data.
+
+    Raises:
+        RunError: names both fingerprints.
+    """
+    facts = {"name": data.name, "fingerprint": fingerprint(data)}
+    known = run.index.get("data")
+    if known is None:
+        run.note(data=facts)
+    elif known["fingerprint"] != facts["fingerprint"]:
+        raise RunError(
+            f"the data of {run.path} have changed: {known['name']} had the fingerprint "
+            f"{known['fingerprint']}, {data.name} has {facts['fingerprint']}; put them back, or "
+            "begin another run"
+        )
 
 
 def read_moments(run: RunFolder) -> dict[str, dict[str, Tensor]]:
@@ -113,18 +183,34 @@ def read_moments(run: RunFolder) -> dict[str, dict[str, Tensor]]:
     Raises:
         CheckpointError: the file is damaged.
     """
-    file = run.state / "optimizer.safetensors"
-    if not file.is_file():
-        return {}
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as problem:
-        raise CheckpointError(f"{file} cannot be read: {problem}") from None
     moments: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
+    for key, value in _read(run, MOMENTS).items():
         name, _, kind = key.rpartition("/")
         moments.setdefault(name, {})[kind] = value
     return moments
+
+
+def read_average(run: RunFolder, adapter: PRWAdapter, coredi: CoReDi | None) -> Average | None:
+    """The averages that a run goes on with; None where it has none.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    if not run.config.ema:
+        return None
+    average = Average(run.config.ema)
+    average.load(_read(run, AVERAGES), named_parameters(adapter, coredi))
+    return average
+
+
+def _read(run: RunFolder, name: str) -> dict[str, Tensor]:
+    state = run.state()
+    if state is None or not (state.path / name).is_file():
+        return {}
+    try:
+        return load_file(state.path / name)
+    except (SafetensorError, OSError) as problem:
+        raise CheckpointError(f"{state.path / name} cannot be read: {problem}") from None
 
 
 def restore_moments(

@@ -1,7 +1,7 @@
 """The run folder: everything a run was told, did and made, in files that are never half written.
 
 ``run.json`` configuration, base, stages done · ``adapter/`` the trained adapter after the last
-finished stage, ``coredi/`` its feature stream where there is one · ``state/`` what a resumed run
+finished stage, ``coredi/`` its feature stream where there is one · ``states/`` what a resumed run
 continues from · ``metrics.jsonl`` one line per logged step. Evaluation and report add their own
 files.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ import prw
 from prw import PRWError
 from prw.atomic import replace_file
 from prw_flux.config import RunConfig
+from prw_flux.states import State, States
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION: Final = 1
 EVALUATION_VERSION: Final = 2
@@ -39,11 +43,13 @@ class RunFolder:
     Attributes:
         path: the folder.
         config: what the run was told, never changed afterwards.
+        states: what a resumed run continues from.
     """
 
     def __init__(self, path: Path, index: dict[str, Any], config: RunConfig) -> None:
         self.path = path
         self.config = config
+        self.states = States(path / "states")
         self._index = index
 
     @classmethod
@@ -72,9 +78,11 @@ class RunFolder:
         done = 0
         if parent is not None:
             done = parent.done
-            for folder in (parent.adapter, parent.coredi, parent.state):
+            for folder in (parent.adapter, parent.coredi):
                 if folder.is_dir():
                     shutil.copytree(folder, path / folder.name)
+            if (state := parent.state()) is not None:
+                shutil.copytree(state.path, path / "states" / state.path.name)
         index = {
             "format_version": FORMAT_VERSION,
             "recipe": config.recipe,
@@ -167,10 +175,37 @@ class RunFolder:
         self._index["stages"][number] |= {"done": True, **facts}
         self._write_index()
 
+    def agree(self, done: int, facts: Mapping[str, Any]) -> None:
+        """Note that exactly `done` stages are done, which a crash or a lost state has put in doubt.
+
+        Args:
+            done: as the state says that the run goes on from.
+            facts: about the last of them, where it is not noted yet.
+        """
+        stages = self._index["stages"]
+        if [bool(stage["done"]) for stage in stages] == [i < done for i in range(len(stages))]:
+            return
+        for i, stage in enumerate(stages):
+            new = facts if i == done - 1 and not stage["done"] else {}
+            stages[i] = stage | new | {"done": i < done}
+        self._write_index()
+
     def _write_index(self) -> None:
         write_atomically(self.path / INDEX, json.dumps(self._index, indent=1) + "\n")
 
     # Files ------------------------------------------------------------------------------------
+
+    def state(self) -> State | None:
+        """The state to go on from, None where there is none; a finished run goes on from its end.
+
+        Raises:
+            CheckpointError: as `States.newest`.
+        """
+        state = self.states.newest()
+        if state is None or not self.finished or state.facts["position"]["stage"] == self.done:
+            return state
+        logger.warning("%s lost the state of its end; a new stage has fresh moments", self.path)
+        return None
 
     @property
     def adapter(self) -> Path:
@@ -183,9 +218,9 @@ class RunFolder:
         return self.path / "coredi"
 
     @property
-    def state(self) -> Path:
-        """Folder of the state that a resumed run continues from."""
-        return self.path / "state"
+    def grids(self) -> Path:
+        """Folder of what was drawn while the run trained; `samples` is evaluation's."""
+        return self.path / "grids"
 
     @property
     def metrics(self) -> Path:

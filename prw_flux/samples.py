@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from prw import PRWError
 from prw_flux.coredi.encoders import FeatureEncoder
+from prw_flux.data.images import ImageError
 from prw_flux.encode import (
     encode_image,
     encode_prompts,
@@ -36,6 +38,8 @@ from prw_flux.tasks import DataSource, Task, TaskReject, Triple
 
 CHUNK: Final = 32
 TRIES: Final = 20
+JUDGED_FROM: Final = 200
+"""Drawn pictures from which on the share of unusable ones is judged."""
 STRIDE: Final = 1_000_003
 """Distance to the example that replaces a rejected one; prime: a small source is covered."""
 
@@ -204,6 +208,8 @@ class Samples:
         batch_size: B.
         count: N, encoded by `prepare`; None encodes each batch when it is asked for.
         encoder: of the targets' semantic features, where they are wanted.
+        max_rejected: largest share of the drawn pictures that may be unusable; see `DataConfig`.
+        reading: opened around whatever reads data.
 
     Attributes:
         rejected: rejected draws by reason.
@@ -220,11 +226,16 @@ class Samples:
         batch_size: int,
         count: int | None,
         encoder: FeatureEncoder | None = None,
+        max_rejected: float = 1.0,
+        reading: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.data, self.task, self.pipe = data, task, pipe
         self.stage, self.seed, self.batch_size, self.count = stage, seed, batch_size, count
         self.encoder = encoder
         self.rejected: Counter[str] = Counter()
+        self.max_rejected, self.reading = max_rejected, reading
+        self._drawn, self._unusable = 0, 0
+        self._example: ImageError | None = None
         self.texts = Texts(pipe)
         self._buckets: tuple[Encoded, ...] = ()
 
@@ -245,6 +256,7 @@ class Samples:
             for part in self._encode(range(start, min(start + CHUNK, self.count))):
                 buckets.setdefault(part.grids, []).append(part)
         tick(self.count)
+        self._judge(last=True)
         self._buckets = tuple(Encoded.merged(parts) for parts in buckets.values())
 
     def features(self, count: int) -> Tensor:
@@ -286,6 +298,19 @@ class Samples:
         rows = [encoded.rows[i] for i in chosen]
         for index, drop in enumerate(dropped[share.start : share.stop]):
             rows[index] = 0 if drop else rows[index]
+        return self._collated(encoded, chosen, rows)
+
+    def every(self, size: int) -> Iterator[tuple[list[int], Batch]]:
+        """Every prepared sample once: batches of at most `size` of one picture size, numbered."""
+        first = 0
+        for bucket in self._buckets:
+            for start in range(0, len(bucket.rows), size):
+                chosen = list(range(start, min(start + size, len(bucket.rows))))
+                batch = self._collated(bucket, chosen, [bucket.rows[i] for i in chosen])
+                yield [first + i for i in chosen], batch
+            first += len(bucket.rows)
+
+    def _collated(self, encoded: Encoded, chosen: list[int], rows: list[int]) -> Batch:
         text_BLE, pooled_BP = self.texts.gather(rows)
         columns = encoded.source_grid[1]
         return Batch(
@@ -310,16 +335,33 @@ class Samples:
         """
         reasons: Counter[str] = Counter()
         for attempt in range(TRIES):
-            example = self.data.example(self.task.name, index + attempt * STRIDE)
+            self._drawn += 1
             try:
+                example = self.data.example(self.task.name, index + attempt * STRIDE)
                 triple = self.task(example, stable_hash(self.seed, self.stage, index, attempt))
             except TaskReject as refusal:
                 reasons[refusal.reason] += 1
+                continue
+            except ImageError as problem:
+                reasons[f"picture {problem.reason}"] += 1
+                self._unusable, self._example = self._unusable + 1, self._example or problem
+                self._judge()
                 continue
             self.rejected += reasons
             return triple
         told = ", ".join(f"{reason} ({n} x)" for reason, n in reasons.most_common())
         raise SampleError(f"{self.data.name} gives no sample for {self.task.name!r}: {told}")
+
+    def _judge(self, *, last: bool = False) -> None:
+        """Raise SampleError where too many pictures are unusable."""
+        if self._unusable <= self.max_rejected * self._drawn:
+            return
+        if last or self._drawn >= JUDGED_FROM:
+            raise SampleError(
+                f"{self._unusable} of {self._drawn} pictures of {self.data.name} cannot be used, "
+                f"above data.max_rejected={self.max_rejected:g} (the first: {self._example}): mend "
+                "them (prw-flux data check finds them in built data), or raise the limit"
+            )
 
     def _encode_batch(self, step: int, share: range) -> Encoded:
         """Some of a step whose samples are made when they are needed, in their order."""
@@ -337,7 +379,9 @@ class Samples:
     def _encode(self, indices: range) -> list[Encoded]:
         """Samples, those of one size together."""
         groups: dict[Any, list[Triple]] = {}
-        for triple in map(self.triple, indices):
+        with self.reading():
+            triples = [self.triple(index) for index in indices]
+        for triple in triples:
             groups.setdefault((triple.source.shape, triple.target.shape), []).append(triple)
         return [self._encode_group(group) for group in groups.values()]
 

@@ -105,9 +105,9 @@ def plain(settings: Any) -> Any:
 
 def unknown(key: str, known: list[str]) -> ConfigError:
     """The error for a key that does not exist, with the nearest one that does."""
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.3)
-    if not near:  # the right last part, in another place
-        near = [name for name in known if name.split(".")[-1] == key.split(".")[-1]][:1]
+    last = [name for name in known if name.split(".")[-1] == key.split(".")[-1]][:1]
+    alike = difflib.get_close_matches(key, known, n=1, cutoff=0.3)
+    near = alike or last if "." in key else last or alike  # a last part alone is meant as one
     hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
     return ConfigError(f"there is no setting {key!r}; {hint}")
 
@@ -124,6 +124,18 @@ def keys(settings: Any, prefix: str = "") -> Iterator[str]:
                 yield from keys(element, f"{prefix}{field.name}.{name}.")
         else:
             yield f"{prefix}{field.name}"
+
+
+def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key as in `keys`, with its value."""
+    for key in keys(settings, prefix):
+        value = settings
+        for part in key.removeprefix(prefix).split("."):
+            if isinstance(value, tuple):
+                value = next(x for i, x in enumerate(value) if _names(part, i, x))
+            else:
+                value = getattr(value, part)
+        yield key, value
 
 
 def with_settings(settings: T, assignments: list[str]) -> T:

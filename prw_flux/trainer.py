@@ -6,8 +6,8 @@ import logging
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -20,16 +20,28 @@ from prw_flux.config import RunConfig
 from prw_flux.coredi.collapse import Watch
 from prw_flux.curriculum import Stage
 from prw_flux.data.choose import open_data, require_feeds
-from prw_flux.interrupt import Interrupted, Stop
+from prw_flux.interrupt import Interrupted, Requested, Stop
+from prw_flux.monitor import Monitor
 from prw_flux.objective import Objective, StepLoss
 from prw_flux.optimization import learning_rate, new_optimizer
 from prw_flux.progress import Quiet
 from prw_flux.ranks import Ranks, noticing, require_even
-from prw_flux.resume import Position, read_moments, read_position, restore_moments, save_state
+from prw_flux.resume import (
+    Position,
+    named_parameters,
+    read_average,
+    read_moments,
+    read_position,
+    require_same_data,
+    restore_moments,
+    save_state,
+    steps_before,
+)
 from prw_flux.rundir import INDEX, RunFolder
 from prw_flux.samples import Samples, stable_hash
 from prw_flux.session import Session
 from prw_flux.tasks import TASKS, DataSource
+from prw_flux.waiting import waiting
 
 logger = logging.getLogger(__name__)
 
@@ -77,8 +89,8 @@ def train(
         ranks: the processes that train together; every one calls this, and the first writes.
 
     Raises:
-        ConfigError: a batch cannot be split evenly.
-        RunError: another process trains this run.
+        ConfigError: a batch cannot be split evenly, a tracker is missing, or nothing is held out.
+        RunError: another process trains this run, or its configuration or data have changed.
         Interrupted: `stop` asked for it; the state is saved.
         TrainingError: a loss or gradient is not finite; the state before it is saved.
         RankLost: another rank is gone.
@@ -90,9 +102,12 @@ def train(
 
         def begin() -> Position:
             held.enter_context(run.exclusively())
-            for written in (run.state, run.adapter, run.coredi, run.path / INDEX, run.metrics):
+            for written in (run.adapter, run.coredi, run.path / INDEX, run.metrics):
                 sweep(written)
-            position = read_position(run)
+            position, state = read_position(run), run.state()
+            require_same_data(run, data)
+            run.states.settle_on(state)
+            run.agree(position.stage, {} if state is None else state.facts["ended"])
             run.forget_log_after(position.stage, position.step)
             return position
 
@@ -100,6 +115,8 @@ def train(
         if run.config.remember and ranks.first:
             _warn_of_stages_without_memory(session.adapter)
         trainer = Trainer(run, session, data, progress or Quiet(), stop or Stop(), ranks)
+        held.enter_context(trainer.watched(position))
+        trainer.progress.plan(run.config.stages, position.stage, position.step)
         for number in range(position.stage, len(run.config.stages)):
             trainer.run_stage(number, position)
             position = Position(stage=number + 1)
@@ -137,32 +154,64 @@ class Trainer:
         self.watch = Watch(run.config.coredi)
         self.objective = Objective(run.config, session, self.ranks)
         self.optimizer: torch.optim.AdamW | None = None
+        self.average = read_average(run, self.adapter, self.coredi)
+        self.monitor: Monitor | None = None
+        self.position = Position()
+
+    @contextmanager
+    def watched(self, position: Position) -> Iterator[None]:
+        """While open, steps are measured and told, as the configuration says.
+
+        Raises:
+            ConfigError: see `Monitor`.
+        """
+        average = self.average
+        self.monitor = Monitor(
+            self.run,
+            self.objective,
+            self.data,
+            step=steps_before(self.config, position),
+            averaged=None if average is None else lambda: average.applied(self._learners()),
+            writes=self.ranks.first,
+        )
+        try:
+            yield
+        finally:
+            self.monitor.close()
 
     def run_stage(self, number: int, position: Position) -> None:
         """Train what is left of a stage, then close it and save."""
         stage = self.config.stages[number]
+        self.position = position
         self.progress.begin(number, len(self.config.stages), stage)
         samples = self._samples(number, position)
         if position.step == 0:
             self._unlock(stage)
             self._begin_features(samples)
         self._share_weights()
+        if self.average is not None and position.step == 0:
+            self.average.begin(self._learners())
+        if self.monitor is not None:
+            self.monitor.begin(number)
         self.adapter.note_trained(self.session.tasks[number].name)
         optimizer = self._optimizer(stage)
         began = time.perf_counter() - position.seconds
         for step in range(position.step, stage.steps):
             loss = self._gradients(samples, stage, step)
             self._descend(optimizer, loss, stage, Position(number, step, position.seconds))
+            if self.average is not None:
+                self.average.update(self._learners())
             self.progress.stepped(step + 1)
-            position = Position(number, step + 1, time.perf_counter() - began)
-            if self._is_logged(stage, step):
-                self._log(loss, samples, stage, position)
+            position = self.position = Position(number, step + 1, time.perf_counter() - began)
+            self._measure(loss, samples, stage, position)
             if self._stopping():
                 self._leave(position)
             if (step + 1) % self.config.save_every == 0 and step + 1 < stage.steps:
                 self._save_state(position)
         rejected = self._rejected(samples)
         facts = {"seconds": round(position.seconds, 2), "rejected": rejected}
+        if self.average is not None:
+            self.average.settle(self._learners())
         self.adapter.weave.close()
         if self.config.remember:
             self.objective.consolidate(samples, stage)
@@ -173,7 +222,7 @@ class Trainer:
             if self.coredi is not None:
                 self.coredi.save(self.run.coredi)
             self.adapter.save_pretrained(self.run.adapter)
-            save_state(self.run, self.adapter, optimizer, Position(stage=number + 1), self.coredi)
+            self._write_state(Position(stage=number + 1), facts)
             self.run.finish_stage(number, facts)
 
         self.ranks.once(finish)
@@ -191,6 +240,8 @@ class Trainer:
             batch_size=stage.batch_size,
             count=config.data.samples,
             encoder=self.session.encoder,
+            max_rejected=config.data.max_rejected,
+            reading=self._reading,
         )
 
         def tick(done: int) -> None:
@@ -204,6 +255,20 @@ class Trainer:
             self.objective.know_sentence(samples)
             self.session.rest(True)
         return samples
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Around every read of data: says that it takes long, and may be left by a signal.
+
+        Several ranks leave together, between steps.
+        """
+        try:
+            with waiting(self.progress.waiting), ExitStack() as held:
+                if self.ranks.count == 1:
+                    held.enter_context(self.stop.at_once())
+                yield
+        except Requested:
+            self._leave(self.position)
 
     def _unlock(self, stage: Stage) -> None:
         with torch.random.fork_rng(devices=[]):
@@ -260,11 +325,13 @@ class Trainer:
     ) -> None:
         norm = torch.nn.utils.clip_grad_norm_(self._learning(), self.config.optimizer.clip)
         if not torch.isfinite(loss.total + norm):
-            self._save_state(before)
+            if before.step:  # else it is what the stage before ended with, saved there
+                self._save_state(before)
             what = "loss" if not torch.isfinite(loss.total) else "gradient"
             raise TrainingError(
                 f"the {what} of stage {stage.name!r} is not finite at step {before.step + 1}; the "
-                f"state before it is kept in {self.run.state}: try a lower stages.{stage.name}.lr"
+                f"state before it is kept in {self.run.states.folder}: try a lower "
+                f"stages.{stage.name}.lr"
             )
         rate = learning_rate(self.config.optimizer, stage, before.step)
         for group in optimizer.param_groups:
@@ -277,6 +344,12 @@ class Trainer:
         learning = list(self.adapter.weave.parameters())
         return learning + ([] if self.coredi is None else self.coredi.learners())
 
+    def _learners(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """The same, by name."""
+        named = named_parameters(self.adapter, self.coredi)
+        learning = {id(parameter) for parameter in self._learning()}
+        return [(name, parameter) for name, parameter in named if id(parameter) in learning]
+
     def _stopping(self) -> bool:
         """Whether any rank was told to stop; every rank then knows."""
         number = self.ranks.largest(self.stop.number or 0)
@@ -287,9 +360,18 @@ class Trainer:
     # Between steps ----------------------------------------------------------------------------
 
     def _is_logged(self, stage: Stage, step: int) -> bool:
-        return step == 0 or (step + 1) % self.config.log_every == 0 or step + 1 == stage.steps
+        due = self.monitor is not None and self.monitor.is_due(stage, step)
+        return due or step == 1 or step % self.config.log_every == 0 or step == stage.steps
+
+    def _measure(self, loss: StepLoss, samples: Samples, stage: Stage, position: Position) -> None:
+        if self._is_logged(stage, position.step):
+            self._log(loss, samples, stage, position)
+        if self.monitor is not None:
+            done = steps_before(self.config, position)
+            self.monitor.look(stage, position.step, done)
 
     def _log(self, loss: StepLoss, samples: Samples, stage: Stage, position: Position) -> None:
+        quiet = self.objective.quiet(samples, stage, position.step - 1)
         line: dict[str, Any] = {
             "stage": stage.name,
             "task": samples.task.name,
@@ -297,20 +379,25 @@ class Trainer:
             "loss": float(loss.flow),
             "gate_loss": float(loss.gate),
             "usage_noisy": self.objective.usage(loss.records),
-            "usage_deterministic": self.objective.quiet_usage(samples, stage, position.step - 1),
+            "usage_deterministic": self.objective.usage([quiet]),
             "lr": learning_rate(self.config.optimizer, stage, position.step - 1),
             "seconds": round(position.seconds, 3),
             "memory_mib": memory_mib(),
         }
         if loss.features is not None:
             line |= loss.features.line(self.watch, position.step)
-        if self.ranks.first:
-            self.run.log(line)
+        if self.monitor is not None:
+            line |= self.monitor.routing(loss.records, quiet)
+            line |= self.monitor.held_out(stage, position.step)
+            self.monitor.log(line, stage, steps_before(self.config, position))
         self.progress.logged(line)
 
     def _save_state(self, position: Position) -> None:
-        self.ranks.once(
-            lambda: save_state(self.run, self.adapter, self.optimizer, position, self.coredi)
+        self.ranks.once(lambda: self._write_state(position))
+
+    def _write_state(self, position: Position, ended: Mapping[str, Any] | None = None) -> None:
+        save_state(
+            self.run, self.adapter, self.optimizer, position, self.coredi, self.average, ended
         )
 
     def _leave(self, position: Position) -> None:

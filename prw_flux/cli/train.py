@@ -94,10 +94,12 @@ def run_train(args: argparse.Namespace) -> int:
 def _begin(args: argparse.Namespace, ranks: Any) -> Path:
     """A new run: everything that can be wrong is found before its folder exists."""
     from prw_flux.data.photos import PhotoFolder
+    from prw_flux.held_out import open_held_out
     from prw_flux.ranks import require_even
     from prw_flux.resume import adapter_to_continue
     from prw_flux.rundir import RunFolder
     from prw_flux.session import open_session
+    from prw_flux.tracking import require_trackers
     from prw_flux.trainer import open_training_data
 
     parent = None if args.parent is None else _finished(RunFolder.open(args.parent))
@@ -113,8 +115,11 @@ def _begin(args: argparse.Namespace, ranks: Any) -> Path:
     start = None if parent is None else ranks.once(lambda: adapter_to_continue(parent))
     # a folder that does not train is shown in the report: it has to be usable as well
     shown = PhotoFolder(config.data.photos, config.size) if config.data.photos else None
+    require_trackers(config.trackers)
     session = open_session(config, start)
     data = open_training_data(config, session)
+    if config.held_out.samples or config.sample_every:
+        open_held_out(config, data)
     photos = data if isinstance(data, PhotoFolder) else shown
 
     def create() -> None:
@@ -129,7 +134,7 @@ def _begin(args: argparse.Namespace, ranks: Any) -> Path:
 
 
 def _resume(args: argparse.Namespace, ranks: Any) -> Path:
-    from prw_flux.resume import adapter_to_continue
+    from prw_flux.resume import adapter_to_continue, require_same_config
     from prw_flux.rundir import RunError, RunFolder
     from prw_flux.session import open_session
     from prw_flux.trainer import open_training_data
@@ -137,13 +142,14 @@ def _resume(args: argparse.Namespace, ranks: Any) -> Path:
     where = args.resume or args.out or (args.recipe and str(RUNS / args.recipe))
     if not where:
         raise ConfigError("--resume needs the run folder: prw-flux train --resume RUN")
-    changed = (args.settings, args.parent, args.stages, args.only, args.photos, args.overwrite)
-    if any(changed):
+    if any((args.parent, args.stages, args.only, args.overwrite)):
         raise ConfigError(
-            "a resumed run keeps its configuration: leave out --set, --photos, --from, --stage, "
-            "--only and --overwrite, or begin another run"
+            "a resumed run keeps its configuration: leave out --from, --stage, --only and "
+            "--overwrite, or begin another run"
         )
     run = RunFolder.open(where)
+    photos = [] if args.photos is None else [f"data.photos={args.photos}"]
+    require_same_config(run.config, run.config.with_settings([*photos, *args.settings]), where)
     if args.recipe and args.recipe != run.config.recipe:
         raise RunError(f"{where} is a run of recipe {run.config.recipe!r}, not {args.recipe!r}")
     if not run.finished:

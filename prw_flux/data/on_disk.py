@@ -10,6 +10,7 @@ seed and i alone.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple, final
@@ -17,7 +18,7 @@ from typing import Any, Final, NamedTuple, final
 import numpy as np
 
 from prw import ConfigError
-from prw_flux.data.build import read_manifest
+from prw_flux.data.build import Manifest, read_manifest
 from prw_flux.data.images import Fit, open_image, open_map
 from prw_flux.data.photos import MIN_SIDE, MIN_VISIBLE, NO_CAPTION, visible
 from prw_flux.data.rows import DataError, Row, features
@@ -35,6 +36,7 @@ class Opened(NamedTuple):
     part: Part
     rows: Any
     first: int
+    digest: str
 
 
 @final
@@ -83,6 +85,15 @@ class OnDisk:
         """The tasks of the data sets."""
         return frozenset(self._of)
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a shard, the mixture, the split or the seed does; not when folders move."""
+        facts = [
+            (task, self._order[task].fingerprint, [one.digest for one in found])
+            for task, found in sorted(self._of.items())
+        ]
+        return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
+
     def summary(self) -> str:
         """One sentence: rows by task."""
         counts = {task: sum(one.part.size for one in found) for task, found in self._of.items()}
@@ -118,19 +129,46 @@ def _open(folder: Path, weight: float, split: str, cache: str | Path | None) -> 
     manifest = read_manifest(folder)
     if not manifest.done:
         raise DataError(f"{folder} is not finished; run the same `data build` again")
-    features()
-    from datasets import load_dataset
-
-    files = [str(folder / shard["file"]) for shard in manifest.shards]
-    place = None if cache is None else str(cache)
-    rows = load_dataset("parquet", data_files=files, split="train", cache_dir=place)
-    rows = rows.with_format("arrow")
+    _require_whole(folder, manifest)
+    rows = _rows(folder, manifest, cache)
+    digest = hashlib.blake2b(repr([s["sha256"] for s in manifest.shards]).encode(), digest_size=16)
     held = min(MOST_HELDOUT, max(1, len(rows) // HELDOUT))
     first = {"train": 0, "heldout": len(rows) - held, "all": 0}[split]
     count = {"train": len(rows) - held, "heldout": held, "all": len(rows)}[split]
     if not count:
         raise DataError(f"{folder} has one row, so there is none for split {split!r}")
-    return manifest.task, Opened(Part(name=folder.name, size=count, weight=weight), rows, first)
+    part = Part(name=folder.name, size=count, weight=weight)
+    return manifest.task, Opened(part, rows, first, digest.hexdigest())
+
+
+def _require_whole(folder: Path, manifest: Manifest) -> None:
+    """Raise DataError for a shard that is gone or cut off; `data check` verifies every byte."""
+    for shard in manifest.shards:
+        file = folder / shard["file"]
+        if not file.is_file():
+            raise DataError(f"{file} is missing; build {folder} again")
+        if (size := file.stat().st_size) != shard["bytes"]:
+            raise DataError(
+                f"{file} has {size:,} bytes, it was written with {shard['bytes']:,}: copy it "
+                f"again, or build {folder} again"
+            )
+
+
+def _rows(folder: Path, manifest: Manifest, cache: str | Path | None) -> Any:
+    features()
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    files = [str(folder / shard["file"]) for shard in manifest.shards]
+    place = None if cache is None else str(cache)
+    try:
+        rows = load_dataset("parquet", data_files=files, split="train", cache_dir=place)
+    except (DatasetsError, OSError, ValueError) as problem:
+        told = " ".join(str(problem.__cause__ or problem).split())
+        raise DataError(
+            f"{folder} cannot be read ({told}); prw-flux data check {folder} names the shard"
+        ) from problem
+    return rows.with_format("arrow")
 
 
 def _example(row: Row, key: str, size: int | tuple[int, int]) -> Example:

@@ -9,6 +9,7 @@ Shapes: H, W pixels of the fitted picture; images uint8 [H, W, 3]; masks bool [H
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,6 +96,21 @@ class PhotoFolder:
     def rejected(self) -> Mapping[str, int]:
         """Pictures left out, by reason."""
         return Counter(error.reason for error in self.rejects)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a photo, what belongs to it, its caption or its annotations do.
+
+        Every file is read, so this takes as long as reading the folder.
+        """
+        notes = self._listing.notes
+        found = hashlib.blake2b(repr(notes.subjects).encode(), digest_size=16)
+        for file in self._photos:
+            note = self._listing.note(file)
+            found.update(repr((file, self._listing.caption(file), note)).encode())
+            for name in (file, *sorted(note.files())):
+                found.update(_digest(self.root / name))
+        return found.hexdigest()
 
     def summary(self) -> str:
         """One sentence: how many pictures are used, how many are left out and why."""
@@ -257,6 +273,15 @@ class PhotoFolder:
         target = fit.image(after)
         pair = Pair(source=example.image, text=note.instruction, target=target, metadata=metadata)
         return self._remember(replace(example, key=key, edit=pair))
+
+
+def _digest(path: Path) -> bytes:
+    """Of a file; of one that is missing, nothing."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError:
+        return b""
 
 
 def visible(box: Box, fit: Fit) -> float:

@@ -16,6 +16,11 @@ DENSE: Final = 20
 """Blocks from which a routing table is drawn without numbers."""
 
 
+HELD_OUT: Final = (
+    '<span><i class="swatch second"></i>loss of the same held-out samples at each look</span>'
+)
+
+
 def training(facts: Facts) -> str:
     """Loss and usage of every stage that has begun."""
     begun = [stage for stage in facts.stages if stage.log]
@@ -24,6 +29,7 @@ def training(facts: Facts) -> str:
     legend = (
         '<div class="legend"><span><i class="swatch"></i>loss, running mean</span>'
         '<span><i class="swatch faint"></i>loss of one batch</span>'
+        f"{HELD_OUT if any(map(_held_out, begun)) else ''}"
         '<span><i class="swatch"></i>usage as generation routes</span>'
         '<span><i class="swatch second"></i>usage with router noise</span>'
         '<span><i class="swatch dashed"></i>density, its target</span></div>'
@@ -44,6 +50,7 @@ def _curves(number: int, stage: StageFacts) -> str:
         [
             Series(x=steps, y=loss, style="raw", name="loss of one batch"),
             Series(x=steps, y=smooth(loss, len(loss) // 16), style="main", name="running mean"),
+            *_held_out(stage),
         ],
         title=f"loss of stage {stage.name}",
         high=_top(loss),
@@ -66,6 +73,15 @@ def _curves(number: int, stage: StageFacts) -> str:
         f'<div class="card"><h3>{number + 1} · {escape(named(stage))}</h3><p class="sub">{told}</p>'
         f"<h4>loss</h4>{loss_chart}<h4>usage</h4>{usage_chart}</div>"
     )
+
+
+def _held_out(stage: StageFacts) -> list[Series]:
+    """The held-out loss where it was measured; nothing where it never was."""
+    lines = [line for line in stage.log if "held_out_loss" in line]
+    if not lines:
+        return []
+    steps, loss = ([float(line[name]) for line in lines] for name in ("step", "held_out_loss"))
+    return [Series(x=list(steps), y=list(loss), style="second", name="held out")]
 
 
 def _column(stage: StageFacts, name: str) -> list[float]:

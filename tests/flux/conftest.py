@@ -243,7 +243,7 @@ def short_config(tiny_base: Path) -> Any:
     config = demo().with_settings(
         [f"base.path={tiny_base}", "size=64", "data.samples=6", "log_every=2", "save_every=2",
          "adapter.rank=2", "adapter.alpha=none", "precision=fp32", "stages.*.steps=3",
-         "stages.*.batch_size=2", "optimizer.warmup=1", "remember=3"]
+         "stages.*.batch_size=2", "optimizer.warmup=1", "remember=3", "held_out.samples=0"]
     )  # fmt: skip
     return replace(config, stages=config.stages[:3])
 

@@ -21,7 +21,7 @@ from prw_flux.config import RunConfig
 from prw_flux.rundir import RunFolder
 
 SMALL = """size=64 data.samples=6 log_every=2 save_every=2 precision=fp32 adapter.rank=2
-adapter.alpha=none stages.*.steps=2 stages.*.batch_size=2""".split()
+adapter.alpha=none stages.*.steps=2 stages.*.batch_size=2 held_out.samples=2""".split()
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_wrong_usage_is_status_2(words: list[str]) -> None:
         (["train", "photos", "--photos", "gone"], "gone"),
         (["train", "--resume", "gone"], "there is no folder gone"),
         (["train", "--resume"], "--resume needs the run folder"),
-        (["train", "demo", "--resume", "x", "--set", "seed=1"], "keeps its configuration"),
+        (["train", "demo", "--resume", "x", "--stage", "edit"], "keeps its configuration"),
         (["inspect", "."], "is not a run: it holds no run.json"),
         (["evaluate", "."], "is not a run"),
         (["report", "."], "is not a run"),
@@ -129,6 +129,9 @@ def test_train_inspect_and_extend(
     assert told(capsys, "train", "--resume", run, "--no-evaluation", "--json") == (
         0, json.dumps({"run": str(run)}, indent=1) + "\n", ""
     )  # fmt: skip
+
+    status, _, err = told(capsys, "train", "--resume", run, "--set", "stages.edit.lr=0.3")
+    assert status == 1 and "stages.edit.lr of" in err and "not 0.3" in err
 
     status, out, _ = told(capsys, "inspect", run, "--json")
     facts = json.loads(out)
@@ -304,7 +307,7 @@ def test_a_damaged_expert_is_named(
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     for words in (["inspect", run], ["train", "--from", run, "--stage", "edit", "--out", "x"]):
         if words[0] == "train":
-            shutil.rmtree(run / "state")
+            shutil.rmtree(run / "states")
         status, _, err = told(capsys, *words)
         assert status == 1 and "expert 'ground'" in err and err.count("\n") == 1
     assert not Path("x").exists()

@@ -201,8 +201,8 @@ def test_a_batch_of_one_is_refused_before_anything_begins(config: RunConfig) -> 
 def test_a_damaged_stream_is_refused(config: RunConfig, tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", replace(config, stages=config.stages[:1]))
     go(run)
-    file = run.state / "coredi" / "coredi.json"
+    file = run.states.paths()[-1] / "coredi" / "coredi.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"schema_version": 9}))
     with pytest.raises(CheckpointError, match="schema version 9, .* install a newer prw"):
-        open_session(run.config, run.state / "adapter")
+        open_session(run.config, run.states.paths()[-1] / "adapter")
     assert load_file(run.coredi / "coredi.safetensors")["now/projection.fitted"]

@@ -19,7 +19,7 @@ from prw_flux.config import RunConfig
 from prw_flux.interrupt import Interrupted, Stop
 from prw_flux.progress import Quiet
 from prw_flux.resume import Position, adapter_to_continue, read_position
-from prw_flux.rundir import RunFolder
+from prw_flux.rundir import RunError, RunFolder
 from prw_flux.session import open_session
 from prw_flux.trainer import open_training_data, train
 
@@ -94,13 +94,13 @@ def test_what_a_killed_process_left_is_removed(
     short_config: RunConfig, tmp_path: Path, whole: RunFolder
 ) -> None:
     run = RunFolder.create(tmp_path / "run", short_config)
-    for name in (".state.0123.new", ".adapter.4567.new"):
-        (run.path / name).mkdir()
+    for name in ("states/.step-000000002.0123.new", ".adapter.4567.new"):
+        (run.path / name).mkdir(parents=True)
         (run.path / name / "half").write_text("...")
     for name in (".run.json.89ab.new", ".metrics.jsonl.cdef.new"):
         (run.path / name).write_text("{")
     go(run)
-    assert not list(run.path.glob(".*.new"))
+    assert not list(run.path.rglob(".*.new"))
     assert contents(run) == contents(whole)
 
 
@@ -141,7 +141,9 @@ def test_a_finished_run_can_be_extended_as_if_it_had_never_ended(
     go(more)
     assert contents(more) == contents(whole)
     assert contents(first).keys() < contents(more).keys()
-    shutil.rmtree(first.state)  # only the adapter was kept: the stage trains, with fresh moments
+    shutil.rmtree(
+        first.states.folder
+    )  # only the adapter was kept: the stage trains, with fresh moments
     again = RunFolder.create(tmp_path / "again", short_config, parent=first)
     assert read_position(again) == Position(stage=2)
     go(again)
@@ -195,15 +197,29 @@ def test_a_new_expert_may_have_another_rank(
     assert [json.loads(file.read_text())["r"] for file in files] == [2, 2, 2, 3]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"stage": 9}', '{"place": 1}'])
-def test_a_damaged_state_is_one_sentence(
-    short_config: RunConfig, tmp_path: Path, text: str
-) -> None:
-    run = RunFolder.create(tmp_path / "run", short_config)
-    run.state.mkdir()
-    (run.state / "state.json").write_text(text)
-    with pytest.raises(CheckpointError, match="is damaged"):
-        read_position(run)
+def test_a_changed_configuration_is_refused_by_its_field(whole: RunFolder, tmp_path: Path) -> None:
+    path = shutil.copytree(whole.path, tmp_path / "run")
+    index = json.loads((path / "run.json").read_text())
+    index["config"]["stages"][2]["lr"] = 0.5
+    index["stages"][2]["done"] = False
+    (path / "run.json").write_text(json.dumps(index))
+    shutil.rmtree(RunFolder.open(path).states.paths()[-1])  # back to the middle of the last stage
+    with pytest.raises(RunError, match=r"stages.control.lr of .* is 0.01, not 0.5; put it back"):
+        read_position(RunFolder.open(path))
+
+
+def test_a_lost_end_is_trained_again(whole: RunFolder, tmp_path: Path) -> None:
+    """Three stages are noted as done, but the newest state is one of the middle of the third."""
+    path = shutil.copytree(whole.path, tmp_path / "run")
+    run = RunFolder.open(path)
+    shutil.rmtree(run.states.paths()[-1])
+    assert run.done == 3 and read_position(run) == Position(stage=3)  # as far as one can extend it
+    run = RunFolder.open(path)
+    run.agree(2, {})
+    assert read_position(run).step == 2
+    go(run)
+    assert contents(run) == contents(whole) and run.finished
+    assert lines(run) == lines(whole)
 
 
 def test_a_second_ctrl_c_is_immediate() -> None:
@@ -213,3 +229,18 @@ def test_a_second_ctrl_c_is_immediate() -> None:
         assert stop.requested
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_other_data_are_refused_by_their_fingerprint(
+    whole: RunFolder, short_config: RunConfig, tmp_path: Path
+) -> None:
+    path = shutil.copytree(whole.path, tmp_path / "run")
+    index = json.loads((path / "run.json").read_text())
+    old = index["data"]["fingerprint"]
+    assert index["data"]["name"] == "shapeweave" and len(old) == 32
+    config = short_config.with_settings(["seed=5"])
+    session = open_session(whole.config, adapter_to_continue(RunFolder.open(path)))
+    other = open_training_data(config, session)
+    with pytest.raises(RunError, match=f"had the fingerprint {old}, shapeweave has [0-9a-f]{{32}}"):
+        train(RunFolder.open(path), session, other)
+    assert json.loads((path / "run.json").read_text()) == index

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prw_flux import CoLoGenPipeline
+from prw_flux.data.images import ImageError
 from prw_flux.encode import position_ids
 from prw_flux.samples import SampleError, Samples, batch_indices, bucket_of, stable_hash
 from prw_flux.shapeweave.source import ShapeWeave
@@ -179,3 +180,36 @@ def test_draws_repeat_targets_and_texts_but_not_sources(pipe: Any) -> None:
         wanted = getattr(one, name).repeat_interleave(3, dim=0)
         assert torch.equal(getattr(three, name), wanted)
     assert torch.equal(three.source_BSC, one.source_BSC)
+
+
+class Holes(ShapeWeave):
+    """Every n-th picture is damaged."""
+
+    def __init__(self, every: int) -> None:
+        super().__init__(size=64)
+        self.every = every
+
+    def example(self, task: str, index: int) -> Example:
+        if index % self.every == 0:
+            raise ImageError(f"picture {index}", "damaged", "truncated or damaged (cut)")
+        return super().example(task, index)
+
+
+def test_damaged_pictures_are_replaced_and_counted(pipe: Any) -> None:
+    settings: dict[str, Any] = {"stage": "edit", "seed": 0, "batch_size": 2, "count": 12}
+    samples = Samples(Holes(4), TASKS["edit"], pipe, **settings, max_rejected=0.25)
+    samples.prepare()
+    assert samples.rejected["picture damaged"] == 3
+    assert sum(len(bucket.rows) for bucket in samples._buckets) == 12
+    strict = Samples(Holes(4), TASKS["edit"], pipe, **settings, max_rejected=0.1)
+    with pytest.raises(SampleError, match=r"3 of 15 pictures .* above data.max_rejected=0.1 \(the"):
+        strict.prepare()
+
+
+def test_on_demand_a_share_of_damaged_pictures_stops(pipe: Any) -> None:
+    samples = make(pipe, count=None, max_rejected=0.05)
+    samples.data = Holes(4)
+    with pytest.raises(SampleError, match="of 20[01] pictures of shapeweave cannot be used"):
+        for index in range(1000):
+            samples.triple(index)
+    assert index > 100

@@ -236,9 +236,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_good_state(
     monkeypatch.setattr(Objective, "parts", broken)
     with pytest.raises(TrainingError, match=f"{what} of stage 'ground' is not finite at step 2"):
         run_of(short_config, tmp_path / "run")
-    state = PRWAdapter.from_pretrained(tmp_path / "run" / "state" / "adapter")
+    run = RunFolder.open(tmp_path / "run")
+    state = PRWAdapter.from_pretrained(run.states.paths()[-1] / "adapter")
     assert all(torch.isfinite(p).all() for p in state.parameters())
-    assert RunFolder.open(tmp_path / "run").done == 1
+    assert run.done == 1
 
 
 def test_learning_rates(short_config: RunConfig) -> None:

@@ -43,7 +43,7 @@ def gradients_of(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, Any
     found = {n: p.grad.clone() for n, p in session.adapter.weave.named_parameters()
              if p.grad is not None}  # fmt: skip
     usage = loss.total.new_tensor(trainer.objective.usage(loss.records))
-    quiet = trainer.objective.quiet_usage(samples, config.stages[1], 0)
+    quiet = trainer.objective.usage([trainer.objective.quiet(samples, config.stages[1], 0)])
     return found | {"loss": loss.flow, "gate": loss.gate, "total": loss.total, "usage": usage,
                     "quiet": usage.new_tensor(quiet)}  # fmt: skip
 

@@ -1,0 +1,109 @@
+"""The loss on samples that are never trained on, with times and noise that never change.
+
+Shapes: B samples of a batch, T target tokens, C packed latent channels.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+import prw
+from prw import ConfigError
+from prw_flux.config import RunConfig
+from prw_flux.data.choose import open_data
+from prw_flux.flow import interpolate, resolution_shift, sample_times, velocity_target
+from prw_flux.objective import Objective
+from prw_flux.samples import Samples, stable_hash
+from prw_flux.tasks import DataSource
+
+logger = logging.getLogger(__name__)
+
+
+def open_held_out(config: RunConfig, data: DataSource) -> DataSource:
+    """The side of a run's data that is never trained on.
+
+    Which samples are on it depends on their keys and names alone: ShapeWeave holds combinations
+    out, photos go by a hash of their names, of built data it is the last rows.
+
+    Raises:
+        ConfigError: the source has no such side, because it is an object of the user's.
+        PhotoError: a single photo cannot be on both sides.
+    """
+    source = config.data.source
+    found = open_data(
+        source, size=config.size, seed=config.seed, split="heldout", photos=config.data.photos
+    )
+    if found is data:
+        raise ConfigError(
+            f"data source {source!r} is one object, so nothing of it is held out: name a function "
+            "or class that takes split=, or set held_out.samples=0 and sample_every=0"
+        )
+    return found
+
+
+@final
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Measured:
+    """What held-out samples said.
+
+    Attributes:
+        loss: mean over samples of mean |v - (eps - x_0)|^2.
+        record: their routings, without noise, as generation routes.
+    """
+
+    loss: float
+    record: prw.Record
+
+
+@final
+class HeldOut:
+    """The fixed samples of one stage.
+
+    The loss of a run's stage at any step, or of two runs with one seed, can be compared as it is:
+    sample i always has the time and the noise that (seed, stage, i) give. Routers have no noise,
+    captions and sources are never dropped.
+
+    Args:
+        samples: of the held-out side; encoded here.
+        objective: of the run.
+        seed, stage: of the run.
+        size: samples per forward.
+
+    Raises:
+        SampleError: no usable sample.
+    """
+
+    def __init__(
+        self, samples: Samples, objective: Objective, *, seed: int, stage: str, size: int
+    ) -> None:
+        samples.prepare()
+        self.samples, self.objective, self.size = samples, objective, size
+        self.seed, self.stage = seed, stage
+
+    @torch.no_grad()
+    def measure(self) -> Measured:
+        """The loss now; training is left as it was, bit for bit."""
+        losses, objective = [], self.objective
+        device = objective.session.device
+        with prw.Record() as record:
+            for numbers, batch in self.samples.every(self.size):
+                clean_BTC = batch.target_BTC
+                shift = objective.config.time_shift or resolution_shift(clean_BTC.shape[1])
+                times, noises = [], []
+                for number in numbers:
+                    key = stable_hash(self.seed, self.stage, "held out", number)
+                    draw = torch.Generator().manual_seed(key)
+                    times.append(sample_times(1, draw, shift=shift))
+                    noises.append(torch.randn(clean_BTC.shape[1:], generator=draw))
+                times_B, noise_BTC = torch.cat(times).to(device), torch.stack(noises).to(device)
+                clean_BTC = clean_BTC.to(device)
+                noisy_BTC = interpolate(clean_BTC, noise_BTC, times_B)
+                with objective.arithmetic():
+                    velocity = objective.velocity(batch, noisy_BTC, times_B, self.samples, record)
+                error = velocity.float() - velocity_target(clean_BTC, noise_BTC)
+                losses.append(error.square().flatten(1).mean(dim=1).cpu())
+        return Measured(loss=float(torch.cat(losses).mean()), record=record)

@@ -1,0 +1,177 @@
+"""What a run measures between its steps, and who is told. None of it changes a bit of training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Final, final
+
+import prw
+from prw import ConfigError
+from prw.telemetry import merged, summarise
+from prw_flux.curriculum import Stage
+from prw_flux.data.choose import require_feeds
+from prw_flux.grids import Grids
+from prw_flux.held_out import HeldOut, open_held_out
+from prw_flux.objective import Objective
+from prw_flux.rundir import RunFolder
+from prw_flux.samples import Samples
+from prw_flux.tasks import TASKS, DataSource
+from prw_flux.tracking import Trackers, by_block, tracked
+
+logger = logging.getLogger(__name__)
+
+BLOCKS_EVERY: Final = 10
+"""Lines of the log from one with the figures of every block to the next."""
+
+Averaged = Callable[[], AbstractContextManager[None]]
+
+
+@final
+class Monitor:
+    """Held-out loss, grids of pictures, routing per block, log and trackers of one run.
+
+    Args:
+        run: the folder.
+        objective: of the run; every process measures, since a base may be spread over all.
+        data: what is trained on, whose held-out side is opened where it is needed.
+        step: steps of the curriculum that are done.
+        averaged: inside it the adapter has the moving averages; None where the run has none.
+        writes: whether this process is the one that writes.
+
+    Raises:
+        ConfigError: a tracker that cannot be used, or data without a held-out side.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        objective: Objective,
+        data: DataSource,
+        *,
+        step: int = 0,
+        averaged: Averaged | None = None,
+        writes: bool = True,
+    ) -> None:
+        config = run.config
+        self.run, self.config, self.objective = run, config, objective
+        self.averaged, self.writes = averaged, writes
+        wanted = config.held_out.samples > 0 or config.sample_every > 0
+        self.data = open_held_out(config, data) if wanted else None
+        self.trackers = Trackers.open(run, step) if writes else Trackers()
+        self._held_out: HeldOut | None = None
+        self._grids: Grids | None = None
+
+    def begin(self, number: int) -> None:
+        """Stage `number` begins, or goes on: its held-out samples are encoded."""
+        self._held_out, self._grids = None, None
+        task, stage = self.objective.session.tasks[number], self.config.stages[number]
+        if self.data is None:
+            return
+        try:
+            require_feeds(self.data, task, frozenset(TASKS))
+        except ConfigError as problem:
+            logger.warning("stage %s is trained without held-out samples: %s", stage.name, problem)
+            return
+        if self.config.held_out.samples:
+            self._held_out = self._open(number)
+        if self.config.sample_every and self.writes:
+            session, folder = self.objective.session, self.run.grids
+            self._grids = Grids(self.config, session, self.data, task, folder)
+
+    def _open(self, number: int) -> HeldOut:
+        config, session, stage = self.config, self.objective.session, self.config.stages[number]
+        assert self.data is not None
+        samples = Samples(
+            self.data,
+            session.tasks[number],
+            session.pipe,
+            stage=f"{stage.name} held out",
+            seed=config.seed,
+            batch_size=stage.batch_size,
+            count=config.held_out.samples,
+            max_rejected=config.data.max_rejected,
+        )
+        return HeldOut(
+            samples, self.objective, seed=config.seed, stage=stage.name, size=stage.batch_size
+        )
+
+    # After a step -----------------------------------------------------------------------------
+
+    def is_due(self, stage: Stage, step: int) -> bool:
+        """Whether held-out samples are looked at after `step` steps of a stage."""
+        due = step % self.config.held_out.every == 0 or step == stage.steps
+        return self._held_out is not None and due
+
+    def held_out(self, stage: Stage, step: int) -> dict[str, float]:
+        """For the log: loss, usage and margin on held-out samples, nothing where they are not due.
+
+        ``held_out_loss_ema`` is that of the moving averages, where the run has them.
+        """
+        if self._held_out is None or not self.is_due(stage, step):
+            return {}
+        found = self._held_out.measure()
+        line = {
+            "held_out_loss": found.loss,
+            "held_out_usage": found.record.usage(),
+            "held_out_margin": float(summarise(found.record).margin()),
+        }
+        if self.averaged is not None:
+            with self.averaged():
+                line["held_out_loss_ema"] = self._held_out.measure().loss
+        return line
+
+    def routing(self, noisy: Sequence[prw.Record], quiet: prw.Record) -> dict[str, Any]:
+        """For the log: margins of the gate, and by block the usage in both modes and the margin.
+
+        Args:
+            noisy: of this process's forwards of the step.
+            quiet: of the same samples without noise.
+        """
+        loud = merged(summarise(record) for record in noisy)
+        still = summarise(quiet)
+        blocks, calm = by_block(loud), by_block(still)
+        return {
+            "margin_noisy": float(loud.margin()),
+            "margin_deterministic": float(still.margin()),
+            "blocks": {
+                "usage_noisy": blocks["usage"],
+                "usage_deterministic": calm["usage"],
+                "margin": calm["margin"],
+            },
+        }
+
+    def log(self, line: Mapping[str, Any], stage: Stage, done: int) -> dict[str, Any]:
+        """Write a line, tell the trackers, and return what was written.
+
+        The figures of single blocks are written with every tenth line and those of held-out looks.
+
+        Args:
+            line: what was measured.
+            stage: that trains.
+            done: steps of the curriculum.
+        """
+        step, often = line["step"], BLOCKS_EVERY * self.config.log_every
+        whole = step in (1, stage.steps) or step % often == 0 or "held_out_loss" in line
+        written = {k: v for k, v in line.items() if k != "blocks" or whole}
+        if self.writes:
+            self.run.log(written)
+            self.trackers.log(tracked(line), done)
+        return written
+
+    def look(self, stage: Stage, step: int, done: int) -> None:
+        """Draw a grid where one is due, with the averages where the run has them."""
+        if self._grids is None or (step % self.config.sample_every and step != stage.steps):
+            return
+        if self.averaged is not None:
+            with self.averaged():
+                picture = self._grids.draw()
+        else:
+            picture = self._grids.draw()
+        self._grids.write(picture, stage.name, step)
+        self.trackers.picture(f"{stage.name}/samples", picture, done)
+
+    def close(self) -> None:
+        """Write what trackers still hold."""
+        self.trackers.close()
