@@ -12,6 +12,8 @@ from prw_flux.shapeweave.source import ShapeWeave
 from prw_flux.tasks.base import DataSource, Task
 
 NAMED: Final = ("shapeweave", "photos")
+MEMBERS: Final = ("name", "tasks", "example", "__len__", "fingerprint")
+"""What a DataSource has."""
 
 
 def open_data(
@@ -52,8 +54,10 @@ def open_data(
     if callable(found) and not isinstance(found, DataSource) or isinstance(found, type):
         found = found(size=size, seed=seed, split=split)
     if not isinstance(found, DataSource):
+        absent = ", ".join(need for need in MEMBERS if need not in dir(found))
         raise ConfigError(
-            f"data source {source!r} is a {type(found).__name__}, not a prw_flux.tasks.DataSource"
+            f"data source {source!r} is a {type(found).__name__} without {absent}, not a "
+            "prw_flux.tasks.DataSource"
         )
     return found
 

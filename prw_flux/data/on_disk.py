@@ -22,7 +22,7 @@ from prw_flux.data.images import Fit, open_image, open_map
 from prw_flux.data.photos import MIN_SIDE, MIN_VISIBLE, NO_CAPTION, visible
 from prw_flux.data.rows import DataError, Row, features
 from prw_flux.data.sample_order import Part, SampleOrder
-from prw_flux.tasks.base import Example, Pair, Thing
+from prw_flux.tasks.base import Example, Pair, Thing, digest_of
 
 PREFIX: Final = "disk:"
 HELDOUT: Final = 100
@@ -35,6 +35,7 @@ class Opened(NamedTuple):
     part: Part
     rows: Any
     first: int
+    shards: tuple[str, ...]
 
 
 @final
@@ -83,6 +84,17 @@ class OnDisk:
         """The tasks of the data sets."""
         return frozenset(self._of)
 
+    def fingerprint(self) -> str:
+        """Of the order, the size of the pictures and the sha256 of every shard.
+
+        The shards are not read: the hashes are those of build.json, which `data check` compares.
+        """
+        parts = [
+            (task, self._order[task].fingerprint, [(one.first, *one.shards) for one in found])
+            for task, found in sorted(self._of.items())
+        ]
+        return digest_of(self.size, parts)
+
     def summary(self) -> str:
         """One sentence: rows by task."""
         counts = {task: sum(one.part.size for one in found) for task, found in self._of.items()}
@@ -130,7 +142,8 @@ def _open(folder: Path, weight: float, split: str, cache: str | Path | None) -> 
     count = {"train": len(rows) - held, "heldout": held, "all": len(rows)}[split]
     if not count:
         raise DataError(f"{folder} has one row, so there is none for split {split!r}")
-    return manifest.task, Opened(Part(name=folder.name, size=count, weight=weight), rows, first)
+    part = Part(name=folder.name, size=count, weight=weight)
+    return manifest.task, Opened(part, rows, first, tuple(s["sha256"] for s in manifest.shards))
 
 
 def _example(row: Row, key: str, size: int | tuple[int, int]) -> Example:

@@ -13,6 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, NamedTuple, final
 
@@ -22,7 +23,7 @@ from prw_flux.data import listing
 from prw_flux.data.annotations import PhotoError, PhotoNote
 from prw_flux.data.images import Box, Fit, Image, ImageError, open_image, open_map
 from prw_flux.tasks import TASKS
-from prw_flux.tasks.base import Example, Mask, Pair, Thing, mask_box
+from prw_flux.tasks.base import Example, Mask, Pair, Thing, digest_of, mask_box
 
 CACHE_BYTES: Final = 256 * 2**20
 MIN_VISIBLE: Final = 0.5
@@ -95,6 +96,17 @@ class PhotoFolder:
     def rejected(self) -> Mapping[str, int]:
         """Pictures left out, by reason."""
         return Counter(error.reason for error in self.rejects)
+
+    def fingerprint(self) -> str:
+        """Of the size, the usable photos of this side (their bytes) and what is said about them.
+
+        The files are read when it is first asked for.
+        """
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        return digest_of(self.size, *self._listing.facts(self._photos))
 
     def summary(self) -> str:
         """One sentence: how many pictures are used, how many are left out and why."""

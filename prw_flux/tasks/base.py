@@ -175,6 +175,18 @@ class DataSource(Protocol):
     def __len__(self) -> int:
         """Number of different pictures; a very large number where they are generated."""
 
+    def fingerprint(self) -> str:
+        """Cheap to ask for; changes when the examples do, and is kept by a run.
+
+        It depends on the content and on what chooses and orders it (seed, split, size), not on
+        where the content lies.
+        """
+
+
+def digest_of(*facts: object) -> str:
+    """32 hexadecimal digits of some facts, by their `repr`: texts, numbers and tuples of them."""
+    return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
+
 
 def keyed_rng(seed: int, *names: str) -> np.random.Generator:
     """A PCG64 generator that depends on the seed and the names alone (blake2b of both)."""

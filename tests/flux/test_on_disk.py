@@ -100,6 +100,26 @@ def test_an_epoch_has_every_row_once_and_the_next_has_other_keys(tmp_path: Path)
     assert keys[:9] == [f"d:k{i}" for i in order]
 
 
+def test_the_fingerprint_is_that_of_rows_and_order(tmp_path: Path) -> None:
+    make(tmp_path / "d", "edit", 9)
+    make(tmp_path / "e", "edit", 8)
+
+    def of(folders: str = "{0}/d", size: int = 48, **how: Any) -> str:
+        return OnDisk(folders.format(tmp_path), size, cache=tmp_path / "c", **how).fingerprint()
+
+    others = [of(size=64), of(seed=1), of(split="all"), of("{0}/e"), of("{0}/d,{0}/e*2")]
+    assert len({of(), *others}) == 6
+    before = of()
+    build_json = json.loads((tmp_path / "d" / "build.json").read_text())
+    build_json["shards"][0]["sha256"] = "0" * 64
+    (tmp_path / "d" / "build.json").write_text(json.dumps(build_json))
+    changed = of()
+    assert changed != before
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "d").rename(tmp_path / "moved" / "d")
+    assert of("{0}/moved/d") == changed
+
+
 def test_a_mixture_keeps_its_weights(tmp_path: Path) -> None:
     names = [str(make(tmp_path / name, "edit", 4)) for name in ("a", "b")]
     data = OnDisk(f"{names[0]}*3, {names[1]}*1", 48, cache=tmp_path / "c")
@@ -136,6 +156,8 @@ def test_sources_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.Monke
         open_data(f"disk:{folder}", size=48, split="all").example("ground", 0)
     with pytest.raises(ValueError, match="multiple of 16"):
         open_data(f"disk:{folder}", size=50)
+    with pytest.raises(ConfigError, match="is a dict without name, tasks, example, fingerprint"):
+        open_data("sys:modules", size=48)
     manifest = json.loads((tmp_path / "d" / "build.json").read_text())
     (tmp_path / "d" / "build.json").write_text(json.dumps({**manifest, "done": False}))
     with pytest.raises(DataError, match="is not finished"):
