@@ -40,11 +40,16 @@ class DataConfig:
             where the source is "photos", and are shown in the report in any case.
         samples: per stage, how many are drawn and encoded before it begins; None encodes every
             batch when it is needed, for data that does not fit into memory.
+        conditions: what makes maps for the task control while it trains: "canny",
+            "softedge_classical", "lineart_classical", or "softedge", "lineart", "depth" and
+            "segmentation" with weights, as in "depth:PATH-OR-HUB-ID". Nothing leaves it to the maps
+            that the data has and to the three without weights.
     """
 
     source: str = "shapeweave"
     photos: str | None = None
     samples: int | None = 2000
+    conditions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         settle(self)

@@ -74,7 +74,11 @@ def open_training_data(config: RunConfig, session: Session) -> DataSource:
         ConfigError: there is no such source, or it cannot feed a task.
     """
     data = open_data(
-        config.data.source, size=config.size, seed=config.seed, photos=config.data.photos
+        config.data.source,
+        size=config.size,
+        seed=config.seed,
+        photos=config.data.photos,
+        conditions=config.data.conditions,
     )
     for task in session.tasks:
         require_feeds(data, task, frozenset(TASKS))

@@ -56,6 +56,12 @@ def _add_build(verbs: Any, common: argparse.ArgumentParser) -> None:
     build.add_argument("--captions", metavar="FILE", help="captions.json of coco")
     build.add_argument("--split", help="of refcoco")
     build.add_argument("--map", action="append", default=[], metavar="NAME=COLUMN")
+    build.add_argument(
+        "--conditions", default="", metavar="NAME[:WEIGHTS],...",
+        help="of control, made of every picture: canny, softedge_classical, lineart_classical, "
+        "softedge:FILE, lineart:FILE, depth:MODEL, segmentation:MODEL",
+    )  # fmt: skip
+    build.add_argument("--device", default="cpu", help="where conditions are made (default: cpu)")
     build.add_argument("--licence", default="", help="of samples that name none")
     build.add_argument(
         "--max-rejected", type=float, default=0.05, metavar="SHARE",
@@ -70,6 +76,7 @@ def _add_build(verbs: Any, common: argparse.ArgumentParser) -> None:
 def run_build(args: argparse.Namespace) -> int:
     """Build, or go on; tells how many records were used and why others were not."""
     from prw_flux.data.build import build
+    from prw_flux.data.conditions import open_extractors
     from prw_flux.data.readers import Origin, open_reader
 
     kind, path = args.origin
@@ -81,15 +88,18 @@ def run_build(args: argparse.Namespace) -> int:
         captions=args.captions,
         split=args.split,
         columns=tuple(args.map),
+        conditions=tuple(filter(None, args.conditions.split(","))),
         licence=args.licence,
     )
     reader = open_reader(origin, args.task)
+    extractors = open_extractors(origin.conditions, args.device)
     with _bar("building") as tick:
         manifest = build(
             reader,
             args.task,
             Path(args.out),
             made_from=origin.told(),
+            extractors=extractors,
             max_rejected=args.max_rejected,
             shard_rows=args.shard_rows,
             workers=args.workers,

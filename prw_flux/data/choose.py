@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Final
 
 from prw import ConfigError
@@ -17,7 +18,13 @@ MEMBERS: Final = ("name", "tasks", "example", "__len__", "fingerprint")
 
 
 def open_data(
-    source: str, *, size: int, seed: int = 0, split: str = "train", photos: str | None = None
+    source: str,
+    *,
+    size: int,
+    seed: int = 0,
+    split: str = "train",
+    photos: str | None = None,
+    conditions: Sequence[str] = (),
 ) -> DataSource:
     """Open a data source.
 
@@ -29,12 +36,24 @@ def open_data(
         seed: of generated pictures.
         split: "train" or "heldout".
         photos: folder of "photos"; None is the public-domain photos of scikit-image.
+        conditions: what makes the maps of control (`prw_flux.data.conditions`); nothing leaves it
+            to the source.
 
     Raises:
-        ConfigError: there is no such source.
+        ConfigError: there is no such source, or no such condition.
         PhotoError: the photos cannot be used.
         DataError: there is no built data in the folder.
     """
+    data = _open(source, size=size, seed=seed, split=split, photos=photos)
+    if not conditions:
+        return data
+    from prw_flux.data.conditions import open_extractors
+    from prw_flux.data.with_maps import WithMaps
+
+    return WithMaps(data, open_extractors(conditions))
+
+
+def _open(source: str, *, size: int, seed: int, split: str, photos: str | None) -> DataSource:
     if source == "shapeweave":
         return ShapeWeave(size=size, seed=seed, split=split)
     if source == "photos":

@@ -129,7 +129,7 @@ class CocoGround:
 
 @final
 class CocoInpaint:
-    """One record per caption, with the objects of its picture.
+    """One record per caption, with the objects of its picture; for inpainting and control.
 
     Args:
         path, images: as of `Instances`.

@@ -170,7 +170,11 @@ def _example(row: Row, key: str, size: int | tuple[int, int]) -> Example:
         maps={entry["name"]: _map(entry, fit) for entry in row["conditions"]},
         edit=pair if task == "edit" else None,
         subject=pair if task == "customise" else None,
-        metadata={"licence": row["licence"]},
+        metadata={
+            "licence": row["licence"],
+            "conditions": tuple(entry["name"] for entry in row["conditions"]),
+            "methods": {entry["name"]: entry["method"] for entry in row["conditions"]},
+        },
     )
 
 

@@ -135,17 +135,26 @@ class ParquetRows:
         task: what the records are for.
         columns: the map.
         licence: of rows without a licence column.
+        conditions_made: conditions will be made of the targets, so no column needs to have any.
 
     Raises:
         DataError: there are no files, or a file lacks a column or has another type in it.
         ConfigError: the map lacks what the task needs.
     """
 
-    def __init__(self, path: Path, task: str, columns: ColumnMap, *, licence: str = "") -> None:
+    def __init__(
+        self,
+        path: Path,
+        task: str,
+        columns: ColumnMap,
+        *,
+        licence: str = "",
+        conditions_made: bool = False,
+    ) -> None:
         self.inputs = tuple(sorted(path.rglob("*.parquet"))) if path.is_dir() else (path,)
         if not self.inputs or not self.inputs[0].is_file():
             raise DataError(f"there are no parquet files at {path}")
-        _require(task, columns)
+        _require(task, columns, conditions_made)
         self._map, self._licence = columns, licence
         self._rows = [_checked(file, columns) for file in self.inputs]
         self._per_row = 2 if columns.sides else 1
@@ -201,8 +210,10 @@ class ParquetRows:
             )
 
 
-def _require(task: str, columns: ColumnMap) -> None:
+def _require(task: str, columns: ColumnMap, conditions_made: bool) -> None:
     for need in REQUIRED[task]:
+        if need == "conditions" and conditions_made:
+            continue
         if need == "boxes":
             raise ConfigError(f"the task {task!r} needs boxes, which parquet maps do not have")
         have = columns.target if need == "source" and columns.sides else getattr(columns, need)

@@ -47,14 +47,17 @@ class PhotoRows:
         task: inpaint takes every photo, ground those with things, control those with maps, edit
             every annotated edit, customise every ordered pair of photos of a subject.
         licence: of all photos.
+        conditions_made: conditions will be made of the photos, so control takes every photo.
 
     Raises:
         PhotoError: the folder has no photos, or its annotations are wrong.
     """
 
-    def __init__(self, root: Path, task: str, *, licence: str = "") -> None:
+    def __init__(
+        self, root: Path, task: str, *, licence: str = "", conditions_made: bool = False
+    ) -> None:
         self._listing = open_folder(root)
-        self.root, self._licence = root, licence
+        self.root, self._licence, self._made = root, licence, conditions_made
         notes = sorted([*root.rglob("captions.json"), *root.glob("annotations.json")])
         self.inputs = tuple(notes)
         self._found = list(self._pairs() if task == "customise" else self._photos(task))
@@ -73,7 +76,7 @@ class PhotoRows:
                 yield from self._edits(file, note)
             elif task == "ground" and note.things:
                 yield self._record(file, caption, source=file, note=note)
-            elif task == "control" and note.maps:
+            elif task == "control" and (note.maps or self._made):
                 yield self._record(file, caption, target=file, note=note)
             elif task == "inpaint":
                 yield self._record(file, caption, target=file, note=note)

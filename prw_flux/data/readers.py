@@ -18,7 +18,7 @@ from prw_flux.data.rows import Reader
 FEEDS: Final[dict[str, tuple[str, ...]]] = {
     "photos": ("inpaint", "ground", "control", "customise", "edit"),
     "pairs": ("edit", "customise"),
-    "coco": ("ground", "inpaint"),
+    "coco": ("ground", "inpaint", "control"),
     "refcoco": ("ground",),
     "parquet": ("inpaint", "control", "customise", "edit"),
     **{name: (task,) for name, (task, _) in KNOWN.items()},
@@ -40,6 +40,8 @@ class Origin:
         captions: the captions.json of coco for inpainting.
         split: of refcoco.
         columns: of parquet, "source=before".
+        conditions: extractors that will make conditions ("canny", "depth:WEIGHTS"), so that the
+            input need not have any.
         licence: of samples that name none.
     """
 
@@ -50,6 +52,7 @@ class Origin:
     captions: str | None = None
     split: str | None = None
     columns: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()
     licence: str = ""
 
     def told(self) -> dict[str, Any]:
@@ -70,21 +73,25 @@ def open_reader(origin: Origin, task: str) -> Reader:
     if task not in FEEDS[origin.kind]:
         fed = ", ".join(FEEDS[origin.kind])
         raise ConfigError(f"{origin.kind} feeds {fed}, not {task!r}")
-    path, licence = Path(origin.path), origin.licence
+    if origin.conditions and task != "control":
+        raise ConfigError(f"--conditions belong to the task 'control', not {task!r}")
+    path, licence, made = Path(origin.path), origin.licence, bool(origin.conditions)
     if origin.kind == "photos":
-        return PhotoRows(path, task, licence=licence)
+        return PhotoRows(path, task, licence=licence, conditions_made=made)
     if origin.kind == "pairs":
         return EditPairs(path, licence=licence)
     if origin.kind == "parquet" or origin.kind in KNOWN:
         known = KNOWN.get(origin.kind)
         columns = column_map(origin.columns) if known is None else known[1]
-        return ParquetRows(path, task, columns, licence=licence)
+        return ParquetRows(path, task, columns, licence=licence, conditions_made=made)
     images = Path(_need(origin, "images", "the folder of the pictures"))
     if origin.kind == "refcoco":
         instances = Path(_need(origin, "instances", "the instances.json"))
         return References(path, instances, images, split=origin.split, licence=licence)
     if task == "ground":
         return CocoGround(path, images, licence=licence)
+    if task == "control" and not made:
+        raise ConfigError("coco has no maps: name what makes them, for example --conditions canny")
     captions = Path(_need(origin, "captions", "the captions.json"))
     return CocoInpaint(path, images, captions, licence=licence)
 

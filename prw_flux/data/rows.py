@@ -7,7 +7,8 @@ A built data set is a folder of parquet shards that `datasets.load_dataset(folde
     source      Image   the picture that is given: of ground, customise and edit
     target      Image   the picture that is wanted: of all but ground, whose target the task paints
     mask        Image   white where an edit changed the picture, or null
-    conditions  list of {name, image}: true maps of the target (depth, segmentation, lineart, ...)
+    conditions  list of {name, method, image}: maps of the target (depth, segmentation, lineart,
+                ...); the method is that of the extractor, empty where the map came with the data
     boxes       list of {box, phrase, label, mask}: the known things of the picture
     text        string  caption of the target; of edit the instruction; of ground the expression,
                         or empty where the phrases of the boxes are the expressions
@@ -159,6 +160,7 @@ def features() -> Any:
         "label": Value("string"),
         "mask": Image(),
     }
+    condition = {"name": Value("string"), "method": Value("string"), "image": Image()}
     return Features(
         {
             "key": Value("string"),
@@ -166,7 +168,7 @@ def features() -> Any:
             "source": Image(),
             "target": Image(),
             "mask": Image(),
-            "conditions": List({"name": Value("string"), "image": Image()}),
+            "conditions": List(condition),
             "boxes": List(thing),
             "text": Value("string"),
             "licence": Value("string"),
