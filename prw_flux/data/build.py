@@ -24,7 +24,7 @@ from PIL import Image as PILImage
 
 from prw import atomic
 from prw_flux.data.extractors import Extractor
-from prw_flux.data.input_files import fingerprint
+from prw_flux.data.remote import fingerprint
 from prw_flux.data.row_checks import RowMaker
 from prw_flux.data.rows import REQUIRED, DataError, Reader, Record, Reject, Row, features
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from prw import ConfigError
 from prw_flux.data import edge_networks
 from prw_flux.data.extractors import EXTRACTORS, Extractor, Image
-from prw_flux.data.input_files import fingerprint
+from prw_flux.data.remote import fingerprint
 from prw_flux.tasks.base import digest_of
 
 SHORT: Final = 512

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,8 +10,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from prw_flux.data.rows import DataError, Picture
-
-EDGE: Final = 1 << 20
 
 
 def read_json(path: Path) -> Any:
@@ -120,16 +117,3 @@ def short(value: object) -> str:
     """A value for a message."""
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
-
-
-def fingerprint(paths: Iterable[Path]) -> str:
-    """Of the names, sizes and both ends (1 MiB each) of files: a terabyte is not read twice."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in paths:
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(EDGE))
-            file.seek(max(0, size - EDGE))
-            digest.update(file.read(EDGE))
-    return digest.hexdigest()

@@ -11,7 +11,7 @@ import numpy as np
 
 from prw_flux.data.annotations import PhotoNote, ThingNote
 from prw_flux.data.images import Image, ImageError, open_map
-from prw_flux.data.listing import open_folder
+from prw_flux.data.listing import open_default, open_folder
 from prw_flux.data.rows import Picture, Record, Reject, ThingBox
 from prw_flux.tasks.base import mask_box
 
@@ -43,7 +43,7 @@ class PhotoRows:
     """The photos that can feed a task.
 
     Args:
-        root: the folder.
+        root: the folder; None is the public-domain photos of scikit-image.
         task: inpaint takes every photo, ground those with things, control those with maps, edit
             every annotated edit, customise every ordered pair of photos of a subject.
         licence: of all photos.
@@ -54,12 +54,14 @@ class PhotoRows:
     """
 
     def __init__(
-        self, root: Path, task: str, *, licence: str = "", conditions_made: bool = False
+        self, root: Path | None, task: str, *, licence: str = "", conditions_made: bool = False
     ) -> None:
-        self._listing = open_folder(root)
-        self.root, self._licence, self._made = root, licence, conditions_made
-        notes = sorted([*root.rglob("captions.json"), *root.glob("annotations.json")])
-        self.inputs = tuple(notes)
+        self._listing = open_default() if root is None else open_folder(root)
+        self.root, self._licence, self._made = self._listing.root, licence, conditions_made
+        notes = []
+        if root is not None:
+            notes = sorted([*root.rglob("captions.json"), *root.glob("annotations.json")])
+        self.inputs: tuple[Path | str, ...] = tuple(notes)
         self._found = list(self._pairs() if task == "customise" else self._photos(task))
 
     def __len__(self) -> int:

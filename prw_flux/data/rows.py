@@ -134,8 +134,8 @@ class Record:
 class Reader(Protocol):
     """What makes records of one kind of input, always in the same order."""
 
-    inputs: tuple[Path, ...]
-    """The files that decide the records, without the pictures that they name."""
+    inputs: tuple[Path | str, ...]
+    """The files (or URLs) that decide the records, without the pictures that they name."""
 
     def __len__(self) -> int:
         """Number of records."""
