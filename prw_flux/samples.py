@@ -289,8 +289,8 @@ class Samples:
         """
         reasons: Counter[str] = Counter()
         for attempt in range(TRIES):
-            example = self.data.example(self.task.name, index + attempt * STRIDE)
             try:
+                example = self.data.example(self.task.name, index + attempt * STRIDE)
                 triple = self.task(example, stable_hash(self.seed, self.stage, index, attempt))
             except TaskReject as refusal:
                 reasons[refusal.reason] += 1

@@ -84,8 +84,17 @@ def read_manifest(out: Path) -> Manifest:
     path = out / MANIFEST
     if not path.is_file():
         raise DataError(f"{out} has no {MANIFEST}: it was not made by `prw-flux data build`")
+    return parse_manifest(path.read_text("utf-8"), str(path))
+
+
+def parse_manifest(text: str, path: str) -> Manifest:
+    """The manifest in a text.
+
+    Raises:
+        DataError: it is damaged or of another format; `path` is named.
+    """
     try:
-        raw = json.loads(path.read_text("utf-8"))
+        raw = json.loads(text)
         if raw.pop("format") != FORMAT:
             raise DataError(f"{path} is of another format than {FORMAT}; build the data again")
         counters = {name: Counter(raw[name]) for name in ("rejected", "converted", "sizes")}

@@ -170,7 +170,10 @@ class DataSource(Protocol):
         """Names of the tasks that it can feed."""
 
     def example(self, task: str, index: int) -> Example:
-        """Example `index` (any non-negative integer) drawn to suit the task."""
+        """Example `index` (any non-negative integer) drawn to suit the task.
+
+        May raise TaskReject where what is stored there is damaged.
+        """
 
     def __len__(self) -> int:
         """Number of different pictures; a very large number where they are generated."""
