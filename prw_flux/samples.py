@@ -192,7 +192,9 @@ class Samples:
         encoder: of the targets' semantic features, where they are wanted.
 
     Attributes:
-        rejected: rejected draws by reason.
+        rejected: rejected draws by reason: of examples, and of holes within the task.
+        kinds: samples by their kind (of a hole, of an edit, a condition). Both count what this
+            process has drawn, so where samples are drawn step by step, since the last resume.
     """
 
     def __init__(
@@ -211,6 +213,7 @@ class Samples:
         self.stage, self.seed, self.batch_size, self.count = stage, seed, batch_size, count
         self.encoder = encoder
         self.rejected: Counter[str] = Counter()
+        self.kinds: Counter[str] = Counter()
         self.texts = Texts(pipe)
         self._buckets: tuple[Encoded, ...] = ()
 
@@ -294,8 +297,11 @@ class Samples:
                 triple = self.task(example, stable_hash(self.seed, self.stage, index, attempt))
             except TaskReject as refusal:
                 reasons[refusal.reason] += 1
+                self.rejected.update(refusal.counts)
                 continue
             self.rejected += reasons
+            self.rejected.update(triple.metadata.get("rejections", {}))
+            self.kinds[str(triple.metadata["kind"])] += 1
             return triple
         told = ", ".join(f"{reason} ({n} x)" for reason, n in reasons.most_common())
         raise SampleError(f"{self.data.name} gives no sample for {self.task.name!r}: {told}")

@@ -170,7 +170,11 @@ class Trainer:
                 self._leave(position)
             if (step + 1) % self.config.save_every == 0 and step + 1 < stage.steps:
                 self._save_state(position)
-        facts = {"seconds": round(position.seconds, 2), "rejected": dict(samples.rejected)}
+        facts = {
+            "seconds": round(position.seconds, 2),
+            "rejected": dict(samples.rejected),
+            "kinds": dict(samples.kinds),
+        }
         self.adapter.weave.close()
         if self.config.remember:
             self._consolidate(samples, stage)

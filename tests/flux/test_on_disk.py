@@ -17,7 +17,7 @@ from prw_flux.data.choose import open_data
 from prw_flux.data.on_disk import OnDisk
 from prw_flux.data.rows import DataError, Picture, Record, ThingBox
 from prw_flux.data.sample_order import Part, SampleOrder
-from prw_flux.tasks import TASKS, DataSource
+from prw_flux.tasks import TASKS, DataSource, TaskReject
 
 
 class Listed:
@@ -136,6 +136,31 @@ def test_the_held_out_side_is_never_trained_on(tmp_path: Path) -> None:
         keys[split] = {data.example("edit", i).key for i in range(len(data))}
     assert keys["heldout"] == {"d:k6"} and not keys["heldout"] & keys["train"]
     assert keys["heldout"] | keys["train"] == keys["all"]
+
+
+def test_a_picture_that_was_damaged_since_is_a_reject(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import pyarrow.parquet as parquet
+
+    folder = make(tmp_path / "d", "edit", 4)
+    shard = folder / "data" / "train-00000.parquet"
+    rows = parquet.read_table(shard)
+    changed = rows.to_pylist()
+    changed[2]["target"]["bytes"] = changed[2]["target"]["bytes"][:60]
+    parquet.write_table(type(rows).from_pylist(changed, schema=rows.schema), shard)
+    told = json.loads((folder / "build.json").read_text())
+    told["shards"][0]["bytes"] = shard.stat().st_size
+    (folder / "build.json").write_text(json.dumps(told))
+    data = OnDisk(str(folder), 48, split="all", cache=tmp_path / "c")
+    lost = 0
+    for index in range(4):
+        try:
+            data.example("edit", index)
+        except TaskReject as refusal:
+            assert refusal.reason == "damaged picture"
+            lost += 1
+    assert lost == 1 and "d:k2" in caplog.text
 
 
 def test_sources_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

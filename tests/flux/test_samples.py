@@ -126,6 +126,34 @@ def test_rejects_are_replaced_and_counted(pipe: Any) -> None:
     assert one.rejected["not today"] == two.rejected["not today"] > 0
 
 
+def test_kinds_and_rejected_holes_are_counted(pipe: Any) -> None:
+    samples = make(pipe, TASKS["inpaint"], stage="inpaint", count=None)
+    found = [samples.triple(i).metadata for i in range(40)]
+    assert samples.kinds == Counter(one["kind"] for one in found)
+    assert set(samples.kinds) >= {"object", "bezier", "free-form"}
+    wanted: Counter[str] = Counter()
+    for one in found:
+        wanted.update(one["rejections"])
+    assert samples.rejected == wanted and wanted.total() > 0
+
+
+class Corrupt(ShapeWeave):
+    """Every third picture is damaged."""
+
+    def example(self, task: str, index: int) -> Example:
+        if index % 3 == 0:
+            raise TaskReject("damaged picture")
+        return super().example(task, index)
+
+
+def test_damaged_pictures_are_replaced_and_counted(pipe: Any) -> None:
+    samples = Samples(
+        Corrupt(size=64), TASKS["edit"], pipe, stage="edit", seed=0, batch_size=2, count=None
+    )
+    assert [samples.triple(i).metadata["key"] for i in range(6)]
+    assert samples.rejected["damaged picture"] >= 2
+
+
 def test_a_task_that_never_succeeds_says_why(pipe: Any) -> None:
     with pytest.raises(SampleError, match=r"no sample for 'picky': no reason \(20 x\)"):
         make(pipe, Never()).prepare()
