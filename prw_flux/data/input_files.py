@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from prw_flux.data.rows import DataError, Picture
+from prw_flux.data.rows import DataError, Picture, is_text
 
 
 def read_json(path: Path) -> Any:
@@ -21,11 +21,11 @@ def read_json(path: Path) -> Any:
     if not path.is_file():
         raise DataError(f"no such file {path}")
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
         if path.suffix == ".jsonl":
             return [json.loads(line) for line in text.splitlines() if line.strip()]
         return json.loads(text)
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise DataError(f"{path} is not valid JSON ({problem})") from None
 
 
@@ -95,6 +95,8 @@ def picture_in(root: Path, name: str, where: str) -> Picture:
     """
     lexical = os.path.normpath(name)
     path = root / lexical
+    if "\0" in name or not is_text(name):
+        raise DataError(f"{where}: {name!a} is not a file name")
     if os.path.isabs(name) or lexical.startswith("..") or not _inside(path, root):
         raise DataError(f"{where}: {name!r} lies outside the folder {root}")
     return Picture(name=str(path), path=path)

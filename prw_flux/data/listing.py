@@ -144,8 +144,8 @@ def _pictures(root: Path) -> list[str]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
+        return json.loads(path.read_text("utf-8-sig"))
+    except (ValueError, RecursionError) as problem:
         raise PhotoError(f"{path} is not valid JSON ({problem})") from problem
 
 

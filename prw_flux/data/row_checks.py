@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 
 from prw_flux.data.extractors import Extractor
 from prw_flux.data.images import Image, ImageError, open_image, open_map
-from prw_flux.data.rows import REQUIRED, Picture, Record, Reject, Row, ThingBox
+from prw_flux.data.rows import REQUIRED, Picture, Record, Reject, Row, ThingBox, is_text
 
 KEPT_FORMATS: Final = ("JPEG", "PNG", "WEBP")
 KEPT_MODES: Final = ("RGB", "L")
@@ -59,6 +59,11 @@ class RowMaker:
         """
         if record.refused is not None:
             raise Reject(*record.refused)
+        words = [record.key, record.text, record.licence, *record.conditions]
+        words += [word for thing in record.boxes for word in (thing.phrase, thing.label)]
+        for word in words:
+            if not is_text(word):
+                raise Reject("damaged text", f"{record.where}: {word!a} is not valid Unicode")
         try:
             return self._row(record)
         except ImageError as problem:

@@ -40,6 +40,15 @@ REQUIRED: Final[Mapping[str, tuple[str, ...]]] = {
 """What a row of each task must have."""
 
 
+def is_text(word: str) -> bool:
+    """Whether it can be stored; JSON may hold halves of a character (lone surrogates)."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class DataError(PRWError, ValueError):
     """Data cannot be built or read; one sentence that names the place."""
 
