@@ -49,12 +49,17 @@ class DataConfig:
             batch when it is needed, for data that does not fit into memory.
         max_rejected: largest share of the drawn pictures that may be unreadable. Each is replaced
             by another example and counted; above this share training stops.
+        conditions: what makes maps for the task control while it trains: "canny",
+            "softedge_classical", "lineart_classical", or "softedge", "lineart", "depth" and
+            "segmentation" with weights, as in "depth:PATH-OR-HUB-ID". Nothing leaves it to the maps
+            that the data has and to the three without weights.
     """
 
     source: str = "shapeweave"
     photos: str | None = None
     samples: int | None = 2000
     max_rejected: float = 0.05
+    conditions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         settle(self)

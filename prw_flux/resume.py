@@ -24,7 +24,6 @@ from prw.atomic import settle
 from prw_flux.adapter import PRWAdapter
 from prw_flux.config import RunConfig
 from prw_flux.coredi.model import CoReDi
-from prw_flux.data.fingerprint import fingerprint
 from prw_flux.ema import Average
 from prw_flux.rundir import RunError, RunFolder
 from prw_flux.schema import leaves
@@ -165,7 +164,7 @@ def require_same_data(run: RunFolder, data: DataSource) -> None:
     Raises:
         RunError: names both fingerprints.
     """
-    facts = {"name": data.name, "fingerprint": fingerprint(data)}
+    facts = {"name": data.name, "fingerprint": data.fingerprint()}
     known = run.index.get("data")
     if known is None:
         run.note(data=facts)

@@ -212,7 +212,9 @@ class Samples:
         reading: opened around whatever reads data.
 
     Attributes:
-        rejected: rejected draws by reason.
+        rejected: rejected draws by reason: of examples, and of holes within the task.
+        kinds: samples by their kind (of a hole, of an edit, a condition). Both count what this
+            process has drawn, so where samples are drawn step by step, since the last resume.
     """
 
     def __init__(
@@ -233,6 +235,7 @@ class Samples:
         self.stage, self.seed, self.batch_size, self.count = stage, seed, batch_size, count
         self.encoder = encoder
         self.rejected: Counter[str] = Counter()
+        self.kinds: Counter[str] = Counter()
         self.max_rejected, self.reading = max_rejected, reading
         self._drawn, self._unusable = 0, 0
         self._example: ImageError | None = None
@@ -341,6 +344,7 @@ class Samples:
                 triple = self.task(example, stable_hash(self.seed, self.stage, index, attempt))
             except TaskReject as refusal:
                 reasons[refusal.reason] += 1
+                self.rejected.update(refusal.counts)
                 continue
             except ImageError as problem:
                 reasons[f"picture {problem.reason}"] += 1
@@ -348,6 +352,8 @@ class Samples:
                 self._judge()
                 continue
             self.rejected += reasons
+            self.rejected.update(triple.metadata.get("rejections", {}))
+            self.kinds[str(triple.metadata["kind"])] += 1
             return triple
         told = ", ".join(f"{reason} ({n} x)" for reason, n in reasons.most_common())
         raise SampleError(f"{self.data.name} gives no sample for {self.task.name!r}: {told}")

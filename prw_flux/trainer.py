@@ -59,7 +59,11 @@ def open_training_data(config: RunConfig, session: Session) -> DataSource:
         ConfigError: there is no such source, or it cannot feed a task.
     """
     data = open_data(
-        config.data.source, size=config.size, seed=config.seed, photos=config.data.photos
+        config.data.source,
+        size=config.size,
+        seed=config.seed,
+        photos=config.data.photos,
+        conditions=config.data.conditions,
     )
     for task in session.tasks:
         require_feeds(data, task, frozenset(TASKS))
@@ -208,8 +212,7 @@ class Trainer:
                 self._leave(position)
             if (step + 1) % self.config.save_every == 0 and step + 1 < stage.steps:
                 self._save_state(position)
-        rejected = self._rejected(samples)
-        facts = {"seconds": round(position.seconds, 2), "rejected": rejected}
+        facts = {"seconds": round(position.seconds, 2), **self._drawn(samples)}
         if self.average is not None:
             self.average.settle(self._learners())
         self.adapter.weave.close()
@@ -289,11 +292,12 @@ class Trainer:
             for tensor in (*self.coredi.parameters(), *self.coredi.buffers()):
                 self.ranks.spread(tensor)
 
-    def _rejected(self, samples: Samples) -> dict[str, int]:
-        """Rejected draws by reason; of all ranks, where each draws its own samples."""
-        if samples.count is not None:
-            return dict(samples.rejected)
-        return dict(sum(self.ranks.gathered(samples.rejected), Counter()))
+    def _drawn(self, samples: Samples) -> dict[str, dict[str, int]]:
+        """Draws by kind, rejected ones by reason; of all ranks where each draws its own."""
+        found = {"rejected": samples.rejected, "kinds": samples.kinds}
+        if samples.count is None:
+            found = {k: sum(self.ranks.gathered(v), Counter()) for k, v in found.items()}
+        return {name: dict(counts) for name, counts in found.items()}
 
     def _optimizer(self, stage: Stage) -> torch.optim.AdamW:
         """The run's optimizer, holding what learns now; router moments survive the stages."""

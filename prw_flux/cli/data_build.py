@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from prw import ConfigError
 from prw_flux.cli import show
 
 EPILOG = """inputs (--from KIND PATH):
@@ -15,9 +16,12 @@ EPILOG = """inputs (--from KIND PATH):
   pairs DIR          before/after pictures: edits.json, or source/ target/ (mask/, text/)
   coco FILE          instances.json of COCO or LVIS; --images, for inpaint also --captions
   refcoco FILE       references as JSON; --images, --instances, --split
+  webdataset TARS    tars of your own, 'shards/{000..007}.tar'; --map as for parquet
   parquet DIR        parquet files of your own; --map source=before --map text=caption ...
   magicbrush DIR, omniedit DIR, subjects200k DIR, multigen-depth DIR, ade20k DIR
-                     parquet files of these data sets"""
+                     parquet files of these data sets
+Shards (webdataset, parquet, published data) may be a URL: hf://datasets/OWNER/NAME, s3://BUCKET/..
+One argument that ends in .tar or .parquet is its own kind; `photos` alone is the default photos."""
 
 
 def add_to(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
@@ -47,7 +51,7 @@ def _add_build(verbs: Any, common: argparse.ArgumentParser) -> None:
     )
     build.add_argument("task", metavar="TASK", help="inpaint, ground, control, customise or edit")
     build.add_argument(
-        "--from", dest="origin", nargs=2, metavar=("KIND", "PATH"), required=True,
+        "--from", dest="origin", nargs="+", metavar=("KIND", "PATH"), required=True,
         help="what to build from, see below",
     )  # fmt: skip
     build.add_argument("--out", metavar="DIR", required=True, help="the data set")
@@ -56,6 +60,12 @@ def _add_build(verbs: Any, common: argparse.ArgumentParser) -> None:
     build.add_argument("--captions", metavar="FILE", help="captions.json of coco")
     build.add_argument("--split", help="of refcoco")
     build.add_argument("--map", action="append", default=[], metavar="NAME=COLUMN")
+    build.add_argument(
+        "--conditions", default="", metavar="NAME[:WEIGHTS],...",
+        help="of control, made of every picture: canny, softedge_classical, lineart_classical, "
+        "softedge:FILE, lineart:FILE, depth:MODEL, segmentation:MODEL",
+    )  # fmt: skip
+    build.add_argument("--device", default="cpu", help="where conditions are made (default: cpu)")
     build.add_argument("--licence", default="", help="of samples that name none")
     build.add_argument(
         "--max-rejected", type=float, default=0.05, metavar="SHARE",
@@ -70,9 +80,10 @@ def _add_build(verbs: Any, common: argparse.ArgumentParser) -> None:
 def run_build(args: argparse.Namespace) -> int:
     """Build, or go on; tells how many records were used and why others were not."""
     from prw_flux.data.build import build
+    from prw_flux.data.conditions import open_extractors
     from prw_flux.data.readers import Origin, open_reader
 
-    kind, path = args.origin
+    kind, path = _kind_and_path(args.origin)
     origin = Origin(
         kind=kind,
         path=path,
@@ -81,15 +92,18 @@ def run_build(args: argparse.Namespace) -> int:
         captions=args.captions,
         split=args.split,
         columns=tuple(args.map),
+        conditions=tuple(filter(None, args.conditions.split(","))),
         licence=args.licence,
     )
     reader = open_reader(origin, args.task)
+    extractors = open_extractors(origin.conditions, args.device)
     with _bar("building") as tick:
         manifest = build(
             reader,
             args.task,
             Path(args.out),
             made_from=origin.told(),
+            extractors=extractors,
             max_rejected=args.max_rejected,
             shard_rows=args.shard_rows,
             workers=args.workers,
@@ -100,6 +114,22 @@ def run_build(args: argparse.Namespace) -> int:
     else:
         show.human().print(f"{args.out}: {manifest.told()}")
     return 0
+
+
+def _kind_and_path(words: list[str]) -> tuple[str, str]:
+    """KIND PATH, or a path whose suffix says the kind.
+
+    Raises:
+        ConfigError: it cannot be told what is meant.
+    """
+    if len(words) == 2:
+        return words[0], words[1]
+    for suffix, kind in ((".tar", "webdataset"), (".parquet", "parquet")):
+        if len(words) == 1 and words[0].endswith(suffix):
+            return kind, words[0]
+    if words == ["photos"]:
+        return "photos", ""
+    raise ConfigError(f"--from needs KIND PATH, got {' '.join(words)!r}; see data build --help")
 
 
 def run_inspect(args: argparse.Namespace) -> int:

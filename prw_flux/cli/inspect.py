@@ -88,6 +88,7 @@ def inspected(path: Path) -> dict[str, Any]:
                 "steps": stage.steps if noted["done"] else line.get("step", 0),
                 "seconds": noted.get("seconds"),
                 "rejected": noted.get("rejected", {}),
+                "kinds": noted.get("kinds", {}),
                 **{k: line.get(k) for k in ("loss", "usage_noisy", "usage_deterministic")},
                 **_expert(run.adapter, number, stage.name, hashes if noted["done"] else {}),
             }

@@ -30,6 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, final
 
+from prw_flux.data.rows import is_text
+
 MAPS: Final = ("depth", "segmentation", "lineart", "softedge")
 Box = tuple[float, float, float, float]
 
@@ -230,6 +232,8 @@ class _Node:
 
     def file_of(self, name: str) -> str:
         """The name, normalised and relative to the folder, if the file is there and inside."""
+        if "\0" in name or not is_text(name):
+            self.fail(f"{name!a} is not a file name")
         lexical = os.path.normpath(name)
         inside = (self.root / lexical).resolve().is_relative_to(self.root.resolve())
         if os.path.isabs(name) or lexical.startswith("..") or not inside:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -23,12 +23,13 @@ from typing import Any, Final, final
 from PIL import Image as PILImage
 
 from prw import atomic
-from prw_flux.data.input_files import fingerprint
+from prw_flux.data.extractors import Extractor
+from prw_flux.data.remote import fingerprint
 from prw_flux.data.row_checks import RowMaker
 from prw_flux.data.rows import REQUIRED, DataError, Reader, Record, Reject, Row, features
 
 MANIFEST: Final = "build.json"
-FORMAT: Final = 1
+FORMAT: Final = 2
 EXAMPLES: Final = 5
 JUDGED_FROM: Final = 100
 CHUNK: Final = 32
@@ -83,8 +84,17 @@ def read_manifest(out: Path) -> Manifest:
     path = out / MANIFEST
     if not path.is_file():
         raise DataError(f"{out} has no {MANIFEST}: it was not made by `prw-flux data build`")
+    return parse_manifest(path.read_text("utf-8"), str(path))
+
+
+def parse_manifest(text: str, path: str) -> Manifest:
+    """The manifest in a text.
+
+    Raises:
+        DataError: it is damaged or of another format; `path` is named.
+    """
     try:
-        raw = json.loads(path.read_text("utf-8"))
+        raw = json.loads(text)
         if raw.pop("format") != FORMAT:
             raise DataError(f"{path} is of another format than {FORMAT}; build the data again")
         counters = {name: Counter(raw[name]) for name in ("rejected", "converted", "sizes")}
@@ -101,6 +111,7 @@ def build(
     out: Path,
     *,
     made_from: dict[str, Any],
+    extractors: Sequence[Extractor] = (),
     max_rejected: float = 0.05,
     shard_rows: int = 10_000,
     shard_bytes: int = 512 * 2**20,
@@ -114,6 +125,7 @@ def build(
         task: what the rows are for.
         out: the folder.
         made_from: what to note about the input; a fingerprint of its files is added.
+        extractors: make conditions of every target.
         max_rejected: largest share of records that may be left out, judged after each shard from
             the hundredth record on, and at the end.
         shard_rows, shard_bytes: a shard ends at the first of the two.
@@ -128,6 +140,7 @@ def build(
         raise DataError(f"there is no task {task!r}; there are {', '.join(REQUIRED)}")
     made_from = json.loads(json.dumps(made_from))
     made_from |= {"fingerprint": fingerprint(reader.inputs), "records": len(reader)}
+    made_from |= {f"method of {one.condition}": one.method for one in extractors}
     manifest = _opened(out, task, made_from)
     if manifest.done:
         _judge(manifest, max_rejected, last=True)
@@ -136,8 +149,12 @@ def build(
     keys = _known_keys(out, manifest)
     rows: list[Row] = []
     size = 0
+
+    def make() -> RowMaker:
+        return RowMaker(task, extractors)
+
     with ThreadPoolExecutor(workers) as pool:
-        for record, found, changes in _in_order(pool, task, reader.records(manifest.read)):
+        for record, found, changes in _in_order(pool, make, reader.records(manifest.read)):
             manifest.read += 1
             row = _unless_twice(record, found, keys)
             if isinstance(row, Reject):
@@ -195,10 +212,10 @@ def _known_keys(out: Path, manifest: Manifest) -> set[int]:
 
 
 def _in_order(
-    pool: ThreadPoolExecutor, task: str, records: Iterator[Record]
+    pool: ThreadPoolExecutor, make: Callable[[], RowMaker], records: Iterator[Record]
 ) -> Iterator[tuple[Record, Row | Reject, list[str]]]:
     def attempt(record: Record) -> tuple[Record, Row | Reject, list[str]]:
-        maker = RowMaker(task)
+        maker = make()
         try:
             return record, maker(record), maker.converted
         except Reject as refusal:

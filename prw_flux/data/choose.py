@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Final
 
 from prw import ConfigError
@@ -12,10 +13,18 @@ from prw_flux.shapeweave.source import ShapeWeave
 from prw_flux.tasks.base import DataSource, Task
 
 NAMED: Final = ("shapeweave", "photos")
+MEMBERS: Final = ("name", "tasks", "example", "__len__", "fingerprint")
+"""What a DataSource has."""
 
 
 def open_data(
-    source: str, *, size: int, seed: int = 0, split: str = "train", photos: str | None = None
+    source: str,
+    *,
+    size: int,
+    seed: int = 0,
+    split: str = "train",
+    photos: str | None = None,
+    conditions: Sequence[str] = (),
 ) -> DataSource:
     """Open a data source.
 
@@ -27,12 +36,24 @@ def open_data(
         seed: of generated pictures.
         split: "train" or "heldout".
         photos: folder of "photos"; None is the public-domain photos of scikit-image.
+        conditions: what makes the maps of control (`prw_flux.data.conditions`); nothing leaves it
+            to the source.
 
     Raises:
-        ConfigError: there is no such source.
+        ConfigError: there is no such source, or no such condition.
         PhotoError: the photos cannot be used.
         DataError: there is no built data in the folder.
     """
+    data = _open(source, size=size, seed=seed, split=split, photos=photos)
+    if not conditions:
+        return data
+    from prw_flux.data.conditions import open_extractors
+    from prw_flux.data.with_maps import WithMaps
+
+    return WithMaps(data, open_extractors(conditions))
+
+
+def _open(source: str, *, size: int, seed: int, split: str, photos: str | None) -> DataSource:
     if source == "shapeweave":
         return ShapeWeave(size=size, seed=seed, split=split)
     if source == "photos":
@@ -52,8 +73,10 @@ def open_data(
     if callable(found) and not isinstance(found, DataSource) or isinstance(found, type):
         found = found(size=size, seed=seed, split=split)
     if not isinstance(found, DataSource):
+        absent = ", ".join(need for need in MEMBERS if need not in dir(found))
         raise ConfigError(
-            f"data source {source!r} is a {type(found).__name__}, not a prw_flux.tasks.DataSource"
+            f"data source {source!r} is a {type(found).__name__} without {absent}, not a "
+            "prw_flux.tasks.DataSource"
         )
     return found
 

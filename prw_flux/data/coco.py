@@ -106,7 +106,7 @@ class CocoGround:
     """
 
     def __init__(self, path: Path, images: Path, *, licence: str = "") -> None:
-        self.inputs: tuple[Path, ...] = (path,)
+        self.inputs: tuple[Path | str, ...] = (path,)
         self._found, self._licence = Instances(path, images), licence
         self._images = list(self._found.by_image)
 
@@ -129,7 +129,7 @@ class CocoGround:
 
 @final
 class CocoInpaint:
-    """One record per caption, with the objects of its picture.
+    """One record per caption, with the objects of its picture; for inpainting and control.
 
     Args:
         path, images: as of `Instances`.
@@ -138,7 +138,7 @@ class CocoInpaint:
     """
 
     def __init__(self, path: Path, images: Path, captions: Path, *, licence: str = "") -> None:
-        self.inputs: tuple[Path, ...] = (path, captions)
+        self.inputs: tuple[Path | str, ...] = (path, captions)
         self._found, self._licence = Instances(path, images), licence
         raw = read_json(captions)
         if not isinstance(raw, dict):

@@ -45,7 +45,7 @@ class EditPairs:
             raise DataError(f"{root} is not a folder of pairs")
         self.root = root
         lists = [root / name for name in LISTS if (root / name).is_file()]
-        self.inputs = tuple(lists[:1])
+        self.inputs: tuple[Path | str, ...] = tuple(lists[:1])
         self._records = list(_listed(lists[0], licence) if lists else _side_by_side(root, licence))
         if not self._records:
             raise DataError(

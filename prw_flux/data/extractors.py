@@ -88,7 +88,7 @@ def line_art(image: Image) -> NDArray[np.uint8]:
 EXTRACTORS: Final[Mapping[str, Extractor]] = MappingProxyType(
     {
         "canny": Extractor("canny", "cv2-rgb-100-200", canny),
-        "softedge": Extractor("softedge", "multiscale-sobel", soft_edge),
-        "lineart": Extractor("lineart", "xdog", line_art),
+        "softedge": Extractor("softedge", "classical-multiscale-sobel", soft_edge),
+        "lineart": Extractor("lineart", "classical-xdog", line_art),
     }
 )

@@ -23,6 +23,8 @@ Box: TypeAlias = tuple[float, float, float, float]
 
 MIN_SIDE: Final = 32
 MAX_PIXELS: Final = 64_000_000
+MAX_SHAPE: Final = 10
+"""Largest ratio of the sides: of a longer strip, a square crop shows next to nothing."""
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 """What is decoded at all: PIL also knows formats that start other programs (EPS)."""
 
@@ -51,12 +53,15 @@ def open_image(
 
     Raises:
         ImageError: with a `reason` among "missing", "not an image", "damaged", "animated",
-            "several pages", "too small", "too large", "unknown range".
+            "several pages", "too small", "too large", "extreme shape", "unknown range".
     """
     with _decoding(path), _opened(path, max_pixels, data) as picture:
         if min(picture.size) < min_side:
             size = f"{picture.width} x {picture.height}"
             raise ImageError(path, "too small", f"{size} pixels, below the minimum of {min_side}")
+        if max(picture.size) > MAX_SHAPE * min(picture.size):
+            size = f"{picture.width} x {picture.height}"
+            raise ImageError(path, "extreme shape", f"{size} pixels, longer than 1 : {MAX_SHAPE}")
         if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
             if picture.format == "TIFF":
                 raise ImageError(path, "several pages", "a document of several pages, not a photo")

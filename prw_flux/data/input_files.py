@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from prw_flux.data.rows import DataError, Picture
-
-EDGE: Final = 1 << 20
+from prw_flux.data.rows import DataError, Picture, is_text
 
 
 def read_json(path: Path) -> Any:
@@ -24,11 +21,11 @@ def read_json(path: Path) -> Any:
     if not path.is_file():
         raise DataError(f"no such file {path}")
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
         if path.suffix == ".jsonl":
             return [json.loads(line) for line in text.splitlines() if line.strip()]
         return json.loads(text)
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise DataError(f"{path} is not valid JSON ({problem})") from None
 
 
@@ -98,6 +95,8 @@ def picture_in(root: Path, name: str, where: str) -> Picture:
     """
     lexical = os.path.normpath(name)
     path = root / lexical
+    if "\0" in name or not is_text(name):
+        raise DataError(f"{where}: {name!a} is not a file name")
     if os.path.isabs(name) or lexical.startswith("..") or not _inside(path, root):
         raise DataError(f"{where}: {name!r} lies outside the folder {root}")
     return Picture(name=str(path), path=path)
@@ -120,16 +119,3 @@ def short(value: object) -> str:
     """A value for a message."""
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
-
-
-def fingerprint(paths: Iterable[Path]) -> str:
-    """Of the names, sizes and both ends (1 MiB each) of files: a terabyte is not read twice."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in paths:
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(EDGE))
-            file.seek(max(0, size - EDGE))
-            digest.update(file.read(EDGE))
-    return digest.hexdigest()

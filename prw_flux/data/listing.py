@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -48,6 +48,19 @@ class Listing:
     def caption(self, file: str) -> str | None:
         """The caption of a photo, if there is one."""
         return self.note(file).caption or self.captions.get(file) or self._sidecar(file) or None
+
+    def facts(self, files: Iterable[str]) -> Iterator[tuple[str, ...]]:
+        """What decides the examples of some photos: names, words, and a digest of every file.
+
+        Paths are relative to the folder, so a folder that was moved says the same.
+        """
+        for file in sorted(files):
+            note = self.note(file)
+            used = [file, *sorted(note.files())]
+            told = json.dumps(asdict(note), sort_keys=True)
+            yield file, self.caption(file) or "", told, *(_digest(self.root / one) for one in used)
+        for group in self.notes.subjects:
+            yield group.name, group.label, *group.images
 
     def side(self, split: str, heldout: float) -> Listing:
         """One side of the split: "train", "heldout" or "all"; a subject's photos stay together.
@@ -131,8 +144,8 @@ def _pictures(root: Path) -> list[str]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
+        return json.loads(path.read_text("utf-8-sig"))
+    except (ValueError, RecursionError) as problem:
         raise PhotoError(f"{path} is not valid JSON ({problem})") from problem
 
 
@@ -147,6 +160,11 @@ def _read_captions(root: Path) -> dict[str, str]:
             (below / name).as_posix(): " ".join(text.split()) for name, text in raw.items()
         }
     return captions
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _fraction(name: str) -> float:

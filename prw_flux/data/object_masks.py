@@ -97,18 +97,23 @@ def read_mask(raw: Any, where: str) -> Polygons | RunLengths | None:
         return None
     if isinstance(raw, list) and all(_is_polygon(polygon) for polygon in raw):
         return Polygons(raw)
-    if isinstance(raw, dict) and isinstance(raw.get("size"), list) and len(raw["size"]) == 2:
+    if isinstance(raw, dict) and _are_whole(raw.get("size")) and len(raw["size"]) == 2:
         counts = raw.get("counts")
         try:
             counts = unpack(counts) if isinstance(counts, str) else counts
         except ValueError as problem:
             raise DataError(f"{where}: segmentation counts: {problem}") from None
-        if isinstance(counts, list) and all(isinstance(n, int) for n in counts):
-            return RunLengths(counts, *map(int, raw["size"]))
+        if isinstance(counts, list) and _are_whole(counts):
+            return RunLengths(counts, *raw["size"])
     raise DataError(
         f"{where}: segmentation must be polygons of at least 3 points or run lengths with "
         f"size and counts, got {short(raw)}"
     )
+
+
+def _are_whole(values: Any) -> bool:
+    """Whether it is a list of whole numbers that are no absurdity."""
+    return isinstance(values, list) and all(isinstance(n, int) and abs(n) < 2**31 for n in values)
 
 
 def _is_polygon(points: Any) -> bool:

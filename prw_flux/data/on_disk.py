@@ -4,13 +4,16 @@ Named "disk:DIR" or, to mix several of one task or another, "disk:DIR*3,OTHER*1"
 the last hundredth, at least one row and at most 1,000, is the held-out side. The shards are opened
 by `datasets`, which keeps one memory-mapped Arrow copy of them in its cache folder.
 
+DIR may be a URL (``disk:s3://bucket/edit``, ``disk:hf://datasets/me/edit``). Its shards are copied
+as they are needed into a cache of bounded size (shard_cache.py), and so that this is rare, they are
+shuffled, and then the rows inside every four of them.
+
 Index i of a task is position i of its mixture: the epoch, the part and the row follow from the
 seed and i alone.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple, final
@@ -18,12 +21,14 @@ from typing import Any, Final, NamedTuple, final
 import numpy as np
 
 from prw import ConfigError
-from prw_flux.data.build import Manifest, read_manifest
 from prw_flux.data.images import Fit, open_image, open_map
 from prw_flux.data.photos import MIN_SIDE, MIN_VISIBLE, NO_CAPTION, visible
-from prw_flux.data.rows import DataError, Row, features
+from prw_flux.data.remote import Place, is_url, name_of
+from prw_flux.data.rows import DataError, Row
 from prw_flux.data.sample_order import Part, SampleOrder
-from prw_flux.tasks.base import Example, Pair, Thing
+from prw_flux.data.shard_cache import ShardCache
+from prw_flux.data.stored_rows import WINDOW, LocalRows, RemoteRows, StoredRows, manifest_at
+from prw_flux.tasks.base import Example, Pair, Thing, digest_of
 
 PREFIX: Final = "disk:"
 HELDOUT: Final = 100
@@ -34,9 +39,9 @@ class Opened(NamedTuple):
     """The rows of one data set that belong to a side of the split."""
 
     part: Part
-    rows: Any
+    rows: StoredRows
     first: int
-    digest: str
+    shards: tuple[str, ...]
 
 
 @final
@@ -48,7 +53,8 @@ class OnDisk:
         size: side of the (square) result, or (height, width); multiples of 16.
         seed: of the shuffles.
         split: "train", "heldout" or "all".
-        cache: folder of the Arrow copies; None is that of `datasets` (HF_DATASETS_CACHE).
+        cache: folder of the copies; None is that of `datasets` (HF_DATASETS_CACHE), and of shards
+            that are elsewhere that of `ShardCache`.
 
     Raises:
         DataError: a folder is no data set, or not finished.
@@ -85,14 +91,16 @@ class OnDisk:
         """The tasks of the data sets."""
         return frozenset(self._of)
 
-    @property
     def fingerprint(self) -> str:
-        """Changes when a shard, the mixture, the split or the seed does; not when folders move."""
-        facts = [
-            (task, self._order[task].fingerprint, [one.digest for one in found])
+        """Of the order, the size of the pictures and the sha256 of every shard.
+
+        The shards are not read: the hashes are those of build.json, which `data check` compares.
+        """
+        parts = [
+            (task, self._order[task].fingerprint, [(one.first, *one.shards) for one in found])
             for task, found in sorted(self._of.items())
         ]
-        return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
+        return digest_of(self.size, parts)
 
     def summary(self) -> str:
         """One sentence: rows by task."""
@@ -103,6 +111,7 @@ class OnDisk:
         """Position `index` of the mixture of a task; in later epochs with another key.
 
         Raises:
+            ImageError: a picture of the row is damaged, though it was whole when it was built.
             ValueError: no data set is for the task.
             IndexError: the index is negative.
         """
@@ -111,64 +120,46 @@ class OnDisk:
         picks = self._order[task].at([index])
         number, sample, epoch = (int(x[0]) for x in (picks.part_N, picks.sample_N, picks.epoch_N))
         opened = self._of[task][number]
-        row = opened.rows[opened.first + sample].to_pylist()[0]
+        row = opened.rows[opened.first + sample]
         key = f"{opened.part.name}:{row['key']}" + (f"#{epoch}" if epoch else "")
         return _example(row, key, self.size)
 
 
-def _named(folders: str) -> Iterator[tuple[Path, float]]:
+def _named(folders: str) -> Iterator[tuple[Place, float]]:
     for text in folders.split(","):
         folder, star, weight = text.strip().rpartition("*")
+        if not star:
+            folder, weight = weight, "1"
         try:
-            yield (Path(folder), float(weight)) if star else (Path(weight), 1.0)
+            yield (folder if is_url(folder) else Path(folder)), float(weight)
         except ValueError:
             raise ConfigError(f"{text!r}: the weight {weight!r} is not a number") from None
 
 
-def _open(folder: Path, weight: float, split: str, cache: str | Path | None) -> tuple[str, Opened]:
-    manifest = read_manifest(folder)
-    if not manifest.done:
-        raise DataError(f"{folder} is not finished; run the same `data build` again")
-    _require_whole(folder, manifest)
-    rows = _rows(folder, manifest, cache)
-    digest = hashlib.blake2b(repr([s["sha256"] for s in manifest.shards]).encode(), digest_size=16)
-    held = min(MOST_HELDOUT, max(1, len(rows) // HELDOUT))
-    first = {"train": 0, "heldout": len(rows) - held, "all": 0}[split]
-    count = {"train": len(rows) - held, "heldout": held, "all": len(rows)}[split]
+def _open(folder: Place, weight: float, split: str, cache: str | Path | None) -> tuple[str, Opened]:
+    manifest = manifest_at(folder)
+    sizes = [int(shard["rows"]) for shard in manifest.shards]
+    total = sum(sizes)
+    held = min(MOST_HELDOUT, max(1, total // HELDOUT))
+    first = {"train": 0, "heldout": total - held, "all": 0}[split]
+    count = {"train": total - held, "heldout": held, "all": total}[split]
     if not count:
         raise DataError(f"{folder} has one row, so there is none for split {split!r}")
-    part = Part(name=folder.name, size=count, weight=weight)
-    return manifest.task, Opened(part, rows, first, digest.hexdigest())
-
-
-def _require_whole(folder: Path, manifest: Manifest) -> None:
-    """Raise DataError for a shard that is gone or cut off; `data check` verifies every byte."""
-    for shard in manifest.shards:
-        file = folder / shard["file"]
-        if not file.is_file():
-            raise DataError(f"{file} is missing; build {folder} again")
-        if (size := file.stat().st_size) != shard["bytes"]:
-            raise DataError(
-                f"{file} has {size:,} bytes, it was written with {shard['bytes']:,}: copy it "
-                f"again, or build {folder} again"
-            )
-
-
-def _rows(folder: Path, manifest: Manifest, cache: str | Path | None) -> Any:
-    features()
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    files = [str(folder / shard["file"]) for shard in manifest.shards]
-    place = None if cache is None else str(cache)
-    try:
-        rows = load_dataset("parquet", data_files=files, split="train", cache_dir=place)
-    except (DatasetsError, OSError, ValueError) as problem:
-        told = " ".join(str(problem.__cause__ or problem).split())
-        raise DataError(
-            f"{folder} cannot be read ({told}); prw-flux data check {folder} names the shard"
-        ) from problem
-    return rows.with_format("arrow")
+    rows: StoredRows
+    blocks: tuple[int, ...] = ()
+    if isinstance(folder, Path):
+        rows = LocalRows(folder, manifest, cache)
+    else:
+        rows = RemoteRows(folder, manifest, ShardCache(None if cache is None else Path(cache)))
+        starts = np.cumsum([0, *sizes[:-1]])
+        inside = [
+            min(int(start) + size, first + count) - max(int(start), first)
+            for start, size in zip(starts, sizes, strict=True)
+        ]
+        blocks = tuple(size for size in inside if size > 0)
+    part = Part(name=name_of(folder), size=count, weight=weight, blocks=blocks, window=WINDOW)
+    hashes = tuple(str(shard["sha256"]) for shard in manifest.shards)
+    return manifest.task, Opened(part, rows, first, hashes)
 
 
 def _example(row: Row, key: str, size: int | tuple[int, int]) -> Example:
@@ -195,7 +186,11 @@ def _example(row: Row, key: str, size: int | tuple[int, int]) -> Example:
         maps={entry["name"]: _map(entry, fit) for entry in row["conditions"]},
         edit=pair if task == "edit" else None,
         subject=pair if task == "customise" else None,
-        metadata={"licence": row["licence"]},
+        metadata={
+            "licence": row["licence"],
+            "conditions": tuple(entry["name"] for entry in row["conditions"]),
+            "methods": {entry["name"]: entry["method"] for entry in row["conditions"]},
+        },
     )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Final, final
 
 import numpy as np
@@ -66,6 +67,55 @@ class Permutation:
             else:
                 left = (left + _mix(right, key) % self._a) % self._a
         return right * self._a + left
+
+
+@final
+class BlockPermutation:
+    """A shuffle that stays in a few blocks at a time: of shards that are costly to open.
+
+    The blocks are permuted and cut into windows of `window` of them; the samples of a window are
+    permuted together. It is a bijection of [0, N) as both steps are.
+
+    Args:
+        blocks: B sizes with sum N; the samples of a block have consecutive numbers.
+        window: how many blocks are open at a time.
+        key: as of `Permutation`.
+
+    Raises:
+        ValueError: no blocks, an empty one, or a window of none.
+    """
+
+    def __init__(self, blocks: Sequence[int], window: int, *key: object) -> None:
+        if not blocks or min(blocks) < 1 or window < 1:
+            raise ValueError(f"cannot shuffle {len(blocks)} blocks in windows of {window}")
+        self._key, self._window = key, window
+        self._first_B = np.cumsum([0, *blocks[:-1]])
+        self._order_B = Permutation(len(blocks), *key, "blocks")(np.arange(len(blocks)))
+        self._size_B = np.array(blocks)[self._order_B]
+        self._end_B = np.cumsum(self._size_B)
+        self.size = int(self._end_B[-1])
+
+    def __call__(self, places: ArrayLike) -> NDArray[np.int64]:
+        """As of `Permutation`."""
+        x = np.array(places, dtype=np.int64)
+        if x.size and not (0 <= x.min() and x.max() < self.size):
+            raise IndexError(f"places must lie in [0, {self.size}), got {x.min()} to {x.max()}")
+        flat = x.reshape(-1)
+        window_N = np.searchsorted(self._end_B, flat, side="right") // self._window
+        for window in np.unique(window_N):
+            here = window_N == window
+            flat[here] = self._inside(int(window), flat[here])
+        return flat.reshape(x.shape)
+
+    def _inside(self, window: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        low = window * self._window
+        high = min(low + self._window, len(self._end_B))
+        start = int(self._end_B[low] - self._size_B[low])
+        size = int(self._end_B[high - 1]) - start
+        place = start + Permutation(size, *self._key, "window", window)(places - start)
+        block = np.searchsorted(self._end_B, place, side="right")
+        offset = place - (self._end_B[block] - self._size_B[block])
+        return np.asarray(self._first_B[self._order_B[block]] + offset, np.int64)
 
 
 def _round_keys(key: tuple[object, ...]) -> NDArray[np.uint64]:

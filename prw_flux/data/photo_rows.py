@@ -11,7 +11,7 @@ import numpy as np
 
 from prw_flux.data.annotations import PhotoNote, ThingNote
 from prw_flux.data.images import Image, ImageError, open_map
-from prw_flux.data.listing import open_folder
+from prw_flux.data.listing import open_default, open_folder
 from prw_flux.data.rows import Picture, Record, Reject, ThingBox
 from prw_flux.tasks.base import mask_box
 
@@ -43,20 +43,25 @@ class PhotoRows:
     """The photos that can feed a task.
 
     Args:
-        root: the folder.
+        root: the folder; None is the public-domain photos of scikit-image.
         task: inpaint takes every photo, ground those with things, control those with maps, edit
             every annotated edit, customise every ordered pair of photos of a subject.
         licence: of all photos.
+        conditions_made: conditions will be made of the photos, so control takes every photo.
 
     Raises:
         PhotoError: the folder has no photos, or its annotations are wrong.
     """
 
-    def __init__(self, root: Path, task: str, *, licence: str = "") -> None:
-        self._listing = open_folder(root)
-        self.root, self._licence = root, licence
-        notes = sorted([*root.rglob("captions.json"), *root.glob("annotations.json")])
-        self.inputs = tuple(notes)
+    def __init__(
+        self, root: Path | None, task: str, *, licence: str = "", conditions_made: bool = False
+    ) -> None:
+        self._listing = open_default() if root is None else open_folder(root)
+        self.root, self._licence, self._made = self._listing.root, licence, conditions_made
+        notes = []
+        if root is not None:
+            notes = sorted([*root.rglob("captions.json"), *root.glob("annotations.json")])
+        self.inputs: tuple[Path | str, ...] = tuple(notes)
         self._found = list(self._pairs() if task == "customise" else self._photos(task))
 
     def __len__(self) -> int:
@@ -73,7 +78,7 @@ class PhotoRows:
                 yield from self._edits(file, note)
             elif task == "ground" and note.things:
                 yield self._record(file, caption, source=file, note=note)
-            elif task == "control" and note.maps:
+            elif task == "control" and (note.maps or self._made):
                 yield self._record(file, caption, target=file, note=note)
             elif task == "inpaint":
                 yield self._record(file, caption, target=file, note=note)

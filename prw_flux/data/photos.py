@@ -14,6 +14,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, NamedTuple, final
 
@@ -23,7 +24,7 @@ from prw_flux.data import listing
 from prw_flux.data.annotations import PhotoError, PhotoNote
 from prw_flux.data.images import Box, Fit, Image, ImageError, open_image, open_map
 from prw_flux.tasks import TASKS
-from prw_flux.tasks.base import Example, Mask, Pair, Thing, mask_box
+from prw_flux.tasks.base import Example, Mask, Pair, Thing, digest_of, mask_box
 
 CACHE_BYTES: Final = 256 * 2**20
 MIN_VISIBLE: Final = 0.5
@@ -97,20 +98,16 @@ class PhotoFolder:
         """Pictures left out, by reason."""
         return Counter(error.reason for error in self.rejects)
 
-    @property
     def fingerprint(self) -> str:
-        """Changes when a photo, what belongs to it, its caption or its annotations do.
+        """Of the size, the usable photos of this side (their bytes) and what is said about them.
 
-        Every file is read, so this takes as long as reading the folder.
+        The files are read when it is first asked for.
         """
-        notes = self._listing.notes
-        found = hashlib.blake2b(repr(notes.subjects).encode(), digest_size=16)
-        for file in self._photos:
-            note = self._listing.note(file)
-            found.update(repr((file, self._listing.caption(file), note)).encode())
-            for name in (file, *sorted(note.files())):
-                found.update(_digest(self.root / name))
-        return found.hexdigest()
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        return digest_of(self.size, *self._listing.facts(self._photos))
 
     def summary(self) -> str:
         """One sentence: how many pictures are used, how many are left out and why."""

@@ -8,18 +8,22 @@ from typing import Any, Final, final
 
 from prw import ConfigError
 from prw_flux.data.coco import CocoGround, CocoInpaint
+from prw_flux.data.column_map import KNOWN, column_map
 from prw_flux.data.edit_pairs import EditPairs
 from prw_flux.data.input_files import near
-from prw_flux.data.parquet_rows import KNOWN, ParquetRows, column_map
+from prw_flux.data.parquet_rows import ParquetRows
 from prw_flux.data.photo_rows import PhotoRows
 from prw_flux.data.refcoco import References
+from prw_flux.data.remote import is_url
 from prw_flux.data.rows import Reader
+from prw_flux.data.tar_rows import TarRows
 
 FEEDS: Final[dict[str, tuple[str, ...]]] = {
     "photos": ("inpaint", "ground", "control", "customise", "edit"),
     "pairs": ("edit", "customise"),
-    "coco": ("ground", "inpaint"),
+    "coco": ("ground", "inpaint", "control"),
     "refcoco": ("ground",),
+    "webdataset": ("inpaint", "ground", "control", "customise", "edit"),
     "parquet": ("inpaint", "control", "customise", "edit"),
     **{name: (task,) for name, (task, _) in KNOWN.items()},
 }
@@ -33,13 +37,15 @@ class Origin:
 
     Args:
         kind: a key of `FEEDS`.
-        path: a folder (photos, pairs), a json file (coco, refcoco), a parquet file or a folder of
-            them.
+        path: a folder (photos, pairs), a json file (coco, refcoco), or shards (webdataset, parquet
+            and published data): a file, a folder of them, names with {000..007} or *, or a URL.
         images: folder of the pictures that json files name.
         instances: the instances.json of refcoco.
         captions: the captions.json of coco for inpainting.
         split: of refcoco.
-        columns: of parquet, "source=before".
+        columns: of parquet and webdataset, "source=before".
+        conditions: extractors that will make conditions ("canny", "depth:WEIGHTS"), so that the
+            input need not have any.
         licence: of samples that name none.
     """
 
@@ -50,6 +56,7 @@ class Origin:
     captions: str | None = None
     split: str | None = None
     columns: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()
     licence: str = ""
 
     def told(self) -> dict[str, Any]:
@@ -70,21 +77,35 @@ def open_reader(origin: Origin, task: str) -> Reader:
     if task not in FEEDS[origin.kind]:
         fed = ", ".join(FEEDS[origin.kind])
         raise ConfigError(f"{origin.kind} feeds {fed}, not {task!r}")
-    path, licence = Path(origin.path), origin.licence
-    if origin.kind == "photos":
-        return PhotoRows(path, task, licence=licence)
-    if origin.kind == "pairs":
-        return EditPairs(path, licence=licence)
+    if origin.conditions and task != "control":
+        raise ConfigError(f"--conditions belong to the task 'control', not {task!r}")
+    licence, made = origin.licence, bool(origin.conditions)
+    if origin.kind == "webdataset":
+        columns = column_map(origin.columns) if origin.columns else None
+        return TarRows(origin.path, task, columns, licence=licence, conditions_made=made)
     if origin.kind == "parquet" or origin.kind in KNOWN:
         known = KNOWN.get(origin.kind)
         columns = column_map(origin.columns) if known is None else known[1]
-        return ParquetRows(path, task, columns, licence=licence)
+        return ParquetRows(origin.path, task, columns, licence=licence, conditions_made=made)
+    if is_url(origin.path):
+        raise ConfigError(
+            f"{origin.kind} are read from a local folder, not from {origin.path}; of what is "
+            "elsewhere, parquet and webdataset shards can be read"
+        )
+    path = Path(origin.path)
+    if origin.kind == "photos":
+        photos = path if origin.path else None
+        return PhotoRows(photos, task, licence=licence, conditions_made=made)
+    if origin.kind == "pairs":
+        return EditPairs(path, licence=licence)
     images = Path(_need(origin, "images", "the folder of the pictures"))
     if origin.kind == "refcoco":
         instances = Path(_need(origin, "instances", "the instances.json"))
         return References(path, instances, images, split=origin.split, licence=licence)
     if task == "ground":
         return CocoGround(path, images, licence=licence)
+    if task == "control" and not made:
+        raise ConfigError("coco has no maps: name what makes them, for example --conditions canny")
     captions = Path(_need(origin, "captions", "the captions.json"))
     return CocoInpaint(path, images, captions, licence=licence)
 

@@ -40,7 +40,7 @@ class References:
     ) -> None:
         if path.suffix in (".p", ".pkl", ".pickle"):
             raise DataError(f"{path} is a pickle, which may run any program; convert it to JSON")
-        self.inputs: tuple[Path, ...] = (path, instances)
+        self.inputs: tuple[Path | str, ...] = (path, instances)
         self._found, self._licence = Instances(instances, images), licence
         self._sentences = list(self._listed(path, split))
         if not self._sentences:

@@ -6,19 +6,33 @@ Reasons: those of `open_image`; "empty caption", "missing picture", "no boxes", 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import BytesIO
-from typing import Any, Final, final
+from typing import Any, Final, NamedTuple, final
 
 import numpy as np
 from PIL import Image as PILImage
 
+from prw_flux.data.extractors import Extractor
 from prw_flux.data.images import Image, ImageError, open_image, open_map
-from prw_flux.data.rows import REQUIRED, Picture, Record, Reject, Row, ThingBox
+from prw_flux.data.rows import REQUIRED, Picture, Record, Reject, Row, ThingBox, is_text
 
 KEPT_FORMATS: Final = ("JPEG", "PNG", "WEBP")
 KEPT_MODES: Final = ("RGB", "L")
 ORIENTATION: Final = 0x0112
 MODES: Final = {"CMYK": "CMYK", "P": "palette", "1": "1 bit", "LA": "transparent"}
+
+
+class Photo(NamedTuple):
+    """A picture as it is stored, and its pixels."""
+
+    row: Row
+    pixels: Image
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.pixels.shape[0], self.pixels.shape[1]
 
 
 @final
@@ -27,13 +41,14 @@ class RowMaker:
 
     Args:
         task: name of the task.
+        extractors: make conditions of the target; a map that came with the record stays.
 
     Attributes:
         converted: what was done to pictures and boxes.
     """
 
-    def __init__(self, task: str) -> None:
-        self.task = task
+    def __init__(self, task: str, extractors: Sequence[Extractor] = ()) -> None:
+        self.task, self.extractors = task, extractors
         self.converted: list[str] = []
 
     def __call__(self, record: Record) -> Row:
@@ -44,6 +59,11 @@ class RowMaker:
         """
         if record.refused is not None:
             raise Reject(*record.refused)
+        words = [record.key, record.text, record.licence, *record.conditions]
+        words += [word for thing in record.boxes for word in (thing.phrase, thing.label)]
+        for word in words:
+            if not is_text(word):
+                raise Reject("damaged text", f"{record.where}: {word!a} is not valid Unicode")
         try:
             return self._row(record)
         except ImageError as problem:
@@ -52,22 +72,19 @@ class RowMaker:
     def _row(self, record: Record) -> Row:
         text = " ".join(record.text.split())
         self._require(record, text)
-        source, source_size = self._photo(record.source)
-        target, target_size = self._photo(record.target)
-        size = target_size or source_size
-        if self.task == "edit" and source_size is not None and source_size != size:
-            raise Reject("target of another size", _sizes(record.where, size or (), source_size))
-        assert size is not None
+        source, target = self._photo(record.source), self._photo(record.target)
+        main = target or source
+        assert main is not None
+        size = main.size
+        if self.task == "edit" and source is not None and source.size != size:
+            raise Reject("target of another size", _sizes(record.where, size, source.size))
         return {
             "key": record.key,
             "task": self.task,
-            "source": source,
-            "target": target,
+            "source": None if source is None else source.row,
+            "target": None if target is None else target.row,
             "mask": self._map(record.mask, size, mask=True),
-            "conditions": [
-                {"name": name, "image": self._map(picture, size)}
-                for name, picture in record.conditions.items()
-            ],
+            "conditions": self._conditions(record, target, size),
             "boxes": self._things(record, size),
             "text": text,
             "licence": record.licence,
@@ -79,13 +96,14 @@ class RowMaker:
                 raise Reject("empty caption", f"{record.where} has no text")
             if column in ("source", "target") and getattr(record, column) is None:
                 raise Reject("missing picture", f"{record.where} has no {column}")
+            if column == "conditions" and self.extractors:
+                continue
             if column in ("boxes", "conditions") and not getattr(record, column):
                 raise Reject(f"no {column}", f"{record.where} has no {column}")
 
-    def _photo(self, picture: Picture | None) -> tuple[Row | None, tuple[int, int] | None]:
-        """The stored picture and its (height, width)."""
+    def _photo(self, picture: Picture | None) -> Photo | None:
         if picture is None:
-            return None, None
+            return None
         data = picture.read()
         assert data is not None, "photos come as files or bytes"
         pixels = open_image(picture.name, data=data)
@@ -95,7 +113,7 @@ class RowMaker:
         if change is not None:
             self.converted.append(change)
             data = encode(pixels)
-        return {"bytes": data, "path": None}, (pixels.shape[0], pixels.shape[1])
+        return Photo({"bytes": data, "path": None}, pixels)
 
     def _map(
         self, picture: Picture | None, size: tuple[int, int], *, mask: bool = False
@@ -114,6 +132,26 @@ class RowMaker:
             if not values.any():
                 raise Reject("empty mask", f"{picture.name} has no white pixel")
         return {"bytes": encode(values), "path": None}
+
+    def _conditions(self, record: Record, target: Photo | None, size: tuple[int, int]) -> list[Row]:
+        """The maps that came, then those that extractors make; blank ones are left out."""
+        rows: list[Row] = [
+            {"name": name, "method": "", "image": self._map(picture, size)}
+            for name, picture in record.conditions.items()
+        ]
+        for extractor in self.extractors:
+            if target is None or extractor.condition in record.conditions:
+                continue
+            values = extractor(target.pixels)
+            if not values.any():
+                self.converted.append(f"left out a blank {extractor.condition}")
+                continue
+            image = {"bytes": encode(values), "path": None}
+            made = {"name": extractor.condition, "method": extractor.method, "image": image}
+            rows.append(made)
+        if not rows and "conditions" in REQUIRED[self.task]:
+            raise Reject("no conditions", f"{record.where}: every map is blank")
+        return rows
 
     def _things(self, record: Record, size: tuple[int, int]) -> list[Row]:
         """The boxes that can be used; where a task cannot do without, at least one must be."""

@@ -7,7 +7,8 @@ A built data set is a folder of parquet shards that `datasets.load_dataset(folde
     source      Image   the picture that is given: of ground, customise and edit
     target      Image   the picture that is wanted: of all but ground, whose target the task paints
     mask        Image   white where an edit changed the picture, or null
-    conditions  list of {name, image}: true maps of the target (depth, segmentation, lineart, ...)
+    conditions  list of {name, method, image}: maps of the target (depth, segmentation, lineart,
+                ...); the method is that of the extractor, empty where the map came with the data
     boxes       list of {box, phrase, label, mask}: the known things of the picture
     text        string  caption of the target; of edit the instruction; of ground the expression,
                         or empty where the phrases of the boxes are the expressions
@@ -37,6 +38,15 @@ REQUIRED: Final[Mapping[str, tuple[str, ...]]] = {
     "edit": ("source", "target", "text"),
 }
 """What a row of each task must have."""
+
+
+def is_text(word: str) -> bool:
+    """Whether it can be stored; JSON may hold halves of a character (lone surrogates)."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class DataError(PRWError, ValueError):
@@ -133,8 +143,8 @@ class Record:
 class Reader(Protocol):
     """What makes records of one kind of input, always in the same order."""
 
-    inputs: tuple[Path, ...]
-    """The files that decide the records, without the pictures that they name."""
+    inputs: tuple[Path | str, ...]
+    """The files (or URLs) that decide the records, without the pictures that they name."""
 
     def __len__(self) -> int:
         """Number of records."""
@@ -159,6 +169,7 @@ def features() -> Any:
         "label": Value("string"),
         "mask": Image(),
     }
+    condition = {"name": Value("string"), "method": Value("string"), "image": Image()}
     return Features(
         {
             "key": Value("string"),
@@ -166,7 +177,7 @@ def features() -> Any:
             "source": Image(),
             "target": Image(),
             "mask": Image(),
-            "conditions": List({"name": Value("string"), "image": Image()}),
+            "conditions": List(condition),
             "boxes": List(thing),
             "text": Value("string"),
             "licence": Value("string"),

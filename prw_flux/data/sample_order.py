@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from prw import ConfigError
-from prw_flux.data.permutation import Permutation
+from prw_flux.data.permutation import BlockPermutation, Permutation
 
 MAX_PERIOD: Final = 100_000
 """Largest W: weights with five decimals."""
@@ -46,20 +46,30 @@ class Part:
         size: number of its samples.
         weight: its share, relative to those of the other parts. A float is read as the decimal
             number that it prints as.
+        blocks: sizes of the stretches (shards) that its samples lie in, which are then shuffled
+            before the samples inside every `window` of them; none shuffles all samples at once.
+        window: blocks whose samples are shuffled together.
 
     Raises:
-        ConfigError: it is empty, or its weight is not a positive number.
+        ConfigError: it is empty, its weight is not a positive number, or the blocks are not its
+            samples.
     """
 
     name: str
     size: int
     weight: int | float | Fraction = 1
+    blocks: tuple[int, ...] = ()
+    window: int = 1
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ConfigError(f"part {self.name!r} has {self.size} samples; leave it out")
         if not (0 < self.weight < math.inf):
             raise ConfigError(f"part {self.name!r}: weight {self.weight} must be above 0")
+        if self.blocks and (sum(self.blocks) != self.size or min(self.blocks) < 1):
+            raise ConfigError(
+                f"part {self.name!r}: blocks of {sum(self.blocks)} samples are not its {self.size}"
+            )
 
 
 @final
@@ -98,7 +108,8 @@ class SampleOrder:
     def fingerprint(self) -> str:
         """Changes when the parts, their sizes or weights, or the seed do; to be kept by a run."""
         facts = [
-            (p.name, p.size, share) for p, share in zip(self.parts, self._share_P, strict=True)
+            (p.name, p.size, share, *([p.blocks, p.window] if p.blocks else []))
+            for p, share in zip(self.parts, self._share_P, strict=True)
         ]
         return hashlib.blake2b(repr((self.seed, facts)).encode(), digest_size=16).hexdigest()
 
@@ -141,8 +152,11 @@ class SampleOrder:
         low, high = (batch_size * r // ranks for r in (rank, rank + 1))
         return self.at(step * batch_size + np.arange(low, high))
 
-    def _shuffle(self, part: int, epoch: int) -> Permutation:
-        return Permutation(self.parts[part].size, self.seed, self.parts[part].name, epoch)
+    def _shuffle(self, number: int, epoch: int) -> Permutation | BlockPermutation:
+        part = self.parts[number]
+        if part.blocks:
+            return BlockPermutation(part.blocks, part.window, self.seed, part.name, epoch)
+        return Permutation(part.size, self.seed, part.name, epoch)
 
 
 def _checked(position: int) -> int:

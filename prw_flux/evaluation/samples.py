@@ -81,8 +81,8 @@ def draw_samples(
     for index in range(TRIES_PER_SAMPLE * count):
         if len(samples) == count:
             break
-        example = source.example(task.name, index)
         try:
+            example = source.example(task.name, index)
             triple = task(example, seed)
         except TaskReject as reject:
             rejected[reject.reason] += 1

@@ -31,6 +31,8 @@ class StageFacts:
     seconds: float | None
     log: tuple[Mapping[str, Any], ...]
     parameters: int | None
+    kinds: Mapping[str, int]
+    rejected: Mapping[str, int]
 
 
 @final
@@ -79,6 +81,8 @@ def read_facts(run: str | Path) -> Facts:
             seconds=_number(state.get("seconds")),
             log=tuple(line for line in lines if line.get("stage") == stage.name),
             parameters=experts.get(stage.name),
+            kinds=dict(state.get("kinds", {})),
+            rejected=dict(state.get("rejected", {})),
         )
         for stage, state in zip(folder.config.stages, states, strict=True)
     )

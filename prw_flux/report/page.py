@@ -20,6 +20,7 @@ SECTIONS = (
     ("Comparison", "comparison", comparison),
     ("Samples", "samples", samples),
     ("Training", "training", sections.training),
+    ("What was drawn", "drawn", sections.drawn),
     ("Routing", "routing", sections.routing),
     ("Forgetting", "forgetting", sections.forgetting),
     ("Cost", "cost", sections.cost),

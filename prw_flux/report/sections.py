@@ -94,6 +94,35 @@ def _top(values: Sequence[float]) -> float | None:
     return known[int(0.98 * (len(known) - 1))] if known else None
 
 
+def drawn(facts: Facts) -> str:
+    """What every finished stage was trained on, by kind, and what was rejected, by reason."""
+    stages = [stage for stage in facts.stages if stage.kinds]
+    if not stages:
+        return ""
+    rows = "".join(
+        f"<tr><td>{escape(named(stage))}</td><td>{_counted(stage.kinds, shares=True)}</td>"
+        f"<td>{_counted(stage.rejected)}</td></tr>"
+        for stage in stages
+    )
+    return section(
+        "What was drawn",
+        "drawn",
+        "Samples by kind: the shape of a hole, the form of a mark, the condition, the edit. "
+        "Rejected draws were replaced by others; one sample may have had several.",
+        '<div class="scroll"><table class="wide"><thead><tr><th>stage</th><th>samples</th>'
+        f"<th>rejected draws</th></tr></thead><tbody>{rows}</tbody></table></div>",
+    )
+
+
+def _counted(counts: Mapping[str, int], *, shares: bool = False) -> str:
+    total = sum(counts.values())
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    told = (
+        f"{escape(name)} {n:,}" + (f" ({n / total:.0%})" if shares else "") for name, n in ordered
+    )
+    return ", ".join(told) or "none"
+
+
 def routing(facts: Facts) -> str:
     """Block by expert, one table per task."""
     if not facts.routing:

@@ -33,11 +33,13 @@ from prw_flux.shapeweave.scene import (
     draw_jitter,
     draw_scene,
 )
-from prw_flux.tasks.base import Example, Pair, Thing, keyed_rng
+from prw_flux.tasks.base import Example, Pair, Thing, digest_of, keyed_rng
 
 TASKS: Final = ("inpaint", "ground", "control", "customise", "edit")
 SPLITS: Final = ("train", "heldout")
 ENDLESS: Final = 2**31
+GRAMMAR: Final = 1
+"""To be raised when the same seed gives other scenes than before."""
 
 DrawMap: TypeAlias = Callable[[Scene, int], NDArray[np.uint8]]
 MAPS: Final[Mapping[str, DrawMap]] = {
@@ -69,6 +71,10 @@ class ShapeWeave:
 
     def __len__(self) -> int:
         return ENDLESS
+
+    def fingerprint(self) -> str:
+        """Of the grammar's version, size, seed and split."""
+        return digest_of(self.name, GRAMMAR, self.size, self.seed, self.split)
 
     def tasks(self) -> frozenset[str]:
         """All five tasks of the curriculum."""

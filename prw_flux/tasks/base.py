@@ -170,10 +170,25 @@ class DataSource(Protocol):
         """Names of the tasks that it can feed."""
 
     def example(self, task: str, index: int) -> Example:
-        """Example `index` (any non-negative integer) drawn to suit the task."""
+        """Example `index` (any non-negative integer) drawn to suit the task.
+
+        May raise TaskReject where what is stored there is damaged.
+        """
 
     def __len__(self) -> int:
         """Number of different pictures; a very large number where they are generated."""
+
+    def fingerprint(self) -> str:
+        """Cheap to ask for; changes when the examples do, and is kept by a run.
+
+        It depends on the content and on what chooses and orders it (seed, split, size), not on
+        where the content lies.
+        """
+
+
+def digest_of(*facts: object) -> str:
+    """32 hexadecimal digits of some facts, by their `repr`: texts, numbers and tuples of them."""
+    return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
 
 
 def keyed_rng(seed: int, *names: str) -> np.random.Generator:

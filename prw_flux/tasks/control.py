@@ -25,8 +25,11 @@ class Control(Task):
     """Draws a picture that follows a map.
 
     Metadata: "kind" and "condition" (canny, softedge, lineart, depth, segmentation), "method"
-    ("true" for a map that came with the example, else the extractor's method) and "map", the map
-    as the source shows it (uint8 [H, W, 3]).
+    (how the map was made; "true" for one that came with the example and names no method) and
+    "map", the map as the source shows it (uint8 [H, W, 3]).
+
+    An example may say which conditions it is for, in metadata["conditions"], and how its maps were
+    made, in metadata["methods"], by condition.
     """
 
     name: ClassVar[str] = "control"
@@ -48,7 +51,12 @@ class Control(Task):
 
     def available(self, example: Example) -> list[str]:
         """The conditions that the example can give: true maps and those an extractor computes."""
-        return [name for name in self.conditions if name in example.maps or name in EXTRACTORS]
+        wanted = example.metadata.get("conditions", self.conditions)
+        return [
+            name
+            for name in self.conditions
+            if name in wanted and (name in example.maps or name in EXTRACTORS)
+        ]
 
     def make(self, example: Example, rng: np.random.Generator) -> Triple:
         """The first map, in random order, that is not blank; the caption; the picture."""
@@ -78,9 +86,10 @@ def condition_map(example: Example, condition: str) -> tuple[Image, str]:
     """
     if condition in example.maps:
         given = example.maps[condition]
+        method = str(example.metadata.get("methods", {}).get(condition) or "true")
         if condition == "segmentation" and given.ndim == 2:
-            return colour_classes(given), "true"
-        return as_rgb(given), "true"
+            return colour_classes(given), method
+        return as_rgb(given), method
     if condition not in EXTRACTORS:
         raise TaskReject(f"no {condition} map")
     extractor = EXTRACTORS[condition]

@@ -202,7 +202,8 @@ def draw_hole(
 
     A hole is refused when it is empty or over-large, and a random one also when its IoU with any
     thing exceeds 0.3. A kind that the picture cannot give (no thing, no mask), or that failed
-    `tries` times, falls back to the next of: its own, Bezier, free-form, Bezier round a random box.
+    `tries` times, falls back to the next of: its own, Bezier, free-form, Bezier round a random box;
+    that, too, is counted. Bezier without things is drawn round a random box first.
 
     Raises:
         HoleError: every kind failed.
@@ -210,11 +211,13 @@ def draw_hole(
     names = list(weights)
     shares = np.array([weights[name] for name in names], float)
     wanted = names[int(rng.choice(len(names), p=shares / shares.sum()))]
-    if wanted == "bezier" and not things:
-        wanted = "bezier-random"
     regions = [thing.region(height, width) for thing in things]
     rejections: Counter[str] = Counter()
-    for kind in dict.fromkeys((wanted, "bezier", "free-form", "bezier-random")):
+    order: tuple[str, ...] = (wanted, "bezier", "free-form", "bezier-random")
+    if wanted == "bezier" and not things:
+        rejections["no thing for a bezier outline"] += 1
+        order = ("bezier-random", "free-form")
+    for kind in dict.fromkeys(order):
         if kind == "bezier" and not things:
             continue
         if kind == "object" and all(thing.mask is None for thing in things):

@@ -184,7 +184,7 @@ def test_a_finished_build_is_left_alone_and_another_input_is_refused(
         run(tmp_path / "in", tmp_path / "out")
     with pytest.raises(DataError, match="is not a data set; choose another folder"):
         run(tmp_path / "in", tmp_path / "in")
-    (tmp_path / "out" / "build.json").write_text('{"format": 1}')
+    (tmp_path / "out" / "build.json").write_text('{"format": 2}')
     with pytest.raises(DataError, match="is damaged"):
         run(tmp_path / "in", tmp_path / "out")
 

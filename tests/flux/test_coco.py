@@ -172,7 +172,7 @@ def test_origins_that_do_not_fit() -> None:
             "ground",
             "cannot build from 'cocoo'; did you mean 'coco'",
         ),
-        (Origin(kind="coco", path="x"), "edit", "coco feeds ground, inpaint, not 'edit'"),
+        (Origin(kind="coco", path="x"), "edit", "coco feeds ground, inpaint, control, not 'edit'"),
         (Origin(kind="coco", path="x"), "ground", "needs --images, the folder of the pictures"),
         (Origin(kind="refcoco", path="x", images="y"), "ground", "needs --instances"),
     ):

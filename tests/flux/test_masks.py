@@ -9,8 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prw_flux.tasks import masks
-from prw_flux.tasks.base import Box, Mask, Thing, fill_box, keyed_rng, mask_box, mask_iou
+from prw_flux.tasks import Inpaint, masks
+from prw_flux.tasks.base import (
+    Box,
+    Example,
+    Mask,
+    TaskReject,
+    Thing,
+    fill_box,
+    keyed_rng,
+    mask_box,
+    mask_iou,
+)
 
 seeds = st.integers(0, 2**63 - 1)
 sides = st.integers(2, 16).map(lambda n: 16 * n)
@@ -104,7 +114,11 @@ def test_coverage_does_not_depend_on_resolution(side: int) -> None:
 def test_without_things_only_random_shapes() -> None:
     holes = [masks.draw_hole(keyed_rng(i, "none"), 96, 96) for i in range(60)]
     assert {hole.kind for hole in holes} == {"free-form", "bezier-random"}
-    assert any(hole.rejections.get("no object mask") for hole in holes)
+    for hole in holes:
+        missing = {"object": "no object mask", "bezier": "no thing for a bezier outline"}
+        if hole.wanted in missing:
+            assert hole.rejections[missing[hole.wanted]] == 1
+    assert {hole.kind for hole in holes if hole.wanted == "bezier"} == {"bezier-random"}
 
 
 def test_a_thing_that_fills_the_picture_is_refused_and_counted() -> None:
@@ -130,3 +144,59 @@ def test_empty_object_masks_are_refused() -> None:
     assert hole.kind == "bezier"  # its sides move outward, so it is not empty
     assert hole.wanted == "object"
     assert hole.rejections == {"object: empty": masks.TRIES}
+
+
+@given(scenes(), st.integers(0, 99), st.text("abc", min_size=1, max_size=4))
+def test_a_hole_is_decided_by_key_and_epoch_alone(
+    scene: tuple[int, int, list[Thing]], seed: int, key: str
+) -> None:
+    """Neither the order of the calls nor other pictures matter."""
+    height, width, things = scene
+    image = np.zeros((height, width, 3), np.uint8)
+
+    def mask(of: str) -> Mask | None:
+        example = Example(key=of, image=image, caption="", things=tuple(things))
+        try:
+            return np.asarray(Inpaint()(example, seed).metadata["mask"])
+        except TaskReject as refusal:
+            assert refusal.counts
+            return None
+
+    first = mask(key)
+    mask(f"{key}#1")
+    again = mask(key)
+    assert (first is None) == (again is None)
+    if first is not None and again is not None:
+        np.testing.assert_array_equal(first, again)
+
+
+def test_epochs_have_other_holes() -> None:
+    image = np.zeros((96, 96, 3), np.uint8)
+    masks_of = [
+        Inpaint()(Example(key=f"photo#{epoch}", image=image, caption=""), 0).metadata["mask"]
+        for epoch in range(8)
+    ]
+    different = [mask_iou(a, b) < 0.99 for i, a in enumerate(masks_of) for b in masks_of[:i]]
+    assert all(different)
+
+
+def test_random_holes_over_a_thing_are_refused_by_their_overlap() -> None:
+    """Of free-form draws, exactly those are refused that cover a thing with an IoU above 0.3."""
+    thing = Thing(phrase="square", box=(24.0, 24.0, 72.0, 72.0))
+    region = thing.region(96, 96)
+    refused = accepted = 0
+    for i in range(200):
+        hole = masks.draw_hole(keyed_rng(i, "iou"), 96, 96, [thing], weights={"free-form": 1.0})
+        rng = keyed_rng(i, "iou")
+        rng.choice(1, p=[1.0])  # draws the kind
+        first, _ = masks.cut(rng, "free-form", [thing], 96, 96)
+        if masks.fault(first) is not None:
+            continue
+        kept = np.array_equal(first, hole.mask)
+        if mask_iou(first, region) > masks.MAX_IOU:
+            assert not kept and hole.rejections["free-form: overlaps a thing"] >= 1
+            refused += 1
+        else:
+            assert kept and not hole.rejections
+            accepted += 1
+    assert refused > 10 and accepted > 10

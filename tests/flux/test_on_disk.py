@@ -14,6 +14,7 @@ from PIL import Image as PILImage
 from prw import ConfigError
 from prw_flux.data.build import build
 from prw_flux.data.choose import open_data
+from prw_flux.data.images import ImageError
 from prw_flux.data.on_disk import OnDisk
 from prw_flux.data.rows import DataError, Picture, Record, ThingBox
 from prw_flux.data.sample_order import Part, SampleOrder
@@ -100,6 +101,26 @@ def test_an_epoch_has_every_row_once_and_the_next_has_other_keys(tmp_path: Path)
     assert keys[:9] == [f"d:k{i}" for i in order]
 
 
+def test_the_fingerprint_is_that_of_rows_and_order(tmp_path: Path) -> None:
+    make(tmp_path / "d", "edit", 9)
+    make(tmp_path / "e", "edit", 8)
+
+    def of(folders: str = "{0}/d", size: int = 48, **how: Any) -> str:
+        return OnDisk(folders.format(tmp_path), size, cache=tmp_path / "c", **how).fingerprint()
+
+    others = [of(size=64), of(seed=1), of(split="all"), of("{0}/e"), of("{0}/d,{0}/e*2")]
+    assert len({of(), *others}) == 6
+    before = of()
+    build_json = json.loads((tmp_path / "d" / "build.json").read_text())
+    build_json["shards"][0]["sha256"] = "0" * 64
+    (tmp_path / "d" / "build.json").write_text(json.dumps(build_json))
+    changed = of()
+    assert changed != before
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "d").rename(tmp_path / "moved" / "d")
+    assert of("{0}/moved/d") == changed
+
+
 def test_a_mixture_keeps_its_weights(tmp_path: Path) -> None:
     names = [str(make(tmp_path / name, "edit", 4)) for name in ("a", "b")]
     data = OnDisk(f"{names[0]}*3, {names[1]}*1", 48, cache=tmp_path / "c")
@@ -116,6 +137,29 @@ def test_the_held_out_side_is_never_trained_on(tmp_path: Path) -> None:
         keys[split] = {data.example("edit", i).key for i in range(len(data))}
     assert keys["heldout"] == {"d:k6"} and not keys["heldout"] & keys["train"]
     assert keys["heldout"] | keys["train"] == keys["all"]
+
+
+def test_a_picture_that_was_damaged_since_is_named(tmp_path: Path) -> None:
+    import pyarrow.parquet as parquet
+
+    folder = make(tmp_path / "d", "edit", 4)
+    shard = folder / "data" / "train-00000.parquet"
+    rows = parquet.read_table(shard)
+    changed = rows.to_pylist()
+    changed[2]["target"]["bytes"] = changed[2]["target"]["bytes"][:60]
+    parquet.write_table(type(rows).from_pylist(changed, schema=rows.schema), shard)
+    told = json.loads((folder / "build.json").read_text())
+    told["shards"][0]["bytes"] = shard.stat().st_size
+    (folder / "build.json").write_text(json.dumps(told))
+    data = OnDisk(str(folder), 48, split="all", cache=tmp_path / "c")
+    lost = 0
+    for index in range(4):
+        try:
+            data.example("edit", index)
+        except ImageError as problem:
+            assert problem.reason == "damaged" and "d:k2" in str(problem)
+            lost += 1
+    assert lost == 1
 
 
 def test_sources_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +180,8 @@ def test_sources_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.Monke
         open_data(f"disk:{folder}", size=48, split="all").example("ground", 0)
     with pytest.raises(ValueError, match="multiple of 16"):
         open_data(f"disk:{folder}", size=50)
+    with pytest.raises(ConfigError, match="is a dict without name, tasks, example, fingerprint"):
+        open_data("sys:modules", size=48)
     manifest = json.loads((tmp_path / "d" / "build.json").read_text())
     (tmp_path / "d" / "build.json").write_text(json.dumps({**manifest, "done": False}))
     with pytest.raises(DataError, match="is not finished"):

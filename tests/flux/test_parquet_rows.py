@@ -15,7 +15,8 @@ from PIL import ImageDraw
 
 from prw import ConfigError
 from prw_flux.data.build import build
-from prw_flux.data.parquet_rows import ColumnMap, ParquetRows, column_map
+from prw_flux.data.column_map import ColumnMap, column_map
+from prw_flux.data.parquet_rows import ParquetRows
 from prw_flux.data.readers import Origin, open_reader
 from prw_flux.data.rows import DataError
 
@@ -158,7 +159,7 @@ def test_mistakes_name_the_file_and_the_column(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match="x.parquet is not a parquet file, or is damaged"):
         ParquetRows(tmp_path, "edit", column_map(["source=a", "target=b", "text=c"]))
-    with pytest.raises(DataError, match="no parquet files"):
+    with pytest.raises(DataError, match="there are no .parquet files at"):
         ParquetRows(tmp_path / "none", "edit", column_map(["source=a", "target=b", "text=c"]))
 
 

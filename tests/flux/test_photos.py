@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,27 @@ def test_captions_come_from_the_nearest_source(folder: Path) -> None:
     captions = [photos.example("inpaint", i).caption for i in range(5)]
     expected = ["from a text file", "from captions", "from annotations", "a photograph"]
     assert captions == [*expected, "from below"]
+
+
+def test_the_fingerprint_follows_the_content_and_not_the_place(folder: Path) -> None:
+    def of(split: str = "all", size: int = 48) -> str:
+        return PhotoFolder(folder, size, split).fingerprint()
+
+    seen = {of(), of(size=64), of(split="heldout")}
+    assert len(seen) == 3
+    folder = shutil.copytree(folder, folder.with_name(f"{folder.name}-moved"))
+    assert of() in seen
+    changes: list[Callable[[], object]] = [
+        lambda: (folder / "p0.txt").write_text("a caption"),
+        lambda: write(folder, {"images": {"p1.png": {"maps": {"depth": "p0.png"}}}}),
+        lambda: save(folder / "p1.png", seed=9),
+        lambda: save(folder / "p0.png", seed=10),  # now the depth of p1
+        lambda: (folder / "sub" / "q.jpg").unlink(),
+    ]
+    for number, change in enumerate(changes):
+        change()
+        seen.add(of())
+        assert len(seen) == 4 + number
 
 
 def test_bad_pictures_are_left_out_and_counted(folder: Path) -> None:

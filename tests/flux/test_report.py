@@ -55,7 +55,10 @@ def fabricate(
                     "memory_mib": 1800.0,
                 }
             )
-        run.finish_stage(number, {"seconds": 0.2 * stage.steps})
+        kinds = {"object": 30, "bezier": 10}
+        rejected = {"free-form: overlaps a thing": 7}
+        facts = {"seconds": 0.2 * stage.steps, "kinds": kinds, "rejected": rejected}
+        run.finish_stage(number, facts)
         expert = run.adapter / "experts" / f"{number}-{stage.name}"
         expert.mkdir(parents=True)
         save_file({"A": np.zeros((32, 128), "f4")}, expert / "adapter_model.safetensors")
@@ -163,6 +166,8 @@ def test_report_of_a_whole_run_is_complete_and_self_contained(tmp_path: Path) ->
     assert all(a.startswith(("#", "data:image/png;base64,")) for a in page.addresses)
     assert {a[1:] for a in page.addresses if a.startswith("#")} <= page.ids
     assert not re.search(r"https?://|@import|<script", text)
+    assert "object 30 (75%), bezier 10 (25%)" in text
+    assert "free-form: overlaps a thing 7" in text
     assert "not finished" not in text
     assert text.count("<figure") == 5 * 4 + 1
     assert "outside the base&#x27;s training domain" in text

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prw import ConfigError
-from prw_flux.data.permutation import Permutation
+from prw_flux.data.permutation import BlockPermutation, Permutation
 from prw_flux.data.sample_order import Part, SampleOrder
 
 weights = st.lists(st.integers(1, 40), min_size=1, max_size=7)
@@ -49,6 +49,40 @@ def test_a_permutation_is_a_fair_shuffle() -> None:
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.02
     assert abs(np.corrcoef(order, np.arange(100_000))[0, 1]) < 0.02
     assert (np.diff(order) == 1).sum() < 10
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(1, 5), st.integers(0, 99))
+def test_a_shuffle_by_blocks_loses_nothing_and_opens_few(
+    blocks: list[int], window: int, key: int
+) -> None:
+    shuffle = BlockPermutation(blocks, window, key)
+    order = shuffle(np.arange(sum(blocks)))
+    assert sorted(order.tolist()) == list(range(sum(blocks)))
+    block_of = np.repeat(np.arange(len(blocks)), blocks)[order]
+    opened = list(dict.fromkeys(block_of.tolist()))
+    for first in range(0, len(blocks), window):  # no block is needed outside its window
+        together = opened[first : first + window]
+        places = np.flatnonzero(np.isin(block_of, together))
+        assert len(places) == places[-1] - places[0] + 1
+    place = int(np.random.default_rng(key).integers(len(order)))
+    assert shuffle([place]).tolist() == [order[place]]
+
+
+def test_blocks_are_shuffled_and_their_samples_mixed() -> None:
+    order = BlockPermutation([50] * 20, 4, "key")(np.arange(1000))
+    first = (order // 50)[:200]
+    assert len(set(first.tolist())) == 4
+    assert all(15 <= np.count_nonzero(first[:100] == block) <= 35 for block in set(first.tolist()))
+    assert sorted(set(first.tolist())) != [0, 1, 2, 3]
+
+
+def test_wrong_blocks_are_refused() -> None:
+    with pytest.raises(ConfigError, match="blocks of 7 samples are not its 8"):
+        Part(name="p", size=8, blocks=(3, 4))
+    with pytest.raises(ValueError, match="cannot shuffle 0 blocks"):
+        BlockPermutation([], 4)
+    with pytest.raises(IndexError, match=r"must lie in \[0, 3\)"):
+        BlockPermutation([3], 1)([3])
 
 
 def test_the_shuffle_is_the_same_on_every_machine() -> None:

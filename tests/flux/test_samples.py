@@ -127,6 +127,17 @@ def test_rejects_are_replaced_and_counted(pipe: Any) -> None:
     assert one.rejected["not today"] == two.rejected["not today"] > 0
 
 
+def test_kinds_and_rejected_holes_are_counted(pipe: Any) -> None:
+    samples = make(pipe, TASKS["inpaint"], stage="inpaint", count=None)
+    found = [samples.triple(i).metadata for i in range(40)]
+    assert samples.kinds == Counter(one["kind"] for one in found)
+    assert set(samples.kinds) >= {"object", "bezier", "free-form"}
+    wanted: Counter[str] = Counter()
+    for one in found:
+        wanted.update(one["rejections"])
+    assert samples.rejected == wanted and wanted.total() > 0
+
+
 def test_a_task_that_never_succeeds_says_why(pipe: Any) -> None:
     with pytest.raises(SampleError, match=r"no sample for 'picky': no reason \(20 x\)"):
         make(pipe, Never()).prepare()

@@ -145,3 +145,10 @@ def test_an_empty_picture_has_no_objects() -> None:
 def test_bad_arguments_are_named(size: int, split: str) -> None:
     with pytest.raises(ValueError, match=str(size) if size != 96 else split):
         ShapeWeave(size=size, split=split)
+
+
+def test_the_fingerprint_tells_sources_apart() -> None:
+    told = [ShapeWeave(96, 0, "train"), ShapeWeave(96, 0, "heldout"), ShapeWeave(96, 1, "train"),
+            ShapeWeave(64, 0, "train")]  # fmt: skip
+    assert len({source.fingerprint() for source in told}) == 4
+    assert ShapeWeave(96).fingerprint() == told[0].fingerprint()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +51,26 @@ def test_the_mark_is_over_the_named_thing_and_nowhere_else(seed: int) -> None:
     assert len(meta["boxes"]) == (
         2 if meta["kind"] == "instance" and thing.label == "circle" else 1
     )
+
+
+def test_the_three_forms_have_their_shares_and_an_instance_is_any_of_its_class() -> None:
+    samples = [TASKS["ground"](replace(scene(), key=f"scene {i}"), 0) for i in range(1000)]
+    kinds = Counter(sample.metadata["kind"] for sample in samples)
+    # Binomial: three standard deviations of 1000 draws are 0.047 and 0.041.
+    assert kinds["box"] / 1000 == pytest.approx(0.5, abs=0.047)
+    assert kinds["mask"] / 1000 == pytest.approx(0.25, abs=0.041)
+    circles = Counter(
+        sample.metadata["thing"]
+        for sample in samples
+        if sample.text == "mark one circle in magenta"
+    )
+    assert set(circles) == {0, 1}
+    assert min(circles.values()) / circles.total() > 0.35
+    for sample in samples[:100]:
+        if sample.text == "mark one circle in magenta":
+            box = read_overlay(sample.target, sample.source).box
+            assert box is not None
+            assert box_iou(box, scene().things[sample.metadata["thing"]].box) > 0.9
 
 
 def test_ambiguous_phrases_are_never_referred_to() -> None:

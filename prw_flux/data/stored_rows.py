@@ -1,0 +1,133 @@
+"""The rows of a built data set by number: memory-mapped where it is local, else through a cache."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Final, Protocol, final
+
+import numpy as np
+
+from prw_flux.data.build import MANIFEST, Manifest, parse_manifest
+from prw_flux.data.remote import Place, below, exists, read_text
+from prw_flux.data.rows import DataError, Row, features
+from prw_flux.data.shard_cache import ShardCache
+
+WINDOW: Final = 4
+"""Shards that a data set which is elsewhere is shuffled in at a time."""
+OPEN: Final = 2 * WINDOW
+BATCH: Final = 100
+
+
+class StoredRows(Protocol):
+    """Rows by number."""
+
+    def __getitem__(self, number: int) -> Row:
+        """The row; pictures as ``{"bytes", "path"}``."""
+
+
+def manifest_at(folder: Place) -> Manifest:
+    """The manifest of a data set, which must be finished.
+
+    Raises:
+        DataError: there is no data set, or it is not finished.
+    """
+    path = below(folder, MANIFEST)
+    if not exists(path):
+        raise DataError(f"{folder} has no {MANIFEST}: it was not made by `prw-flux data build`")
+    manifest = parse_manifest(read_text(path), str(path))
+    if not manifest.done:
+        raise DataError(f"{folder} is not finished; run the same `data build` again")
+    return manifest
+
+
+@final
+class LocalRows:
+    """All shards of a folder as one table that `datasets` keeps memory-mapped.
+
+    Args:
+        folder: of the data set.
+        manifest: its content.
+        cache: where `datasets` puts its Arrow copy; None is its own folder.
+
+    Raises:
+        DataError: a shard is missing, truncated or damaged.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, cache: str | Path | None) -> None:
+        features()
+        from datasets import load_dataset
+
+        files = [folder / shard["file"] for shard in manifest.shards]
+        for file, shard in zip(files, manifest.shards, strict=True):
+            size = file.stat().st_size if file.is_file() else 0
+            if size != shard["bytes"]:
+                raise DataError(
+                    f"{file} has {size:,} bytes, not the {shard['bytes']:,} that were built: it is "
+                    "missing or truncated; see `prw-flux data check`"
+                )
+        place = None if cache is None else str(cache)
+        try:
+            found = load_dataset(
+                "parquet", data_files=[str(f) for f in files], split="train", cache_dir=place
+            )
+        except Exception as problem:  # datasets wraps whatever its readers raise
+            told = " ".join(str(problem.__cause__ or problem).split())[:200]
+            raise DataError(
+                f"{folder} cannot be read ({told}); see `prw-flux data check`"
+            ) from problem
+        self._rows = found.with_format("arrow")
+
+    def __getitem__(self, number: int) -> Row:
+        row: Row = self._rows[number].to_pylist()[0]
+        return row
+
+
+@final
+class RemoteRows:
+    """Shards that are elsewhere, each copied as it is needed and compared with its sha256.
+
+    Args:
+        folder: URL of the data set.
+        manifest: its content.
+        cache: of the shards.
+    """
+
+    def __init__(self, folder: str, manifest: Manifest, cache: ShardCache) -> None:
+        self._folder, self._shards, self._cache = folder, manifest.shards, cache
+        self._ends = np.cumsum([shard["rows"] for shard in manifest.shards])
+        self._open: OrderedDict[int, Any] = OrderedDict()
+
+    def __getitem__(self, number: int) -> Row:
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        first = int(self._ends[shard]) - self._shards[shard]["rows"]
+        row: Row = self._of(shard)[number - first].to_pylist()[0]
+        return row
+
+    def _of(self, shard: int) -> Any:
+        if shard not in self._open:
+            from datasets import Dataset
+
+            entry = self._shards[shard]
+            path = self._cache.local(
+                below(self._folder, entry["file"]), sha256=entry["sha256"], convert=_to_arrow
+            )
+            self._open[shard] = Dataset.from_file(str(path)).with_format("arrow")
+            if len(self._open) > OPEN:
+                self._open.popitem(last=False)
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+
+def _to_arrow(source: Path, new: Path) -> None:
+    """A parquet file as an Arrow stream, which can be memory-mapped."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    with (
+        parquet.ParquetFile(source) as file,
+        new.open("wb") as sink,
+        pyarrow.ipc.new_stream(sink, file.schema_arrow) as writer,
+    ):
+        for batch in file.iter_batches(BATCH):
+            writer.write_batch(batch)
