@@ -40,11 +40,14 @@ class DataConfig:
             where the source is "photos", and are shown in the report in any case.
         samples: per stage, how many are drawn and encoded before it begins; None encodes every
             batch when it is needed, for data that does not fit into memory.
+        cache: folder of samples that `cache build` has encoded; training then reads them from disk
+            and loads neither autoencoder nor text encoders. None encodes while training.
     """
 
     source: str = "shapeweave"
     photos: str | None = None
     samples: int | None = 2000
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         settle(self)

@@ -67,8 +67,17 @@ class Budget:
 def flux1(**changes: Any) -> FluxTransformer2DModel:
     """The transformer of FLUX.1-dev on the meta device, with `changes` to its configuration."""
     with torch.device("meta"):
-        model: FluxTransformer2DModel = FluxTransformer2DModel(guidance_embeds=True, **changes)
+        model: FluxTransformer2DModel = FluxTransformer2DModel(
+            **{"guidance_embeds": True, **changes}
+        )
     return model
+
+
+def flux1_encoders() -> tuple[T5EncoderModel, CLIPTextModel, AutoencoderKL]:
+    """T5, CLIP and the autoencoder of FLUX.1 on the meta device."""
+    with torch.device("meta"):
+        t5, clip = T5EncoderModel(T5Config(**_T5)), CLIPTextModel(CLIPTextConfig(**_CLIP))
+        return t5, clip, AutoencoderKL(**_VAE)
 
 
 def source_bytes(
@@ -118,9 +127,7 @@ def budget(
     if min(size // 16, references, rank, experts) < 1:
         raise ValueError("size must be at least 16, references, rank and experts at least 1.")
     transformer = flux1()
-    with torch.device("meta"):
-        t5, clip = T5EncoderModel(T5Config(**_T5)), CLIPTextModel(CLIPTextConfig(**_CLIP))
-        vae = AutoencoderKL(**_VAE)
+    t5, clip, vae = flux1_encoders()
     one = source_bytes(transformer, size, size, CACHES[cache])
     return Budget(
         transformer=_weights(transformer, BITS[base]),

@@ -16,7 +16,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ from prw_flux.encode import (
     to_pixels,
 )
 from prw_flux.tasks import DataSource, Task, TaskReject, Triple
+
+if TYPE_CHECKING:
+    from prw_flux.sample_cache.table import Bucket, StoredTexts, Table
 
 CHUNK: Final = 32
 TRIES: Final = 20
@@ -143,6 +146,10 @@ class Texts:
         text = torch.stack([self._text_LE[row] for row in rows]).float()
         return text, torch.stack([self._pooled_P[row] for row in rows]).float()
 
+    def pair(self, row: int) -> tuple[Tensor, Tensor]:
+        """[L, E] and [P] of one row, bf16."""
+        return self._text_LE[row], self._pooled_P[row]
+
     def trim(self) -> None:
         """Forget all texts but the empty one."""
         self._rows = {"": 0}
@@ -165,6 +172,20 @@ class Encoded:
         """What the samples of a bucket agree in: the token grids of source and target."""
         return self.source_grid, self.target_grid
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def taken(self, chosen: Sequence[int]) -> Encoded:
+        """Some of the samples."""
+        features = self.features_NRCD
+        return replace(
+            self,
+            source_NSC=self.source_NSC[chosen],
+            target_NTC=self.target_NTC[chosen],
+            rows=[self.rows[i] for i in chosen],
+            features_NRCD=None if features is None else features[chosen],
+        )
+
     @classmethod
     def merged(cls, parts: Sequence[Encoded]) -> Encoded:
         """Parts of one size as one."""
@@ -178,108 +199,18 @@ class Encoded:
         )
 
 
-class Samples:
-    """The training samples of one stage.
-
-    Args:
-        data: where examples come from.
-        task: what makes samples of them.
-        pipe: a FLUX.1 pipeline, whose autoencoder and text encoders are used.
-        stage: name of the stage; with the seed it decides everything that is random.
-        seed: of the run.
-        batch_size: B.
-        count: N, encoded by `prepare`; None encodes each batch when it is asked for.
-        encoder: of the targets' semantic features, where they are wanted.
+class Draws:
+    """The samples of a stage before they are encoded.
 
     Attributes:
+        data, task: where examples come from, and what makes samples of them.
+        stage, seed: what decides everything that is random.
         rejected: rejected draws by reason.
     """
 
-    def __init__(
-        self,
-        data: DataSource,
-        task: Task,
-        pipe: Any,
-        *,
-        stage: str,
-        seed: int,
-        batch_size: int,
-        count: int | None,
-        encoder: FeatureEncoder | None = None,
-    ) -> None:
-        self.data, self.task, self.pipe = data, task, pipe
-        self.stage, self.seed, self.batch_size, self.count = stage, seed, batch_size, count
-        self.encoder = encoder
+    def __init__(self, data: DataSource, task: Task, *, stage: str, seed: int) -> None:
+        self.data, self.task, self.stage, self.seed = data, task, stage, seed
         self.rejected: Counter[str] = Counter()
-        self.texts = Texts(pipe)
-        self._buckets: tuple[Encoded, ...] = ()
-
-    def prepare(self, tick: Callable[[int], None] = lambda done: None) -> None:
-        """Draw and encode all N samples; nothing where batches are encoded one by one.
-
-        Args:
-            tick: told after each chunk how many samples are done; may raise to stop.
-
-        Raises:
-            SampleError: no usable sample.
-        """
-        if self.count is None:
-            return
-        buckets: dict[Any, list[Encoded]] = {}
-        for start in range(0, self.count, CHUNK):
-            tick(start)
-            for part in self._encode(range(start, min(start + CHUNK, self.count))):
-                buckets.setdefault(part.grids, []).append(part)
-        tick(self.count)
-        self._buckets = tuple(Encoded.merged(parts) for parts in buckets.values())
-
-    def features(self, count: int) -> Tensor:
-        """[at most `count`, R, C, D] semantic features of first samples of one size, float32."""
-        if self._buckets:
-            largest = max(self._buckets, key=lambda bucket: len(bucket.rows))
-            assert largest.features_NRCD is not None
-            return largest.features_NRCD[:count].float()
-        assert self.encoder is not None
-        found = []
-        for start in range(0, count, CHUNK):
-            chunk = range(start, min(start + CHUNK, count))
-            images = [self.triple(index).target for index in chunk]
-            found.append(self._features(images, self._latents(images[:1])[1]))
-        return torch.cat(found).float()
-
-    def batch(self, step: int, dropped: Sequence[bool] = ()) -> Batch:
-        """The batch of a step, float32; a `dropped` sample has the empty text.
-
-        Raises:
-            SampleError: no usable sample; or, where batches are encoded one by one, several sizes.
-        """
-        if self.count is None:
-            encoded = self._encode_batch(step)
-            chosen = list(range(self.batch_size))
-        else:
-            assert self._buckets, "prepare() comes first"
-            sizes = [len(bucket.rows) for bucket in self._buckets]
-            bucket, turn = bucket_of(self.seed, self.stage, step, sizes)
-            encoded = self._buckets[bucket]
-            chosen = batch_indices(self.seed, self.stage, turn, self.batch_size, sizes[bucket])
-        rows = [encoded.rows[i] for i in chosen]
-        for position, drop in enumerate(dropped):
-            rows[position] = 0 if drop else rows[position]
-        text_BLE, pooled_BP = self.texts.gather(rows)
-        columns = encoded.source_grid[1]
-        return Batch(
-            target_BTC=encoded.target_NTC[chosen].float(),
-            source_BSC=encoded.source_NSC[chosen].float(),
-            text_BLE=text_BLE,
-            pooled_BP=pooled_BP,
-            target_ids_T3=position_ids(*encoded.target_grid),
-            source_ids_S3=position_ids(
-                *encoded.source_grid, offset=source_offset(self.task.aligned, columns)
-            ),
-            features_BRCD=(
-                None if encoded.features_NRCD is None else encoded.features_NRCD[chosen].float()
-            ),
-        )
 
     def triple(self, index: int) -> Triple:
         """Sample `index`: the first usable one of a fixed sequence of examples.
@@ -300,11 +231,125 @@ class Samples:
         told = ", ".join(f"{reason} ({n} x)" for reason, n in reasons.most_common())
         raise SampleError(f"{self.data.name} gives no sample for {self.task.name!r}: {told}")
 
+
+class Samples:
+    """The training samples of one stage.
+
+    Args:
+        data: where examples come from.
+        task: what makes samples of them.
+        pipe: a FLUX.1 pipeline, whose autoencoder and text encoders are used.
+        stage: name of the stage; with the seed it decides everything that is random.
+        seed: of the run.
+        batch_size: B.
+        count: N, encoded by `prepare`; None encodes each batch when it is asked for.
+        encoder: of the targets' semantic features, where they are wanted.
+        cache: the samples, encoded before; `data` and the encoders of `pipe` are then not used.
+
+    Attributes:
+        rejected: rejected draws by reason.
+    """
+
+    def __init__(
+        self,
+        data: DataSource,
+        task: Task,
+        pipe: Any,
+        *,
+        stage: str,
+        seed: int,
+        batch_size: int,
+        count: int | None,
+        encoder: FeatureEncoder | None = None,
+        cache: Table | None = None,
+    ) -> None:
+        self.data, self.task, self.pipe = data, task, pipe
+        self.stage, self.seed, self.batch_size, self.count = stage, seed, batch_size, count
+        self.encoder, self.cache = encoder, cache
+        self.draws = Draws(data, task, stage=stage, seed=seed)
+        self.rejected = self.draws.rejected if cache is None else cache.rejected()
+        self.texts: Texts | StoredTexts = Texts(pipe) if cache is None else cache.texts
+        self._buckets: tuple[Encoded | Bucket, ...] = ()
+
+    def prepare(self, tick: Callable[[int], None] = lambda done: None) -> None:
+        """Draw and encode all N samples; nothing where batches are encoded one by one.
+
+        Args:
+            tick: told after each chunk how many samples are done; may raise to stop.
+
+        Raises:
+            SampleError: no usable sample.
+        """
+        if self.count is None:
+            return
+        if self.cache is not None:
+            self._buckets = self.cache.buckets()
+            return
+        buckets: dict[Any, list[Encoded]] = {}
+        for start in range(0, self.count, CHUNK):
+            tick(start)
+            for part in self._encode(range(start, min(start + CHUNK, self.count))):
+                buckets.setdefault(part.grids, []).append(part)
+        tick(self.count)
+        self._buckets = tuple(Encoded.merged(parts) for parts in buckets.values())
+
+    def features(self, count: int) -> Tensor:
+        """[at most `count`, R, C, D] semantic features of first samples of one size, float32."""
+        if self._buckets:
+            largest = max(self._buckets, key=len)
+            assert isinstance(largest, Encoded) and largest.features_NRCD is not None
+            return largest.features_NRCD[:count].float()
+        assert self.encoder is not None
+        found = []
+        for start in range(0, count, CHUNK):
+            chunk = range(start, min(start + CHUNK, count))
+            images = [self.triple(index).target for index in chunk]
+            found.append(self._features(images, self.latents(images[:1])[1]))
+        return torch.cat(found).float()
+
+    def batch(self, step: int, dropped: Sequence[bool] = ()) -> Batch:
+        """The batch of a step, float32; a `dropped` sample has the empty text.
+
+        Raises:
+            SampleError: no usable sample; or, where batches are encoded one by one, several sizes.
+        """
+        if self.count is None:
+            encoded = self._encode_batch(step)
+        else:
+            assert self._buckets, "prepare() comes first"
+            sizes = [len(bucket) for bucket in self._buckets]
+            bucket, turn = bucket_of(self.seed, self.stage, step, sizes)
+            chosen = batch_indices(self.seed, self.stage, turn, self.batch_size, sizes[bucket])
+            encoded = self._buckets[bucket].taken(chosen)
+        rows = list(encoded.rows)
+        for position, drop in enumerate(dropped):
+            rows[position] = 0 if drop else rows[position]
+        text_BLE, pooled_BP = self.texts.gather(rows)
+        columns = encoded.source_grid[1]
+        return Batch(
+            target_BTC=encoded.target_NTC.float(),
+            source_BSC=encoded.source_NSC.float(),
+            text_BLE=text_BLE,
+            pooled_BP=pooled_BP,
+            target_ids_T3=position_ids(*encoded.target_grid),
+            source_ids_S3=position_ids(
+                *encoded.source_grid, offset=source_offset(self.task.aligned, columns)
+            ),
+            features_BRCD=(
+                None if encoded.features_NRCD is None else encoded.features_NRCD.float()
+            ),
+        )
+
+    def triple(self, index: int) -> Triple:
+        """Sample `index` before it is encoded; raises like `Draws.triple`."""
+        return self.draws.triple(index)
+
     def _encode_batch(self, step: int) -> Encoded:
         """The batch of a step whose samples are made when they are needed, in their order."""
         self.texts.trim()
         start = step * self.batch_size
-        parts = self._encode(range(start, start + self.batch_size))
+        indices = range(start, start + self.batch_size)
+        parts = self._encode(indices) if self.cache is None else self.cache.parts(indices)
         if len(parts) != 1:
             raise SampleError(
                 f"samples of {self.task.name!r} in one batch must agree in size; got token grids "
@@ -321,8 +366,8 @@ class Samples:
         return [self._encode_group(group) for group in groups.values()]
 
     def _encode_group(self, triples: list[Triple]) -> Encoded:
-        source, source_grid = self._latents([t.source for t in triples])
-        target, target_grid = self._latents([t.target for t in triples])
+        source, source_grid = self.latents([t.source for t in triples])
+        target, target_grid = self.latents([t.target for t in triples])
         rows = self.texts.rows([t.text for t in triples])
         features = None
         if self.encoder is not None:
@@ -334,7 +379,7 @@ class Samples:
         assert self.encoder is not None
         return self.encoder(to_pixels(np.stack(images)), grid).to("cpu", torch.bfloat16)
 
-    def _latents(self, images: list[np.ndarray[Any, Any]]) -> tuple[Tensor, tuple[int, int]]:
+    def latents(self, images: list[np.ndarray[Any, Any]]) -> tuple[Tensor, tuple[int, int]]:
         """Packed latents [B, tokens, C] in bf16 on the CPU, and the grid of tokens."""
         vae = self.pipe.vae
         pixels = to_pixels(np.stack(images)).contiguous(memory_format=torch.channels_last)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -18,8 +19,13 @@ from prw_flux.coredi.model import CoReDi
 from prw_flux.locate import resolve_base, stored_settings
 from prw_flux.passes import TwoPass
 from prw_flux.pipeline import CoLoGenPipeline
+from prw_flux.sample_cache.opened import open_tables
+from prw_flux.sample_cache.table import Table
 from prw_flux.schema import plain
 from prw_flux.tasks import TASKS, Task, load_task
+
+ENCODERS: Final = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+"""What a run with a cache does without."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +38,7 @@ class Session:
         tasks: the task of each stage.
         encoder: of semantic features, where the run has a feature stream.
         coredi: the feature stream.
+        tables: encoded samples by stage, where the run has a cache; `pipe` then has no encoders.
     """
 
     pipe: CoLoGenPipeline
@@ -39,6 +46,7 @@ class Session:
     tasks: tuple[Task, ...]
     encoder: FeatureEncoder | None = None
     coredi: CoReDi | None = None
+    tables: Mapping[str, Table] = field(default_factory=dict)
 
     @property
     def adapter(self) -> PRWAdapter:
@@ -64,10 +72,15 @@ def open_session(config: RunConfig, adapter: Path | None = None) -> Session:
         ConfigError: a task or encoder that does not exist, or settings that the adapter was not
             made with.
         CheckpointError: the adapter is damaged, or was made for another base.
+        CacheError: the cache lacks samples of the run.
         FileNotFoundError: there is no such base.
     """
     tasks = tuple(load_task(stage.task) for stage in config.stages)
-    pipe = _load_base(config)
+    tables: Mapping[str, Table] = {}
+    if config.data.cache is not None:
+        finished = {s.name for s in read(adapter).ledger.stages if not s.open} if adapter else set()
+        tables = open_tables(config, tasks, finished)
+    pipe = load_base(config, ENCODERS if tables else ())
     woven = PRWAdapter.for_transformer(
         pipe.transformer,
         **plain(config.adapter),
@@ -83,7 +96,7 @@ def open_session(config: RunConfig, adapter: Path | None = None) -> Session:
     passes.train()
     passes.transformer.eval()
     if not config.coredi.enabled:
-        return Session(pipe, passes, tasks)
+        return Session(pipe, passes, tasks, tables=tables)
     encoder = load_encoder(config.coredi.encoder, pipe.transformer.device)
     return Session(pipe, passes, tasks, encoder, _open_stream(config, pipe, encoder, adapter))
 
@@ -104,15 +117,28 @@ def _open_stream(
     return stream.to(pipe.transformer.device)
 
 
-def _load_base(config: RunConfig) -> CoLoGenPipeline:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def load_base(
+    config: RunConfig, leave_out: Sequence[str] = (), device: str | None = None
+) -> CoLoGenPipeline:
+    """The base of a run, in the run's precision.
+
+    Args:
+        config: of the run.
+        leave_out: components that are not loaded, nor fetched from the Hub.
+        device: where it goes; None is the GPU where there is one.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     narrow = torch.bfloat16 if config.precision == "bf16" else torch.float32
     # a small base keeps its encoders wide, as generation will run them; a large one cannot
     dtypes = {"transformer": narrow, "default": torch.float32 if device == "cpu" else narrow}
     location = resolve_base(config.base.path)
-    pipe = CoLoGenPipeline.from_pretrained(location, revision=config.base.revision, dtype=dtypes)
+    absent = dict.fromkeys(leave_out)
+    pipe = CoLoGenPipeline.from_pretrained(
+        location, revision=config.base.revision, dtype=dtypes, **absent
+    )
     pipe.to(device)
-    pipe.vae.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+    if pipe.vae is not None:
+        pipe.vae.to(memory_format=torch.channels_last)  # twice as fast on a CPU
     return pipe
 
 

@@ -190,6 +190,7 @@ class Trainer:
             batch_size=stage.batch_size,
             count=config.data.samples,
             encoder=self.session.encoder,
+            cache=self.session.tables.get(stage.name),
         )
 
         def tick(done: int) -> None:
