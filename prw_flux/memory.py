@@ -130,10 +130,10 @@ def budget(
     t5, clip, vae = flux1_encoders()
     one = source_bytes(transformer, size, size, CACHES[cache])
     return Budget(
-        transformer=_weights(transformer, BITS[base]),
-        t5=_weights(t5, BITS[base]),
-        clip=_weights(clip, 16),
-        vae=_weights(vae, 16),
+        transformer=weight_bytes(transformer, BITS[base]),
+        t5=weight_bytes(t5, BITS[base]),
+        clip=weight_bytes(clip, 16),
+        vae=weight_bytes(vae, 16),
         adapter=_adapter_bytes(rank, experts),
         sources=one * references,
     )
@@ -153,7 +153,7 @@ def _adapter_bytes(rank: int, experts: int) -> int:
     return sum(t.numel() * t.element_size() for t in adapter.state_dict().values())
 
 
-def _weights(model: nn.Module, bits: float) -> int:
+def weight_bytes(model: nn.Module, bits: float) -> int:
     """Bytes with the weights of linear layers in `bits`, everything else in 16."""
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     every = sum(parameter.numel() for parameter in model.parameters())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prw import ConfigError
-from prw_flux.cli import show
+from prw_flux.cli import dry_run, show
 
 RUNS = Path("runs")
 
@@ -19,7 +19,8 @@ def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
     demo = verbs.add_parser(
         "demo", parents=[common], help="train the demo, generate, and write a report"
     )
-    demo.set_defaults(run=run_demo, recipe="demo", resume=None, parent=None, stages=[], only=[])
+    demo.set_defaults(run=run_demo, recipe="demo", resume=None, parent=None, stages=[], only=[],
+                      dry_run=False)  # fmt: skip
     train = verbs.add_parser("train", parents=[common], help="train a recipe, resume or extend one")
     train.add_argument(
         "recipe", nargs="?", help="demo, shapes, photos, paper, or package.module:function"
@@ -40,6 +41,7 @@ def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
         help="of the recipe's stages train this one; may be repeated",
     )  # fmt: skip
     train.set_defaults(run=run_train)
+    dry_run.add_to(train)
     for parser in (demo, train):
         _add_common(parser)
 
@@ -67,6 +69,8 @@ def run_demo(args: argparse.Namespace) -> int:
 def run_train(args: argparse.Namespace) -> int:
     """Train, resume or extend; then, unless told otherwise, evaluate and report."""
     show.quiet_loading()
+    if args.dry_run:
+        return dry_run.tell(args, _planned(args))
     if args.resume is not None:
         path = _resume(args)
     else:
@@ -74,6 +78,15 @@ def run_train(args: argparse.Namespace) -> int:
     if args.no_evaluation:
         return _tell(args, {"run": str(path)})
     return _evaluate_and_report(args, path)
+
+
+def _planned(args: argparse.Namespace) -> Any:
+    """The configuration of what would be trained, and nothing is."""
+    from prw_flux.rundir import RunFolder
+
+    if args.resume is not None:
+        return RunFolder.open(args.resume or args.out or str(RUNS / str(args.recipe))).config
+    return configured(args, None if args.parent is None else RunFolder.open(args.parent))
 
 
 def _begin(args: argparse.Namespace) -> Path:
