@@ -16,14 +16,17 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from prw import PRWError
 from prw_flux.coredi.encoders import FeatureEncoder
+from prw_flux.data.permutation import Permutation
 from prw_flux.encode import (
     encode_image,
     encode_prompts,
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 
 CHUNK: Final = 32
 TRIES: Final = 20
+LISTED: Final = 1_000_000
 STRIDE: Final = 1_000_003
 """Distance to the example that replaces a rejected one; prime: a small source is covered."""
 
@@ -54,14 +58,21 @@ def stable_hash(*parts: object) -> int:
 
 
 def batch_indices(seed: int, stage: str, step: int, batch_size: int, count: int) -> list[int]:
-    """Which of `count` samples make up a step: shuffled epochs, laid end to end."""
+    """Which of `count` samples make up a step: shuffled epochs, laid end to end.
+
+    From `LISTED` samples on, no list of an epoch is made, and any step costs the same.
+    """
     start = step * batch_size
     indices: list[int] = []
     for epoch in range(start // count, (start + batch_size - 1) // count + 1):
-        rng = np.random.default_rng(stable_hash(seed, stage, "order", epoch))
-        order = rng.permutation(count)
         low, high = max(start - epoch * count, 0), start + batch_size - epoch * count
-        indices += [int(i) for i in order[low:high]]
+        if count >= LISTED:
+            shuffle = Permutation(count, seed, stage, "order", epoch)
+            order = shuffle(np.arange(low, min(high, count)))
+        else:
+            rng = np.random.default_rng(stable_hash(seed, stage, "order", epoch))
+            order = rng.permutation(count)[low:high]
+        indices += [int(i) for i in order]
     return indices
 
 
@@ -78,11 +89,18 @@ def bucket_of(seed: int, stage: str, step: int, sizes: Sequence[int]) -> tuple[i
     if len(sizes) == 1:
         return 0, step
     epoch, position = divmod(step, sum(sizes))
-    rng = np.random.default_rng(stable_hash(seed, stage, "buckets", epoch))
-    order = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    order = _bucket_order(seed, stage, epoch, tuple(sizes))
     bucket = int(order[position])
     before = int((order[:position] == bucket).sum())
     return bucket, epoch * sizes[bucket] + before
+
+
+@lru_cache(maxsize=2)
+def _bucket_order(seed: int, stage: str, epoch: int, sizes: tuple[int, ...]) -> NDArray[np.int16]:
+    """The bucket of every step of an epoch; kept, because every step asks for it."""
+    rng = np.random.default_rng(stable_hash(seed, stage, "buckets", epoch))
+    order = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    return order.astype(np.int16)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -29,15 +29,31 @@ def make(pipe: Any, task: Task = TASKS["edit"], **changes: Any) -> Samples:
     return Samples(ShapeWeave(size=64), task, pipe, **settings)
 
 
-@given(st.integers(0, 5), st.integers(1, 7), st.integers(1, 12), st.integers(1, 3))
-def test_epochs_are_permutations_laid_end_to_end(
-    seed: int, batch: int, count: int, epochs: int
-) -> None:
+EPOCHS = (st.integers(0, 5), st.integers(1, 7), st.integers(1, 12), st.integers(1, 3))
+
+
+def require_permutations(seed: int, batch: int, count: int, epochs: int) -> None:
     steps = -(-epochs * count // batch)
     order = [i for s in range(steps) for i in batch_indices(seed, "edit", s, batch, count)]
     assert len(order) == steps * batch
     for epoch in range(epochs):
         assert sorted(order[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+@given(*EPOCHS)
+def test_epochs_are_permutations_laid_end_to_end(
+    seed: int, batch: int, count: int, epochs: int
+) -> None:
+    require_permutations(seed, batch, count, epochs)
+
+
+@given(*EPOCHS)
+def test_so_are_those_of_which_no_list_is_made(
+    seed: int, batch: int, count: int, epochs: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prw_flux.samples.LISTED", 0)
+        require_permutations(seed, batch, count, epochs)
 
 
 def test_the_hash_is_stable_across_versions() -> None:
