@@ -53,6 +53,8 @@ class DataConfig:
             "softedge_classical", "lineart_classical", or "softedge", "lineart", "depth" and
             "segmentation" with weights, as in "depth:PATH-OR-HUB-ID". Nothing leaves it to the maps
             that the data has and to the three without weights.
+        cache: folder of samples that `cache build` has encoded; training then reads them from disk
+            and loads neither autoencoder nor text encoders. None encodes while training.
     """
 
     source: str = "shapeweave"
@@ -60,6 +62,7 @@ class DataConfig:
     samples: int | None = 2000
     max_rejected: float = 0.05
     conditions: tuple[str, ...] = ()
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         settle(self)
@@ -257,6 +260,11 @@ class RunConfig:
             raise ConfigError(
                 f"accumulate={self.accumulate} cannot be had with a feature stream, whose "
                 "statistics are those of whole batches: use accumulate=1, on more ranks"
+            )
+        if self.data.cache is not None and (self.held_out.samples or self.sample_every):
+            raise ConfigError(
+                "held_out.samples and sample_every encode pictures, and a run with data.cache "
+                "loads no encoders: set both to 0, or data.cache to none"
             )
         for name in ("remember", "sample_every"):
             if getattr(self, name) < 0:

@@ -14,7 +14,8 @@ import torch
 import prw
 from prw import ConfigError
 from prw_flux.config import RunConfig
-from prw_flux.data.choose import open_data
+from prw_flux.data.choose import open_run_data
+from prw_flux.data.with_maps import WithMaps
 from prw_flux.flow import interpolate, resolution_shift, sample_times, velocity_target
 from prw_flux.objective import Objective
 from prw_flux.samples import Samples, stable_hash
@@ -33,16 +34,18 @@ def open_held_out(config: RunConfig, data: DataSource) -> DataSource:
         ConfigError: the source has no such side, because it is an object of the user's.
         PhotoError: a single photo cannot be on both sides.
     """
-    source = config.data.source
-    found = open_data(
-        source, size=config.size, seed=config.seed, split="heldout", photos=config.data.photos
-    )
-    if found is data:
+    found = open_run_data(config, "heldout")
+    if _plain(found) is _plain(data):
         raise ConfigError(
-            f"data source {source!r} is one object, so nothing of it is held out: name a function "
-            "or class that takes split=, or set held_out.samples=0 and sample_every=0"
+            f"data source {config.data.source!r} is one object, so nothing of it is held out: name "
+            "a function or class that takes split=, or set held_out.samples=0 and sample_every=0"
         )
     return found
+
+
+def _plain(data: DataSource) -> DataSource:
+    """A source without the maps that a run makes of its pictures."""
+    return data.data if isinstance(data, WithMaps) else data
 
 
 @final

@@ -67,8 +67,17 @@ class Budget:
 def flux1(**changes: Any) -> FluxTransformer2DModel:
     """The transformer of FLUX.1-dev on the meta device, with `changes` to its configuration."""
     with torch.device("meta"):
-        model: FluxTransformer2DModel = FluxTransformer2DModel(guidance_embeds=True, **changes)
+        model: FluxTransformer2DModel = FluxTransformer2DModel(
+            **{"guidance_embeds": True, **changes}
+        )
     return model
+
+
+def flux1_encoders() -> tuple[T5EncoderModel, CLIPTextModel, AutoencoderKL]:
+    """T5, CLIP and the autoencoder of FLUX.1 on the meta device."""
+    with torch.device("meta"):
+        t5, clip = T5EncoderModel(T5Config(**_T5)), CLIPTextModel(CLIPTextConfig(**_CLIP))
+        return t5, clip, AutoencoderKL(**_VAE)
 
 
 def source_bytes(
@@ -118,15 +127,13 @@ def budget(
     if min(size // 16, references, rank, experts) < 1:
         raise ValueError("size must be at least 16, references, rank and experts at least 1.")
     transformer = flux1()
-    with torch.device("meta"):
-        t5, clip = T5EncoderModel(T5Config(**_T5)), CLIPTextModel(CLIPTextConfig(**_CLIP))
-        vae = AutoencoderKL(**_VAE)
+    t5, clip, vae = flux1_encoders()
     one = source_bytes(transformer, size, size, CACHES[cache])
     return Budget(
-        transformer=weights(transformer, BITS[base]),
-        t5=weights(t5, BITS[base]),
-        clip=weights(clip, 16),
-        vae=weights(vae, 16),
+        transformer=weight_bytes(transformer, BITS[base]),
+        t5=weight_bytes(t5, BITS[base]),
+        clip=weight_bytes(clip, 16),
+        vae=weight_bytes(vae, 16),
         adapter=_adapter_bytes(rank, experts),
         sources=one * references,
     )
@@ -146,8 +153,8 @@ def _adapter_bytes(rank: int, experts: int) -> int:
     return sum(t.numel() * t.element_size() for t in adapter.state_dict().values())
 
 
-def weights(model: nn.Module, bits: float) -> int:
-    """Bytes of a model with the weights of linear layers in `bits`, everything else in 16."""
+def weight_bytes(model: nn.Module, bits: float) -> int:
+    """Bytes with the weights of linear layers in `bits`, everything else in 16."""
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     every = sum(parameter.numel() for parameter in model.parameters())
     return int((linear * bits + (every - linear) * 16) / 8)

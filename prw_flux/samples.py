@@ -16,16 +16,19 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, Final
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from prw import PRWError
 from prw_flux.coredi.encoders import FeatureEncoder
 from prw_flux.data.images import ImageError
+from prw_flux.data.permutation import Permutation
 from prw_flux.encode import (
     encode_image,
     encode_prompts,
@@ -36,10 +39,14 @@ from prw_flux.encode import (
 )
 from prw_flux.tasks import DataSource, Task, TaskReject, Triple
 
+if TYPE_CHECKING:
+    from prw_flux.sample_cache.table import Bucket, StoredTexts, Table
+
 CHUNK: Final = 32
 TRIES: Final = 20
 JUDGED_FROM: Final = 200
 """Drawn pictures from which on the share of unusable ones is judged."""
+LISTED: Final = 1_000_000
 STRIDE: Final = 1_000_003
 """Distance to the example that replaces a rejected one; prime: a small source is covered."""
 
@@ -55,14 +62,21 @@ def stable_hash(*parts: object) -> int:
 
 
 def batch_indices(seed: int, stage: str, step: int, batch_size: int, count: int) -> list[int]:
-    """Which of `count` samples make up a step: shuffled epochs, laid end to end."""
+    """Which of `count` samples make up a step: shuffled epochs, laid end to end.
+
+    From `LISTED` samples on, no list of an epoch is made, and any step costs the same.
+    """
     start = step * batch_size
     indices: list[int] = []
     for epoch in range(start // count, (start + batch_size - 1) // count + 1):
-        rng = np.random.default_rng(stable_hash(seed, stage, "order", epoch))
-        order = rng.permutation(count)
         low, high = max(start - epoch * count, 0), start + batch_size - epoch * count
-        indices += [int(i) for i in order[low:high]]
+        if count >= LISTED:
+            shuffle = Permutation(count, seed, stage, "order", epoch)
+            order = shuffle(np.arange(low, min(high, count)))
+        else:
+            rng = np.random.default_rng(stable_hash(seed, stage, "order", epoch))
+            order = rng.permutation(count)[low:high]
+        indices += [int(i) for i in order]
     return indices
 
 
@@ -79,11 +93,18 @@ def bucket_of(seed: int, stage: str, step: int, sizes: Sequence[int]) -> tuple[i
     if len(sizes) == 1:
         return 0, step
     epoch, position = divmod(step, sum(sizes))
-    rng = np.random.default_rng(stable_hash(seed, stage, "buckets", epoch))
-    order = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    order = _bucket_order(seed, stage, epoch, tuple(sizes))
     bucket = int(order[position])
     before = int((order[:position] == bucket).sum())
     return bucket, epoch * sizes[bucket] + before
+
+
+@lru_cache(maxsize=2)
+def _bucket_order(seed: int, stage: str, epoch: int, sizes: tuple[int, ...]) -> NDArray[np.int16]:
+    """The bucket of every step of an epoch; kept, because every step asks for it."""
+    rng = np.random.default_rng(stable_hash(seed, stage, "buckets", epoch))
+    order = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    return order.astype(np.int16)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -161,6 +182,10 @@ class Texts:
         text = torch.stack([self._text_LE[row] for row in rows]).float()
         return text, torch.stack([self._pooled_P[row] for row in rows]).float()
 
+    def pair(self, row: int) -> tuple[Tensor, Tensor]:
+        """[L, E] and [P] of one row, bf16."""
+        return self._text_LE[row], self._pooled_P[row]
+
     def trim(self) -> None:
         """Forget all texts but the empty one."""
         self._rows = {"": 0}
@@ -183,6 +208,20 @@ class Encoded:
         """What the samples of a bucket agree in: the token grids of source and target."""
         return self.source_grid, self.target_grid
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def taken(self, chosen: Sequence[int]) -> Encoded:
+        """Some of the samples."""
+        features = self.features_NRCD
+        return replace(
+            self,
+            source_NSC=self.source_NSC[chosen],
+            target_NTC=self.target_NTC[chosen],
+            rows=[self.rows[i] for i in chosen],
+            features_NRCD=None if features is None else features[chosen],
+        )
+
     @classmethod
     def merged(cls, parts: Sequence[Encoded]) -> Encoded:
         """Parts of one size as one."""
@@ -194,6 +233,92 @@ class Encoded:
             *parts[0].grids,
             torch.cat(features) if features else None,
         )
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What was drawn.
+
+    Attributes:
+        rejected: rejected draws by reason: of examples, and of holes within the task.
+        kinds: samples by their kind (of a hole, of an edit, a condition).
+    """
+
+    rejected: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Tally) -> None:
+        """Count what another counted, too."""
+        self.rejected.update(other.rejected)
+        self.kinds.update(other.kinds)
+
+
+class Draws:
+    """The samples of a stage before they are encoded.
+
+    Args:
+        data: where examples come from.
+        task: what makes samples of them.
+        stage: name of the stage; with the seed it decides everything that is random.
+        seed: of the run.
+        max_rejected: largest share of the drawn pictures that may be unusable; see `DataConfig`.
+
+    Attributes:
+        tally: what this process has drawn.
+    """
+
+    def __init__(
+        self,
+        data: DataSource,
+        task: Task,
+        *,
+        stage: str,
+        seed: int,
+        max_rejected: float = 1.0,
+    ) -> None:
+        self.data, self.task, self.stage, self.seed = data, task, stage, seed
+        self.max_rejected, self.tally = max_rejected, Tally()
+        self._drawn, self._unusable = 0, 0
+        self._example: ImageError | None = None
+
+    def triple(self, index: int) -> Triple:
+        """Sample `index`: the first usable one of a fixed sequence of examples.
+
+        Raises:
+            SampleError: none of the first 20 is usable.
+        """
+        reasons: Counter[str] = Counter()
+        for attempt in range(TRIES):
+            self._drawn += 1
+            try:
+                example = self.data.example(self.task.name, index + attempt * STRIDE)
+                triple = self.task(example, stable_hash(self.seed, self.stage, index, attempt))
+            except TaskReject as refusal:
+                reasons[refusal.reason] += 1
+                self.tally.rejected.update(refusal.counts)
+                continue
+            except ImageError as problem:
+                reasons[f"picture {problem.reason}"] += 1
+                self._unusable, self._example = self._unusable + 1, self._example or problem
+                self.judge()
+                continue
+            self.tally.rejected.update(reasons)
+            self.tally.rejected.update(triple.metadata.get("rejections", {}))
+            self.tally.kinds[str(triple.metadata["kind"])] += 1
+            return triple
+        told = ", ".join(f"{reason} ({n} x)" for reason, n in reasons.most_common())
+        raise SampleError(f"{self.data.name} gives no sample for {self.task.name!r}: {told}")
+
+    def judge(self, *, last: bool = False) -> None:
+        """Raise SampleError where too many pictures are unusable; a few, only after the last."""
+        if self._unusable <= self.max_rejected * self._drawn:
+            return
+        if last or self._drawn >= JUDGED_FROM:
+            raise SampleError(
+                f"{self._unusable} of {self._drawn} pictures of {self.data.name} cannot be used, "
+                f"above data.max_rejected={self.max_rejected:g} (the first: {self._example}): mend "
+                "them (prw-flux data check finds them in built data), or raise the limit"
+            )
 
 
 class Samples:
@@ -210,11 +335,11 @@ class Samples:
         encoder: of the targets' semantic features, where they are wanted.
         max_rejected: largest share of the drawn pictures that may be unusable; see `DataConfig`.
         reading: opened around whatever reads data.
+        cache: the samples, encoded before; `data` and the encoders of `pipe` are then not used.
 
     Attributes:
-        rejected: rejected draws by reason: of examples, and of holes within the task.
-        kinds: samples by their kind (of a hole, of an edit, a condition). Both count what this
-            process has drawn, so where samples are drawn step by step, since the last resume.
+        tally: what this process has drawn, so where samples are drawn step by step, since the last
+            resume; with a cache, what was drawn when it was built.
     """
 
     def __init__(
@@ -230,17 +355,15 @@ class Samples:
         encoder: FeatureEncoder | None = None,
         max_rejected: float = 1.0,
         reading: Callable[[], AbstractContextManager[None]] = nullcontext,
+        cache: Table | None = None,
     ) -> None:
         self.data, self.task, self.pipe = data, task, pipe
         self.stage, self.seed, self.batch_size, self.count = stage, seed, batch_size, count
-        self.encoder = encoder
-        self.rejected: Counter[str] = Counter()
-        self.kinds: Counter[str] = Counter()
-        self.max_rejected, self.reading = max_rejected, reading
-        self._drawn, self._unusable = 0, 0
-        self._example: ImageError | None = None
-        self.texts = Texts(pipe)
-        self._buckets: tuple[Encoded, ...] = ()
+        self.encoder, self.reading, self.cache = encoder, reading, cache
+        self.draws = Draws(data, task, stage=stage, seed=seed, max_rejected=max_rejected)
+        self.tally = self.draws.tally if cache is None else cache.tally()
+        self.texts: Texts | StoredTexts = Texts(pipe) if cache is None else cache.texts
+        self._buckets: tuple[Encoded | Bucket, ...] = ()
 
     def prepare(self, tick: Callable[[int], None] = lambda done: None) -> None:
         """Draw and encode all N samples; nothing where batches are encoded one by one.
@@ -253,27 +376,30 @@ class Samples:
         """
         if self.count is None:
             return
+        if self.cache is not None:
+            self._buckets = self.cache.buckets()
+            return
         buckets: dict[Any, list[Encoded]] = {}
         for start in range(0, self.count, CHUNK):
             tick(start)
             for part in self._encode(range(start, min(start + CHUNK, self.count))):
                 buckets.setdefault(part.grids, []).append(part)
         tick(self.count)
-        self._judge(last=True)
+        self.draws.judge(last=True)
         self._buckets = tuple(Encoded.merged(parts) for parts in buckets.values())
 
     def features(self, count: int) -> Tensor:
         """[at most `count`, R, C, D] semantic features of first samples of one size, float32."""
         if self._buckets:
-            largest = max(self._buckets, key=lambda bucket: len(bucket.rows))
-            assert largest.features_NRCD is not None
+            largest = max(self._buckets, key=len)
+            assert isinstance(largest, Encoded) and largest.features_NRCD is not None
             return largest.features_NRCD[:count].float()
         assert self.encoder is not None
         found = []
         for start in range(0, count, CHUNK):
             chunk = range(start, min(start + CHUNK, count))
             images = [self.triple(index).target for index in chunk]
-            found.append(self._features(images, self._latents(images[:1])[1]))
+            found.append(self._features(images, self.latents(images[:1])[1]))
         return torch.cat(found).float()
 
     def batch(self, step: int, dropped: Sequence[bool] = (), share: range | None = None) -> Batch:
@@ -290,35 +416,34 @@ class Samples:
         share = range(self.batch_size) if share is None else share
         if self.count is None:
             encoded = self._encode_batch(step, share)
-            chosen = list(range(len(share)))
         else:
             assert self._buckets, "prepare() comes first"
-            sizes = [len(bucket.rows) for bucket in self._buckets]
+            sizes = [len(bucket) for bucket in self._buckets]
             bucket, turn = bucket_of(self.seed, self.stage, step, sizes)
-            encoded = self._buckets[bucket]
             chosen = batch_indices(self.seed, self.stage, turn, self.batch_size, sizes[bucket])
-            chosen = chosen[share.start : share.stop]
-        rows = [encoded.rows[i] for i in chosen]
+            encoded = self._buckets[bucket].taken(chosen[share.start : share.stop])
+        rows = list(encoded.rows)
         for index, drop in enumerate(dropped[share.start : share.stop]):
             rows[index] = 0 if drop else rows[index]
-        return self._collated(encoded, chosen, rows)
+        return self._collated(encoded, rows)
 
     def every(self, size: int) -> Iterator[tuple[list[int], Batch]]:
         """Every prepared sample once: batches of at most `size` of one picture size, numbered."""
         first = 0
         for bucket in self._buckets:
-            for start in range(0, len(bucket.rows), size):
-                chosen = list(range(start, min(start + size, len(bucket.rows))))
-                batch = self._collated(bucket, chosen, [bucket.rows[i] for i in chosen])
-                yield [first + i for i in chosen], batch
-            first += len(bucket.rows)
+            for start in range(0, len(bucket), size):
+                chosen = list(range(start, min(start + size, len(bucket))))
+                part = bucket.taken(chosen)
+                yield [first + i for i in chosen], self._collated(part, part.rows)
+            first += len(bucket)
 
-    def _collated(self, encoded: Encoded, chosen: list[int], rows: list[int]) -> Batch:
+    def _collated(self, encoded: Encoded, rows: Sequence[int]) -> Batch:
+        """Samples with the texts of some rows."""
         text_BLE, pooled_BP = self.texts.gather(rows)
         columns = encoded.source_grid[1]
         return Batch(
-            target_BTC=encoded.target_NTC[chosen].float(),
-            source_BSC=encoded.source_NSC[chosen].float(),
+            target_BTC=encoded.target_NTC.float(),
+            source_BSC=encoded.source_NSC.float(),
             text_BLE=text_BLE,
             pooled_BP=pooled_BP,
             target_ids_T3=position_ids(*encoded.target_grid),
@@ -326,54 +451,20 @@ class Samples:
                 *encoded.source_grid, offset=source_offset(self.task.aligned, columns)
             ),
             features_BRCD=(
-                None if encoded.features_NRCD is None else encoded.features_NRCD[chosen].float()
+                None if encoded.features_NRCD is None else encoded.features_NRCD.float()
             ),
         )
 
     def triple(self, index: int) -> Triple:
-        """Sample `index`: the first usable one of a fixed sequence of examples.
-
-        Raises:
-            SampleError: none of the first 20 is usable.
-        """
-        reasons: Counter[str] = Counter()
-        for attempt in range(TRIES):
-            self._drawn += 1
-            try:
-                example = self.data.example(self.task.name, index + attempt * STRIDE)
-                triple = self.task(example, stable_hash(self.seed, self.stage, index, attempt))
-            except TaskReject as refusal:
-                reasons[refusal.reason] += 1
-                self.rejected.update(refusal.counts)
-                continue
-            except ImageError as problem:
-                reasons[f"picture {problem.reason}"] += 1
-                self._unusable, self._example = self._unusable + 1, self._example or problem
-                self._judge()
-                continue
-            self.rejected += reasons
-            self.rejected.update(triple.metadata.get("rejections", {}))
-            self.kinds[str(triple.metadata["kind"])] += 1
-            return triple
-        told = ", ".join(f"{reason} ({n} x)" for reason, n in reasons.most_common())
-        raise SampleError(f"{self.data.name} gives no sample for {self.task.name!r}: {told}")
-
-    def _judge(self, *, last: bool = False) -> None:
-        """Raise SampleError where too many pictures are unusable."""
-        if self._unusable <= self.max_rejected * self._drawn:
-            return
-        if last or self._drawn >= JUDGED_FROM:
-            raise SampleError(
-                f"{self._unusable} of {self._drawn} pictures of {self.data.name} cannot be used, "
-                f"above data.max_rejected={self.max_rejected:g} (the first: {self._example}): mend "
-                "them (prw-flux data check finds them in built data), or raise the limit"
-            )
+        """Sample `index` before it is encoded; raises like `Draws.triple`."""
+        return self.draws.triple(index)
 
     def _encode_batch(self, step: int, share: range) -> Encoded:
         """Some of a step whose samples are made when they are needed, in their order."""
         self.texts.trim()
         start = step * self.batch_size
-        parts = self._encode(range(start + share.start, start + share.stop))
+        indices = range(start + share.start, start + share.stop)
+        parts = self._encode(indices) if self.cache is None else self.cache.parts(indices)
         if len(parts) != 1:
             raise SampleError(
                 f"samples of {self.task.name!r} in one batch must agree in size; got token grids "
@@ -392,8 +483,8 @@ class Samples:
         return [self._encode_group(group) for group in groups.values()]
 
     def _encode_group(self, triples: list[Triple]) -> Encoded:
-        source, source_grid = self._latents([t.source for t in triples])
-        target, target_grid = self._latents([t.target for t in triples])
+        source, source_grid = self.latents([t.source for t in triples])
+        target, target_grid = self.latents([t.target for t in triples])
         rows = self.texts.rows([t.text for t in triples])
         features = None
         if self.encoder is not None:
@@ -405,7 +496,7 @@ class Samples:
         assert self.encoder is not None
         return self.encoder(to_pixels(np.stack(images)), grid).to("cpu", torch.bfloat16)
 
-    def _latents(self, images: list[np.ndarray[Any, Any]]) -> tuple[Tensor, tuple[int, int]]:
+    def latents(self, images: list[np.ndarray[Any, Any]]) -> tuple[Tensor, tuple[int, int]]:
         """Packed latents [B, tokens, C] in bf16 on the CPU, and the grid of tokens."""
         vae = self.pipe.vae
         pixels = to_pixels(np.stack(images)).contiguous(memory_format=torch.channels_last)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -19,8 +20,13 @@ from prw_flux.locate import resolve_base, stored_settings
 from prw_flux.passes import TwoPass
 from prw_flux.pipeline import CoLoGenPipeline
 from prw_flux.quantisation import loading, narrow
+from prw_flux.sample_cache.opened import open_tables
+from prw_flux.sample_cache.table import Table
 from prw_flux.schema import plain
 from prw_flux.tasks import TASKS, Task, load_task
+
+ENCODERS: Final = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+"""What a run with a cache does without."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +39,7 @@ class Session:
         tasks: the task of each stage.
         encoder: of semantic features, where the run has a feature stream.
         coredi: the feature stream.
+        tables: encoded samples by stage, where the run has a cache; `pipe` then has no encoders.
     """
 
     pipe: CoLoGenPipeline
@@ -40,6 +47,7 @@ class Session:
     tasks: tuple[Task, ...]
     encoder: FeatureEncoder | None = None
     coredi: CoReDi | None = None
+    tables: Mapping[str, Table] = field(default_factory=dict)
 
     @property
     def adapter(self) -> PRWAdapter:
@@ -56,7 +64,7 @@ class Session:
         """Let the encoders leave the device while nothing is encoded, or come back."""
         where = torch.device("cpu") if resting else self.device
         for part in (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.vae):
-            if part.device != where:
+            if part is not None and part.device != where:
                 part.to(where)
 
 
@@ -72,10 +80,15 @@ def open_session(config: RunConfig, adapter: Path | None = None) -> Session:
         ConfigError: a task or encoder that does not exist, or settings that the adapter was not
             made with.
         CheckpointError: the adapter is damaged, or was made for another base.
+        CacheError: the cache lacks samples of the run.
         FileNotFoundError: there is no such base.
     """
     tasks = tuple(load_task(stage.task) for stage in config.stages)
-    pipe = _load_base(config)
+    tables: Mapping[str, Table] = {}
+    if config.data.cache is not None:
+        finished = {s.name for s in read(adapter).ledger.stages if not s.open} if adapter else set()
+        tables = open_tables(config, tasks, finished)
+    pipe = load_base(config, ENCODERS if tables else ())
     woven = PRWAdapter.for_transformer(
         pipe.transformer,
         **plain(config.adapter),
@@ -94,7 +107,7 @@ def open_session(config: RunConfig, adapter: Path | None = None) -> Session:
     if config.checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
     if not config.coredi.enabled:
-        return Session(pipe, passes, tasks)
+        return Session(pipe, passes, tasks, tables=tables)
     encoder = load_encoder(config.coredi.encoder, pipe.transformer.device)
     return Session(pipe, passes, tasks, encoder, _open_stream(config, pipe, encoder, adapter))
 
@@ -115,20 +128,31 @@ def _open_stream(
     return stream.to(pipe.transformer.device)
 
 
-def _load_base(config: RunConfig) -> CoLoGenPipeline:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def load_base(
+    config: RunConfig, leave_out: Sequence[str] = (), device: str | None = None
+) -> CoLoGenPipeline:
+    """The base of a run, in the run's precision.
+
+    Args:
+        config: of the run.
+        leave_out: components that are not loaded, nor fetched from the Hub.
+        device: where it goes; None is the GPU where there is one.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     compute = _compute(config)
     # a small base keeps its encoders wide, as generation will run them; a large one cannot
     dtypes = {"transformer": compute, "default": torch.float32 if device == "cpu" else compute}
     options = loading(config.base.quantisation, compute)
     location = resolve_base(config.base.path)
+    absent = dict.fromkeys(leave_out)
     pipe = CoLoGenPipeline.from_pretrained(
-        location, revision=config.base.revision, dtype=dtypes, **options
+        location, revision=config.base.revision, dtype=dtypes, **absent, **options
     )
     pipe.to(device)
-    pipe.vae.to(memory_format=torch.channels_last)  # twice as fast on a CPU
-    if config.size > 256:  # 32 large pictures at once would be the peak of the whole run
-        pipe.vae.enable_slicing()
+    if pipe.vae is not None:
+        pipe.vae.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+        if config.size > 256:  # 32 large pictures at once would be the peak of the whole run
+            pipe.vae.enable_slicing()
     return pipe
 
 

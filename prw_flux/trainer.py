@@ -19,7 +19,7 @@ from prw_flux.adapter import PRWAdapter
 from prw_flux.config import RunConfig
 from prw_flux.coredi.collapse import Watch
 from prw_flux.curriculum import Stage
-from prw_flux.data.choose import open_data, require_feeds
+from prw_flux.data.choose import open_run_data, require_feeds
 from prw_flux.interrupt import Interrupted, Requested, Stop
 from prw_flux.monitor import Monitor
 from prw_flux.objective import Objective, StepLoss
@@ -58,13 +58,7 @@ def open_training_data(config: RunConfig, session: Session) -> DataSource:
     Raises:
         ConfigError: there is no such source, or it cannot feed a task.
     """
-    data = open_data(
-        config.data.source,
-        size=config.size,
-        seed=config.seed,
-        photos=config.data.photos,
-        conditions=config.data.conditions,
-    )
+    data = open_run_data(config)
     for task in session.tasks:
         require_feeds(data, task, frozenset(TASKS))
     return data
@@ -245,6 +239,7 @@ class Trainer:
             encoder=self.session.encoder,
             max_rejected=config.data.max_rejected,
             reading=self._reading,
+            cache=self.session.tables.get(stage.name),
         )
 
         def tick(done: int) -> None:
@@ -294,7 +289,7 @@ class Trainer:
 
     def _drawn(self, samples: Samples) -> dict[str, dict[str, int]]:
         """Draws by kind, rejected ones by reason; of all ranks where each draws its own."""
-        found = {"rejected": samples.rejected, "kinds": samples.kinds}
+        found = {"rejected": samples.tally.rejected, "kinds": samples.tally.kinds}
         if samples.count is None:
             found = {k: sum(self.ranks.gathered(v), Counter()) for k, v in found.items()}
         return {name: dict(counts) for name, counts in found.items()}

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import TextIO
 
 import prw
-from prw_flux.cli import convert, data, evaluate, generate, inspect, memory, tiny, train
+from prw_flux.cli import cache, convert, data, evaluate, generate, inspect, memory, tiny, train
 from prw_flux.interrupt import Interrupted
 
-VERBS = (train, generate, evaluate, inspect, convert, memory, data, tiny)
+VERBS = (train, generate, evaluate, inspect, convert, memory, data, cache, tiny)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""`python -m prw_flux.cli`, for launchers that take a module."""
+"""`python -m prw_flux.cli`, which is what `accelerate launch -m` and torchrun start."""
 
 from __future__ import annotations
 

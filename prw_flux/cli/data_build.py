@@ -97,7 +97,7 @@ def run_build(args: argparse.Namespace) -> int:
     )
     reader = open_reader(origin, args.task)
     extractors = open_extractors(origin.conditions, args.device)
-    with _bar("building") as tick:
+    with bar("building") as tick:
         manifest = build(
             reader,
             args.task,
@@ -173,7 +173,7 @@ def run_check(args: argparse.Namespace) -> int:
     from prw_flux.data.check import check
 
     folder = Path(args.folder)
-    with _bar("checking") as tick:
+    with bar("checking") as tick:
         problems = check(folder, workers=args.workers, tick=tick)
     rows = read_manifest(folder).kept
     if args.json:
@@ -186,12 +186,12 @@ def run_check(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+def bar(what: str, *, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal, nothing elsewhere; gives the function that moves it."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     console = show.watcher()
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
-        bar = bars.add_task(what, total=None)
-        yield lambda done, total: bars.update(bar, completed=done, total=total)
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bars:
+        task = bars.add_task(what, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prw import ConfigError
-from prw_flux.cli import show
+from prw_flux.cli import dry_run, show
 
 RUNS = Path("runs")
 
@@ -44,10 +44,8 @@ def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
         "--only", action="append", default=[], metavar="NAME",
         help="of the recipe's stages train this one; may be repeated",
     )  # fmt: skip
-    train.add_argument(
-        "--dry-run", action="store_true", help="print the run and what it takes; nothing runs"
-    )
     train.set_defaults(run=run_train)
+    dry_run.add_to(train)
     for parser in (demo, train):
         _add_common(parser)
 
@@ -79,7 +77,7 @@ def run_train(args: argparse.Namespace) -> int:
     from prw_flux.ranks import join, leave
 
     if args.dry_run:
-        return _tell_plan(args)
+        return dry_run.tell(args, _planned(args))
     show.quiet_loading()
     ranks = join()
     path = _begin(args, ranks) if args.resume is None else _resume(args, ranks)
@@ -89,6 +87,15 @@ def run_train(args: argparse.Namespace) -> int:
     if args.no_evaluation:
         return _tell(args, {"run": str(path)})
     return _evaluate_and_report(args, path)
+
+
+def _planned(args: argparse.Namespace) -> Any:
+    """The configuration of what would be trained, and nothing is."""
+    from prw_flux.rundir import RunFolder
+
+    if args.resume is not None:
+        return RunFolder.open(args.resume or args.out or str(RUNS / str(args.recipe))).config
+    return configured(args, None if args.parent is None else RunFolder.open(args.parent))
 
 
 def _begin(args: argparse.Namespace, ranks: Any) -> Path:
@@ -248,35 +255,6 @@ def _tell(args: argparse.Namespace, facts: dict[str, Any]) -> int:
     console.print(f"run     {facts['run']}")
     if "report" in facts:
         console.print(f"report  {facts['report']}")
-    return 0
-
-
-def _tell_plan(args: argparse.Namespace) -> int:
-    """The configuration and its estimate."""
-    from prw_flux.estimate import estimate, told
-    from prw_flux.rundir import RunFolder
-
-    config = configured(args, RunFolder.open(args.parent) if args.parent else None)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    facts = told(config, estimate(config, ranks))
-    if args.json:
-        show.answer({"config": config.to_dict(), **facts})
-        return 0
-    console = show.human()
-    console.print(f"[bold]{config.recipe}[/bold]  {config.base.path}, {config.size} px, "
-                  f"{config.precision}, base.quantisation {config.base.quantisation}, "
-                  f"{ranks} rank(s)")  # fmt: skip
-    columns = dict.fromkeys(("steps", "batch", "lr", "PFLOP", "hours at 400 TFLOP/s"), "right")
-    table = show.table("", {"stage": "left", "task": "left", **columns})
-    for stage in config.stages:
-        work = facts["TFLOP"][stage.name]
-        table.add_row(stage.name, stage.task, f"{stage.steps:,}", str(stage.batch_size),
-                      f"{stage.lr:g}", f"{work / 1e3:,.3g}",
-                      f"{work / 400 / 3600:,.3g}")  # fmt: skip
-    console.print(table)
-    for name, size in facts["GiB"].items():
-        console.print(f"{name:>12}  {size:,.2f} GiB", markup=False)
-    console.print("device: the sum of what stands before it, of one rank, without what CUDA takes")
     return 0
 
 

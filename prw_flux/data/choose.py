@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from prw import ConfigError
+from prw_flux.config import RunConfig
 from prw_flux.data.on_disk import PREFIX, OnDisk
 from prw_flux.data.photos import PhotoFolder
 from prw_flux.shapeweave.source import ShapeWeave
@@ -51,6 +52,19 @@ def open_data(
     from prw_flux.data.with_maps import WithMaps
 
     return WithMaps(data, open_extractors(conditions))
+
+
+def open_run_data(config: RunConfig, split: str = "train") -> DataSource:
+    """The data of a run, as it is configured; raises as `open_data`."""
+    data = config.data
+    return open_data(
+        data.source,
+        size=config.size,
+        seed=config.seed,
+        split=split,
+        photos=data.photos,
+        conditions=data.conditions,
+    )
 
 
 def _open(source: str, *, size: int, seed: int, split: str, photos: str | None) -> DataSource:

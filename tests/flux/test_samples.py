@@ -30,15 +30,31 @@ def make(pipe: Any, task: Task = TASKS["edit"], **changes: Any) -> Samples:
     return Samples(ShapeWeave(size=64), task, pipe, **settings)
 
 
-@given(st.integers(0, 5), st.integers(1, 7), st.integers(1, 12), st.integers(1, 3))
-def test_epochs_are_permutations_laid_end_to_end(
-    seed: int, batch: int, count: int, epochs: int
-) -> None:
+EPOCHS = (st.integers(0, 5), st.integers(1, 7), st.integers(1, 12), st.integers(1, 3))
+
+
+def require_permutations(seed: int, batch: int, count: int, epochs: int) -> None:
     steps = -(-epochs * count // batch)
     order = [i for s in range(steps) for i in batch_indices(seed, "edit", s, batch, count)]
     assert len(order) == steps * batch
     for epoch in range(epochs):
         assert sorted(order[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+@given(*EPOCHS)
+def test_epochs_are_permutations_laid_end_to_end(
+    seed: int, batch: int, count: int, epochs: int
+) -> None:
+    require_permutations(seed, batch, count, epochs)
+
+
+@given(*EPOCHS)
+def test_so_are_those_of_which_no_list_is_made(
+    seed: int, batch: int, count: int, epochs: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prw_flux.samples.LISTED", 0)
+        require_permutations(seed, batch, count, epochs)
 
 
 def test_the_hash_is_stable_across_versions() -> None:
@@ -124,18 +140,18 @@ def test_rejects_are_replaced_and_counted(pipe: Any) -> None:
     one, two = make(pipe, Picky()), make(pipe, Picky())
     keys = [one.triple(i).metadata["key"] for i in range(5)]
     assert [two.triple(i).metadata["key"] for i in reversed(range(5))] == keys[::-1]
-    assert one.rejected["not today"] == two.rejected["not today"] > 0
+    assert one.tally.rejected["not today"] == two.tally.rejected["not today"] > 0
 
 
 def test_kinds_and_rejected_holes_are_counted(pipe: Any) -> None:
     samples = make(pipe, TASKS["inpaint"], stage="inpaint", count=None)
     found = [samples.triple(i).metadata for i in range(40)]
-    assert samples.kinds == Counter(one["kind"] for one in found)
-    assert set(samples.kinds) >= {"object", "bezier", "free-form"}
+    assert samples.tally.kinds == Counter(one["kind"] for one in found)
+    assert set(samples.tally.kinds) >= {"object", "bezier", "free-form"}
     wanted: Counter[str] = Counter()
     for one in found:
         wanted.update(one["rejections"])
-    assert samples.rejected == wanted and wanted.total() > 0
+    assert samples.tally.rejected == wanted and wanted.total() > 0
 
 
 def test_a_task_that_never_succeeds_says_why(pipe: Any) -> None:
@@ -210,7 +226,7 @@ def test_damaged_pictures_are_replaced_and_counted(pipe: Any) -> None:
     settings: dict[str, Any] = {"stage": "edit", "seed": 0, "batch_size": 2, "count": 12}
     samples = Samples(Holes(4), TASKS["edit"], pipe, **settings, max_rejected=0.25)
     samples.prepare()
-    assert samples.rejected["picture damaged"] == 3
+    assert samples.tally.rejected["picture damaged"] == 3
     assert sum(len(bucket.rows) for bucket in samples._buckets) == 12
     strict = Samples(Holes(4), TASKS["edit"], pipe, **settings, max_rejected=0.1)
     with pytest.raises(SampleError, match=r"3 of 15 pictures .* above data.max_rejected=0.1 \(the"):

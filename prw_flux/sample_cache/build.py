@@ -1,0 +1,361 @@
+"""Encoding the samples of a run onto disk, by any number of processes, block by block.
+
+Block b of a stage belongs to rank b mod ranks, which writes it and its shards and nothing else. A
+block whose file is there is done: a build that was killed goes on with the next one. Ranks share no
+memory and never wait for each other; a content that two of them meet is stored twice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Self, final
+
+import torch
+from torch import Tensor
+
+from prw import ConfigError
+from prw_flux.config import RunConfig
+from prw_flux.sample_cache.errors import CacheError
+from prw_flux.sample_cache.identity import Drawn, encoder_digests, identity
+from prw_flux.sample_cache.store import (
+    SHARDS,
+    Grid,
+    Picture,
+    picture_key,
+    text_key,
+    write_latents,
+    write_texts,
+)
+from prw_flux.sample_cache.table import Block, BlockRow, Table, tables, write_block
+from prw_flux.samples import CHUNK, Draws, Samples, Tally
+from prw_flux.tasks import DataSource, Task, Triple
+
+TEXTS: Final = 64
+"""Texts of a shard: 256 MiB at T5-XXL's 512 tokens of width 4096."""
+REMEMBERED: Final = 1_000_000
+"""Contents that a rank recognises when it meets them again."""
+
+Tick = Callable[[str, int, int], None]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Which of how many processes this one is.
+
+    Attributes:
+        rank, ranks: of all processes.
+        local: of this machine's, which chooses its GPU.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    local: int = 0
+
+    @classmethod
+    def of_environment(cls) -> Self:
+        """As torchrun and `accelerate launch` say it; a process that was started alone is rank 0.
+
+        Raises:
+            ConfigError: RANK and WORLD_SIZE contradict each other.
+        """
+        rank, ranks, local = (
+            int(os.environ.get(name, default))
+            for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+        )
+        if not 0 <= rank < ranks:
+            raise ConfigError(f"RANK={rank} is not one of WORLD_SIZE={ranks} processes")
+        return cls(rank=rank, ranks=ranks, local=local)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """What a process did: samples of its share, how many it encoded now, contents it wrote."""
+
+    samples: int
+    encoded: int
+    latents: int
+    texts: int
+
+
+def build(
+    cache: Path,
+    config: RunConfig,
+    data: DataSource,
+    tasks: Sequence[Task],
+    load: Callable[[], Any],
+    *,
+    share: Share | None = None,
+    tick: Tick = lambda stage, done, total: None,
+) -> Built:
+    """Encode this process's share of the samples of every stage, or what is missing of it.
+
+    Args:
+        cache: folder of the cache; may hold other samples.
+        config, data, tasks: the run, its data source, the task of each stage.
+        load: gives a pipeline with autoencoder and text encoders; only called if needed.
+        share: of the work; None is what the environment says.
+        tick: told the stage and how many of how many of its samples are done.
+
+    Raises:
+        CacheError: the disk is full, or the encoders' files are not on this machine.
+        SampleError: a stage has no usable samples.
+    """
+    share = share or Share.of_environment()
+    require_no_features(config)
+    load = _once(load)
+    digests = encoder_digests(config.base)
+    if not all(digests.values()):
+        load()  # fetches them
+        digests = encoder_digests(config.base)
+    if not all(digests.values()):
+        raise CacheError(f"{config.base.path} has no safetensors of its autoencoder and encoders")
+    writer = Writer(cache, digests)
+    for stage, task in zip(config.stages, tasks, strict=True):
+        limit = config.data.max_rejected
+        draws = Draws(data, task, stage=stage.name, seed=config.seed, max_rejected=limit)
+        made, drawn = identity(config, stage, draws, digests)
+        table = Table(cache, made, task.sentence)
+        if share.rank == 0:
+            table.write_index()
+        work = Work(writer, table, draws, drawn, load)
+        for block in range(share.rank, table.blocks, share.ranks):
+            if table.path(block) in writer.done:
+                writer.kept += len(table.samples(block))
+            else:
+                work.make(block)
+            tick(stage.name, table.samples(block).stop, len(table))
+    return Built(
+        samples=writer.kept + writer.encoded,
+        encoded=writer.encoded,
+        latents=writer.latents,
+        texts=writer.texts,
+    )
+
+
+def require_no_features(config: RunConfig) -> None:
+    """Raise ConfigError for a run whose features need the pictures."""
+    if config.coredi.enabled:
+        raise ConfigError(
+            "coredi reads the pictures themselves, which a cache of latents does not have: train "
+            "it without data.cache"
+        )
+
+
+def _once(load: Callable[[], Any]) -> Callable[[], Any]:
+    """A function that is called the first time only."""
+    found: list[Any] = []
+
+    def loaded() -> Any:
+        if not found:
+            found.append(load())
+        return found[0]
+
+    return loaded
+
+
+@final
+class Writer:
+    """What a process knows to be in the cache, and counts of what it adds."""
+
+    def __init__(self, cache: Path, encoders: dict[str, str]) -> None:
+        self.cache, self.encoders, self.shards = cache, encoders, cache / SHARDS
+        self.kept = self.encoded = self.latents = self.texts = 0
+        self.done: set[Path] = set()
+        self.used: set[str] = set()
+        self._where: dict[bytes, str] = {}
+        there = {file.name for file in self.shards.glob("*.safetensors")}
+        for table in tables(cache):
+            for path in sorted(table.folder.glob("*.safetensors")):
+                self._look_at(path, there)
+
+    def _look_at(self, path: Path, there: set[str]) -> None:
+        try:
+            contents = Block(path).contents()
+        except CacheError:
+            return  # it will be made again
+        if there.issuperset(shard for _, shard in contents):
+            self.done.add(path)
+        for key, shard in contents:
+            if shard in there:
+                self.know(key, shard)
+
+    def know(self, key: bytes, shard: str) -> None:
+        """Remember where a content is."""
+        self.used.add(shard)
+        if len(self._where) < REMEMBERED:
+            self._where.setdefault(key, shard)
+
+    def where(self, key: bytes) -> str | None:
+        """The shard that is known to have a content."""
+        return self._where.get(key)
+
+
+@final
+class Work:
+    """Making the blocks of one table."""
+
+    def __init__(
+        self,
+        writer: Writer,
+        table: Table,
+        draws: Draws,
+        drawn: dict[int, Drawn],
+        load: Callable[[], Any],
+    ) -> None:
+        self.writer, self.table, self.draws, self.drawn, self.load = (
+            writer, table, draws, drawn, load
+        )  # fmt: skip
+        self._samples: Samples | None = None
+
+    def make(self, block: int) -> None:
+        """Draw, encode and write one block."""
+        self.draws.tally = Tally()
+        shards = BlockShards(self.writer, f"{self.table.identity.name}-{block:05d}")
+        common = []
+        if block == 0:
+            texts = ["", self.draws.task.sentence]
+            common = list(self._texts(texts, shards))
+        rows: list[BlockRow] = []
+        indices = self.table.samples(block)
+        for start in range(indices.start, indices.stop, CHUNK):
+            chunk = range(start, min(start + CHUNK, indices.stop))
+            rows += self._rows([self._triple(index) for index in chunk], shards)
+        shards.close()
+        write_block(self.table.path(block), rows, common, self.draws.tally)
+        for key, shard in shards.written.items():
+            self.writer.know(key, shard)
+        self.writer.encoded += len(rows)
+
+    def _triple(self, index: int) -> Triple:
+        """Sample `index`, whose picture may have been read before."""
+        if index not in self.drawn:
+            return self.draws.triple(index)
+        drawn = self.drawn.pop(index)
+        self.draws.tally.add(drawn.tally)
+        return drawn.triple
+
+    def _rows(self, triples: list[Triple], shards: BlockShards) -> Iterator[BlockRow]:
+        sources = self._pictures([t.source for t in triples], shards)
+        targets = self._pictures([t.target for t in triples], shards)
+        texts = self._texts([t.text for t in triples], shards)
+        for (source, in_source, s_grid), (target, in_target, t_grid), (text, in_text) in zip(
+            sources, targets, texts, strict=True
+        ):
+            yield BlockRow(
+                keys=(source, target, text),
+                shards=(in_source, in_target, in_text),
+                grids=(s_grid, t_grid),
+            )
+
+    def _pictures(
+        self, pictures: list[Picture], shards: BlockShards
+    ) -> list[tuple[bytes, str, Grid]]:
+        """Key, shard and grid of the latents of some pictures; new ones are encoded together."""
+        keys = [picture_key(self.writer.encoders["vae"], picture) for picture in pictures]
+        new = {k: p for k, p in zip(keys, pictures, strict=True) if shards.where(k) is None}
+        for shape in dict.fromkeys(picture.shape for picture in new.values()):
+            here = {key: picture for key, picture in new.items() if picture.shape == shape}
+            latents, grid = self._encoder().latents(list(here.values()))
+            for key, one in zip(here, latents, strict=True):
+                shards.add_latents(key, grid, one)
+        return [
+            (key, shards.found(key), (picture.shape[0] // 16, picture.shape[1] // 16))
+            for key, picture in zip(keys, pictures, strict=True)
+        ]
+
+    def _texts(self, texts: list[str], shards: BlockShards) -> list[tuple[bytes, str]]:
+        """Key and shard of some texts; new ones are encoded together."""
+        keys = {text: text_key(self.writer.encoders["texts"], text) for text in texts}
+        new = [text for text, key in keys.items() if shards.where(key) is None]
+        if new:
+            known = self._encoder().texts
+            for text, row in zip(new, known.rows(new), strict=True):
+                shards.add_text(keys[text], known.pair(row))
+            known.trim()
+        return [(keys[text], shards.found(keys[text])) for text in texts]
+
+    def _encoder(self) -> Any:
+        """The one that training itself would use."""
+        if self._samples is None:
+            draws = self.draws
+            self._samples = Samples(
+                draws.data, draws.task, self.load(),
+                stage=draws.stage, seed=draws.seed, batch_size=1, count=None,
+            )  # fmt: skip
+        return self._samples
+
+
+@final
+class BlockShards:
+    """The shards of one block: one of latents, and one for every `TEXTS` texts.
+
+    A name that another block refers to is not taken a second time: what it has stays as it is.
+    """
+
+    def __init__(self, writer: Writer, stem: str) -> None:
+        self.writer, self.stem = writer, stem
+        for left in writer.shards.glob(f"{stem}.*"):
+            if left.name not in writer.used:
+                left.unlink()  # of a block that was not finished
+        self.written: dict[bytes, str] = {}
+        self._latents: dict[bytes, tuple[Grid, Tensor]] = {}
+        self._texts: dict[bytes, tuple[Tensor, Tensor]] = {}
+        self._names = self._free_names()
+        self._latents_name, self._texts_name = next(self._names), next(self._names)
+
+    def _free_names(self) -> Iterator[str]:
+        number = 0
+        while True:
+            name = f"{self.stem}.{number}.safetensors"
+            if not (self.writer.shards / name).exists():
+                yield name
+            number += 1
+
+    def where(self, key: bytes) -> str | None:
+        """The shard that has or will have a content."""
+        return self.written.get(key) or self.writer.where(key)
+
+    def found(self, key: bytes) -> str:
+        """The same, of a content that has been added."""
+        shard = self.where(key)
+        assert shard is not None
+        return shard
+
+    def add_latents(self, key: bytes, grid: Grid, latents: Tensor) -> None:
+        """Packed latents [R C, C']."""
+        self._latents[key] = (grid, latents)
+        self.written[key] = self._latents_name
+
+    def add_text(self, key: bytes, pair: tuple[Tensor, Tensor]) -> None:
+        """Embeddings [L, E] and [P]."""
+        self._texts[key] = pair
+        self.written[key] = self._texts_name
+        if len(self._texts) >= TEXTS:
+            self._write_texts()
+
+    def close(self) -> None:
+        """Write what has not been written."""
+        if self._latents:
+            write_latents(self.writer.shards / self._latents_name, self._latents)
+            self.writer.latents += len(self._latents)
+        if self._texts:
+            self._write_texts()
+
+    def _write_texts(self) -> None:
+        write_texts(self.writer.shards / self._texts_name, self._texts)
+        self.writer.texts += len(self._texts)
+        self._texts = {}
+        self._texts_name = next(self._names)
+
+
+def encoders(config: RunConfig, share: Share) -> Any:
+    """The encoders of a base, without its transformer, on this process's device."""
+    from prw_flux.session import load_base
+
+    device = f"cuda:{share.local}" if torch.cuda.is_available() else "cpu"
+    return load_base(config, leave_out=("transformer",), device=device)

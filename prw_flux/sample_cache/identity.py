@@ -1,0 +1,187 @@
+"""What decides the encoded samples of a stage, in words that two caches can be compared by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple, final
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from prw_flux.config import BaseConfig, RunConfig
+from prw_flux.curriculum import Stage
+from prw_flux.locate import resolve_base
+from prw_flux.samples import Draws, Tally
+from prw_flux.tasks import Triple
+
+PARTS: Final = {
+    "vae": ("vae",),
+    "texts": ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+}
+WHOLE: Final = 2**20
+"""Files up to this size are hashed whole, larger ones by their size and `WINDOWS` places."""
+WINDOWS: Final = 64
+WINDOW: Final = 4096
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """Of the samples of one stage.
+
+    Attributes:
+        stage, task, seed, size, count: of the run; `count` samples of `size` pixels.
+        data: digest of what the data says of itself, and of the first, the middle and the last
+            sample, pixels and text.
+        pictures: how many different pictures the data has.
+        base, revision: where autoencoder and text encoders came from.
+        vae, texts: digests of their files; empty where they are not on this machine.
+    """
+
+    stage: str
+    task: str
+    seed: int
+    size: int
+    count: int
+    data: str
+    pictures: int
+    base: str
+    revision: str | None
+    vae: str
+    texts: str
+
+    @property
+    def name(self) -> str:
+        """Folder of the table: the stage, and 12 digits of everything."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return f"{self.stage}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
+
+    def differences(self, other: Identity) -> dict[str, tuple[Any, Any]]:
+        """Fields in which two samples differ; encoders go by their files where both know them."""
+        known = self.vae and self.texts and other.vae and other.texts
+        left_out = ("base", "revision") if known else ("vae", "texts")
+        mine, theirs = asdict(self), asdict(other)
+        return {
+            name: (value, theirs[name])
+            for name, value in mine.items()
+            if name not in left_out and value != theirs[name]
+        }
+
+
+class Drawn(NamedTuple):
+    """A sample, and the draws that were rejected on the way to it."""
+
+    triple: Triple
+    tally: Tally
+
+
+def sample_count(config: RunConfig, stage: Stage) -> int:
+    """How many samples a stage has: data.samples, or what its steps draw one after the other."""
+    if config.data.samples is not None:
+        return config.data.samples
+    return max(stage.steps, -(-config.remember // stage.batch_size)) * stage.batch_size
+
+
+def identity(
+    config: RunConfig, stage: Stage, draws: Draws, encoders: dict[str, str]
+) -> tuple[Identity, dict[int, Drawn]]:
+    """Who the samples of a stage are, and the few that were drawn to know.
+
+    Args:
+        config: of the run.
+        stage: one of its stages.
+        draws: of that stage.
+        encoders: of `encoder_digests`.
+    """
+    count = sample_count(config, stage)
+    drawn: dict[int, Drawn] = {}
+    for index in sorted({0, count // 2, count - 1}):
+        draws.tally = Tally()
+        drawn[index] = Drawn(draws.triple(index), draws.tally)
+    found = hashlib.blake2b(draws.data.fingerprint().encode(), digest_size=16)
+    for triple, _ in drawn.values():
+        for picture in (triple.source, triple.target):
+            found.update(str(picture.shape).encode() + picture.tobytes())
+        found.update(triple.text.encode())
+    made = Identity(
+        stage=stage.name,
+        task=draws.task.name,
+        seed=config.seed,
+        size=config.size,
+        count=count,
+        data=found.hexdigest(),
+        pictures=len(draws.data),
+        base=config.base.path,
+        revision=config.base.revision,
+        **encoders,
+    )
+    return made, drawn
+
+
+def encoder_digests(base: BaseConfig) -> dict[str, str]:
+    """Digests of the files of autoencoder and text encoders, "" where they are not on this machine.
+
+    Nothing is loaded or downloaded.
+
+    Raises:
+        FileNotFoundError: the base is a folder that does not exist.
+    """
+    folder = _folder(base)
+    return {
+        name: "" if folder is None else _digest([folder / part for part in parts])
+        for name, parts in PARTS.items()
+    }
+
+
+def _folder(base: BaseConfig) -> Path | None:
+    """The folder of a base; of one on the Hub, its copy on this machine, if there is one."""
+    location = resolve_base(base.path)
+    if Path(location).is_dir():
+        return Path(location)
+    try:
+        return Path(snapshot_download(location, revision=base.revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _digest(folders: list[Path]) -> str:
+    files = [file for folder in folders for file in sorted(folder.glob("*")) if file.is_file()]
+    models = [folder for folder in folders if not folder.name.startswith("tokenizer")]
+    if not all(any(folder.glob("*.safetensors")) for folder in models):
+        return ""
+    found = hashlib.blake2b(digest_size=16)
+    for file in files:
+        found.update(f"{file.parent.name}/{file.name}".encode())
+        for part in _content(file):
+            found.update(part)
+    return found.hexdigest()
+
+
+def _content(file: Path) -> Iterator[bytes]:
+    """All of a small file; of a large one its size, and places at even distances."""
+    size = file.stat().st_size
+    if size <= WHOLE:
+        data = file.read_bytes()
+        yield _settings(data) if file.name == "config.json" else data
+        return
+    yield str(size).encode()
+    with file.open("rb") as opened:
+        for window in range(WINDOWS):
+            opened.seek((size - WINDOW) * window // (WINDOWS - 1))
+            yield opened.read(WINDOW)
+
+
+def _settings(data: bytes) -> bytes:
+    """config.json without what says where it came from ("_name_or_path", versions)."""
+    try:
+        raw = json.loads(data)
+    except ValueError:
+        return data
+    if not isinstance(raw, dict):
+        return data
+    kept = {k: v for k, v in raw.items() if not k.startswith("_") and k != "transformers_version"}
+    return json.dumps(kept, sort_keys=True).encode()

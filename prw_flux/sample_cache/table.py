@@ -1,0 +1,306 @@
+"""Which contents the samples of a stage are made of, block by block, and reading them.
+
+Tensors of a block of n samples: ``keys`` uint8 [n, 3, 16] and ``shards`` int32 [n, 3] of source,
+target and text, ``grids`` int32 [n, 4] of source and target. Block 0 has two more rows in
+``common_keys`` and ``common_shards``: the empty text and the sentence of the task. Shards are
+numbers in the list "shards" of the header, which has the tally and a hash of the tensors as well.
+
+Shapes: N samples, B of a batch, as in `prw_flux.samples`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from prw.atomic import replace_file
+from prw_flux.sample_cache.errors import CacheError
+from prw_flux.sample_cache.identity import Identity
+from prw_flux.sample_cache.store import Grid, Shards, content_hash, key_rows, write
+from prw_flux.samples import Encoded, Tally
+
+BLOCK: Final = 256
+"""Samples of a block; a multiple of the 32 that are encoded together."""
+FORMAT: Final = 1
+TABLES: Final = "samples"
+INDEX: Final = "table.json"
+COMMON: Final = 2
+"""Texts of a stage that belong to no sample."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class BlockRow:
+    """One sample: keys and shards of source, target and text, and both grids."""
+
+    keys: tuple[bytes, bytes, bytes]
+    shards: tuple[str, str, str]
+    grids: tuple[Grid, Grid]
+
+
+@final
+class Block:
+    """A block of samples as it was written.
+
+    Raises:
+        CacheError: it is absent or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                header = file.metadata() or {}
+            self.shards: list[str] = json.loads(header["shards"])
+            self.tally = Tally(*(Counter(json.loads(header[k])) for k in ("rejected", "kinds")))
+            whole = header["blake2b"] == content_hash(tensors)
+        except (OSError, SafetensorError, KeyError, ValueError) as problem:
+            raise CacheError(
+                f"{path} cannot be read ({problem}): remove it, then run prw-flux cache build"
+            ) from None
+        if not whole:
+            raise CacheError(f"{path} has changed: remove it, then run prw-flux cache build")
+        self.keys_N3, self.shards_N3 = tensors["keys"].numpy(), tensors["shards"].numpy()
+        self.grids_N4: NDArray[np.int32] = tensors["grids"].numpy()
+        none = torch.empty(0, 16, dtype=torch.uint8)
+        self.common_keys = tensors.get("common_keys", none).numpy()
+        self.common_shards = tensors.get("common_shards", none[:, 0].int()).numpy()
+
+    def __len__(self) -> int:
+        return len(self.grids_N4)
+
+    def content(self, row: int, which: int) -> tuple[bytes, str]:
+        """Key and shard of source (0), target (1) or text (2) of a sample."""
+        return self.keys_N3[row, which].tobytes(), self.shards[self.shards_N3[row, which]]
+
+    def common(self, which: int) -> tuple[bytes, str]:
+        """Key and shard of the empty text (0) or the task's sentence (1)."""
+        return self.common_keys[which].tobytes(), self.shards[self.common_shards[which]]
+
+    def contents(self) -> list[tuple[bytes, str]]:
+        """Key and shard of everything that the block refers to."""
+        found = [self.content(row, which) for row in range(len(self)) for which in range(3)]
+        return found + [self.common(which) for which in range(len(self.common_shards))]
+
+
+def write_block(
+    path: Path,
+    rows: Sequence[BlockRow],
+    common: Sequence[tuple[bytes, str]],
+    tally: Tally,
+) -> None:
+    """Put a block in place, whole or not at all. Raises as `store.write`."""
+    shards = list(dict.fromkeys([s for row in rows for s in row.shards] + [s for _, s in common]))
+    number = {name: i for i, name in enumerate(shards)}
+    tensors: dict[str, Tensor] = {
+        "keys": key_rows([key for row in rows for key in row.keys]).view(len(rows), 3, -1),
+        "shards": torch.tensor(
+            [[number[s] for s in row.shards] for row in rows], dtype=torch.int32
+        ),
+        "grids": torch.tensor([[*a, *b] for a, b in (r.grids for r in rows)], dtype=torch.int32),
+    }
+    if common:
+        tensors["common_keys"] = key_rows([key for key, _ in common])
+        tensors["common_shards"] = torch.tensor([number[s] for _, s in common], dtype=torch.int32)
+    header = {
+        "shards": json.dumps(shards),
+        "rejected": json.dumps(tally.rejected),
+        "kinds": json.dumps(tally.kinds),
+    }
+    write(path, tensors, header)
+
+
+@final
+class Bucket:
+    """The samples of a table that agree in both grids."""
+
+    def __init__(
+        self, table: Table, grids: tuple[Grid, Grid], indices: Sequence[int] | NDArray[np.int64]
+    ) -> None:
+        self._table, self.grids, self._indices = table, grids, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def taken(self, chosen: Sequence[int]) -> Encoded:
+        """Some of the samples, read from disk."""
+        return self._table.read([int(self._indices[i]) for i in chosen])
+
+
+@final
+class StoredTexts:
+    """Text embeddings of a table. Row 0 is the empty text, row -1 the sentence of the task, row
+    i + 1 the text of sample i."""
+
+    def __init__(self, table: Table, sentence: str) -> None:
+        self._table, self._known = table, {"": 0, sentence: -1}
+
+    def rows(self, texts: Sequence[str]) -> list[int]:
+        """Rows of the empty text and the task's sentence.
+
+        Raises:
+            CacheError: another text.
+        """
+        for text in texts:
+            if text not in self._known:
+                raise CacheError(f"the cache {self._table.folder} has no text {text!r} by itself")
+        return [self._known[text] for text in texts]
+
+    def gather(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """text [B, L, E] and pooled [B, P] of some rows, float32."""
+        found = [self._table.text(row) for row in rows]
+        text, pooled = (torch.stack([pair[i] for pair in found]) for i in range(2))
+        return text.float(), pooled.float()
+
+    def trim(self) -> None:
+        """Nothing is kept in memory."""
+
+
+@final
+class Table:
+    """The encoded samples of a stage, read from disk as they are asked for.
+
+    Args:
+        cache: folder of the cache.
+        identity: of the samples.
+        sentence: of the task.
+    """
+
+    def __init__(self, cache: Path, identity: Identity, sentence: str = "") -> None:
+        self.folder, self.identity = cache / TABLES / identity.name, identity
+        self.shards = Shards(cache)
+        self.texts = StoredTexts(self, sentence)
+        self._blocks: OrderedDict[int, Block] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self.identity.count
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the samples fill."""
+        return -(-self.identity.count // BLOCK)
+
+    def path(self, block: int) -> Path:
+        """File of a block."""
+        return self.folder / f"{block:05d}.safetensors"
+
+    def samples(self, block: int) -> range:
+        """The samples of a block."""
+        return range(block * BLOCK, min((block + 1) * BLOCK, len(self)))
+
+    def missing(self) -> int:
+        """How many samples have no block."""
+        there = {file.name for file in self.folder.glob("*.safetensors")}
+        absent = [b for b in range(self.blocks) if self.path(b).name not in there]
+        return sum(len(self.samples(block)) for block in absent)
+
+    def write_index(self) -> None:
+        """Say whose samples these are."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replace_file(self.folder / INDEX) as new:
+            new.write_text(
+                json.dumps({"format": FORMAT, "block": BLOCK, **asdict(self.identity)}, indent=1)
+            )
+
+    def block(self, number: int) -> Block:
+        """A block; the last 64 are kept."""
+        if number not in self._blocks:
+            self._blocks[number] = Block(self.path(number))
+            if len(self._blocks) > 64:
+                self._blocks.popitem(last=False)
+        return self._blocks[number]
+
+    def tally(self) -> Tally:
+        """What was drawn for all samples."""
+        found = Tally()
+        for number in range(self.blocks):
+            found.add(self.block(number).tally)
+        return found
+
+    def buckets(self) -> tuple[Bucket, ...]:
+        """All samples, by their grids, in the order in which the grids come first."""
+        found: dict[tuple[int, ...], list[NDArray[np.int64]]] = {}
+        for number in range(self.blocks):
+            grids = self.block(number).grids_N4
+            for row in dict.fromkeys(map(tuple, grids.tolist())):
+                here = np.flatnonzero((grids == row).all(axis=1)) + number * BLOCK
+                found.setdefault(row, []).append(here)
+        if len(found) == 1:
+            return (Bucket(self, _pair(next(iter(found))), range(len(self))),)
+        return tuple(Bucket(self, _pair(g), np.concatenate(i)) for g, i in found.items())
+
+    def read(self, indices: Sequence[int]) -> Encoded:
+        """Samples of one size."""
+        (part,) = self.parts(indices)
+        return part
+
+    def parts(self, indices: Sequence[int]) -> list[Encoded]:
+        """Samples, those of one size together."""
+        groups: dict[tuple[Grid, Grid], list[tuple[Tensor, Tensor, int]]] = {}
+        for index in indices:
+            source, source_grid = self._latents(index, 0)
+            target, target_grid = self._latents(index, 1)
+            place = groups.setdefault((source_grid, target_grid), [])
+            place.append((source, target, index + 1))
+        return [
+            Encoded(
+                torch.stack([source for source, _, _ in found]),
+                torch.stack([target for _, target, _ in found]),
+                [row for _, _, row in found],
+                *grids,
+            )
+            for grids, found in groups.items()
+        ]
+
+    def text(self, row: int) -> tuple[Tensor, Tensor]:
+        """Embeddings [L, E] and [P] in bf16 of a row of `texts`."""
+        if row > 0:
+            key, shard = self.block((row - 1) // BLOCK).content((row - 1) % BLOCK, 2)
+        else:
+            key, shard = self.block(0).common(-row)
+        return self.shards[shard].text(key)
+
+    def _latents(self, index: int, which: int) -> tuple[Tensor, Grid]:
+        if not 0 <= index < len(self):
+            raise CacheError(f"{self.folder} has {len(self):,} samples, there is no sample {index}")
+        key, shard = self.block(index // BLOCK).content(index % BLOCK, which)
+        return self.shards[shard].latents(key)
+
+
+def _pair(grids: tuple[int, ...]) -> tuple[Grid, Grid]:
+    return (grids[0], grids[1]), (grids[2], grids[3])
+
+
+def read_index(path: Path) -> Identity:
+    """Whose samples a folder has.
+
+    Raises:
+        CacheError: the file is damaged, or of another format.
+    """
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+        if (raw.pop("format"), raw.pop("block")) != (FORMAT, BLOCK):
+            raise CacheError(f"{path} is of another format: build the cache again")
+        return Identity(**raw)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        if isinstance(problem, CacheError):
+            raise
+        raise CacheError(f"{path} is damaged ({problem}): build the cache again") from None
+
+
+def tables(cache: Path) -> list[Table]:
+    """All tables of a cache. Raises as `read_index`."""
+    found = sorted((cache / TABLES).glob(f"*/{INDEX}"))
+    made = [(path, read_index(path)) for path in found]
+    return [Table(cache, identity) for path, identity in made if path.parent.name == identity.name]
