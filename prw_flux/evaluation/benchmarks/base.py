@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -245,6 +246,37 @@ def read_json(path: Path, what: str) -> Any:
         raise BenchmarkError(f"There is no {path}, which holds {what}.") from None
     except (OSError, ValueError) as problem:
         raise BenchmarkError(f"{path} cannot be read: {problem}.") from None
+
+
+def read_index(
+    path: Path, what: str, version: int, read: Callable[[Path, Any, str], ItemT]
+) -> tuple[dict[str, Any], tuple[ItemT, ...]]:
+    """A benchmark's own JSON file, {"version": ..., "items": [...], ...}, and its items.
+
+    Args:
+        path: the file; names in it are relative to its folder.
+        what: what it holds, for messages.
+        version: the one that is read.
+        read: makes an item of (folder, row, "where it stands"); raises BenchmarkError.
+
+    Raises:
+        BenchmarkError: the file is not there, of another version or empty, an item of it is
+            unusable, or two have the same key.
+    """
+    data = read_json(path, what)
+    found = data.get("version") if isinstance(data, dict) else None
+    if found != version or not isinstance(data.get("items"), list) or not data["items"]:
+        raise BenchmarkError(
+            f"{path} is of another version: expected version {version} and items, got version "
+            f"{found!r}."
+        )
+    items = tuple(
+        read(path.parent, row, f"{path}, item {index}") for index, row in enumerate(data["items"])
+    )
+    key, times = Counter(item.key for item in items).most_common(1)[0]
+    if times > 1:
+        raise BenchmarkError(f"{path} has the id {key!r} {times} times.")
+    return data, items
 
 
 def inside(where: str, *names: str) -> None:

@@ -14,7 +14,6 @@ captions do. Some published numbers leave out rows whose two captions are equal:
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from prw_flux.evaluation.benchmarks.base import (
     Line,
     inside,
     means,
-    read_json,
+    read_index,
 )
 from prw_flux.evaluation.metrics import cosine, directional_similarity, l1
 from prw_flux.tasks.base import Image
@@ -67,21 +66,8 @@ class EmuEdit(Benchmark[CaptionedEdit]):
     def __init__(self, folder: Path, *, captions: str = "all") -> None:
         if captions not in CAPTIONS:
             raise BenchmarkError(f"captions must be all or changed, got {captions!r}")
-        data = read_json(folder / FILE, "the edits")
-        found = data.get("version") if isinstance(data, dict) else None
-        if found != VERSION or not data.get("items"):
-            raise BenchmarkError(
-                f"{folder / FILE} is of another version: expected version {VERSION} and items, got "
-                f"version {found!r}."
-            )
+        data, self.items = read_index(folder / FILE, "the edits", VERSION, _edit)
         self.split, self.captions = str(data.get("split", "unnamed")), captions
-        self.items = tuple(
-            _edit(folder, row, f"{folder / FILE}, item {index}")
-            for index, row in enumerate(data["items"])
-        )
-        key, times = Counter(item.key for item in self.items).most_common(1)[0]
-        if times > 1:
-            raise BenchmarkError(f"{folder / FILE} has the id {key!r} {times} times.")
         if SIZES.get(self.split) != len(self.items):
             known = " and ".join(f"{name} {size}" for name, size in SIZES.items())
             self.notes = (

@@ -14,7 +14,6 @@ picture with the mark over it; another size is brought to the source's.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from prw_flux.evaluation.benchmarks.base import (
     Item,
     Line,
     inside,
-    read_json,
+    read_index,
 )
 from prw_flux.evaluation.metrics import (
     box_accuracy,
@@ -66,21 +65,8 @@ class RefCoco(Benchmark[Reference]):
     name = "refcoco"
 
     def __init__(self, folder: Path) -> None:
-        data = read_json(folder / FILE, "the expressions")
-        found = data.get("version") if isinstance(data, dict) else None
-        if found != VERSION or not data.get("items"):
-            raise BenchmarkError(
-                f"{folder / FILE} is of another version: expected version {VERSION} and items, got "
-                f"version {found!r}."
-            )
+        data, self.items = read_index(folder / FILE, "the expressions", VERSION, _reference)
         self.split = str(data.get("name", "unnamed"))
-        self.items = tuple(
-            _reference(folder, row, f"{folder / FILE}, item {index}")
-            for index, row in enumerate(data["items"])
-        )
-        key, times = Counter(item.key for item in self.items).most_common(1)[0]
-        if times > 1:
-            raise BenchmarkError(f"{folder / FILE} has the id {key!r} {times} times.")
 
     def score(self, item: Reference, output: Image, encoders: Encoders) -> dict[str, Any]:
         """The box that was read and, where a mask was asked for, intersection and union."""
