@@ -174,12 +174,18 @@ def evaluate_stage(
     return {"stage": stage, "n": settings.n, "tasks": rows}
 
 
-def load_pipeline(folder: RunFolder) -> CoLoGenPipeline:
-    """The trained pipeline, on the GPU if there is one; on a CPU in float32."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    narrow = device == "cuda" and folder.config.precision == "bf16"
+def load_pipeline(folder: RunFolder, *, base: str | None = None, local: int = 0) -> CoLoGenPipeline:
+    """The trained pipeline, on a GPU if there is one; on a CPU in float32.
+
+    Args:
+        folder: the run.
+        base: another place for its base.
+        local: number of the GPU.
+    """
+    device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    narrow = device != "cpu" and folder.config.precision == "bf16"
     dtype = torch.bfloat16 if narrow else torch.float32
-    pipe: CoLoGenPipeline = CoLoGenPipeline.from_pretrained(folder.path, dtype=dtype)
+    pipe: CoLoGenPipeline = CoLoGenPipeline.from_pretrained(folder.path, base=base, dtype=dtype)
     pipe.to(device)
     return pipe
 

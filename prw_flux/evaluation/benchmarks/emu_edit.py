@@ -6,10 +6,11 @@ The benchmark's folder holds `emu_edit.json`, exported from facebook/emu_edit_te
       {"id": "0", "image": "images/0.png", "instruction": "...",
        "input_caption": "...", "output_caption": "..."}, ...]}
 
-Results: `<id>.png`. Everything is measured against the source: L1 in [0, 1], CLIP-I, DINO; CLIP-T
-(the paper's CLIP_out) against the output caption; CLIP-dir, whether the picture changes as the
-captions do. Some published numbers leave out rows whose two captions are equal: `captions` is
-"all" or "changed", and part of the protocol.
+`instruction` may be left out where nothing is generated. Results: `<id>.png`. Everything is
+measured against the source: L1 in [0, 1], CLIP-I, DINO; CLIP-T (the paper's CLIP_out) against the
+output caption; CLIP-dir, whether the picture changes as the captions do.
+Some published numbers leave out rows whose two captions are equal: `captions` is "all" or
+"changed", and part of the protocol.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ CAPTIONS: Final = ("all", "changed")
 class CaptionedEdit(Item):
     """One edit: the source picture and the captions before and after."""
 
-    image: Path
+    given: Path
     before: str
     after: str
 
@@ -75,9 +76,14 @@ class EmuEdit(Benchmark[CaptionedEdit]):
                 f"ones are {known}: not the same set",
             )
 
+    @property
+    def folder_name(self) -> str:
+        """The benchmark and its split."""
+        return f"{self.name}-{self.split}"
+
     def score(self, item: CaptionedEdit, output: Image, encoders: Encoders) -> dict[str, Any]:
         """L1 and similarities to the source; CLIP-T and CLIP-dir with a CLIP."""
-        source = open_image(item.image)
+        source = open_image(item.given)
         row: dict[str, Any] = {"L1": l1(output, source)}
         for name, (value,) in encoders.similarities([output, source]).items():
             row[name] = value
@@ -110,6 +116,5 @@ def _edit(folder: Path, row: Any, where: str) -> CaptionedEdit:
             f"{where} needs id, image, input_caption and output_caption ({problem!r})."
         ) from None
     inside(where, f"{key}.png", image)
-    return CaptionedEdit(
-        key=key, output=f"{key}.png", image=folder / image, before=before, after=after
-    )
+    return CaptionedEdit(key=key, output=f"{key}.png", given=folder / image, before=before,
+                         after=after, text=str(row.get("instruction") or ""))  # fmt: skip

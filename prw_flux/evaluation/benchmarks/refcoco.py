@@ -14,6 +14,7 @@ picture with the mark over it; another size is brought to the source's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,8 +37,8 @@ from prw_flux.evaluation.metrics import (
     mean_iou,
     resized_like,
 )
-from prw_flux.tasks.base import Box, Image, box_iou
-from prw_flux.tasks.grounding import PALETTE, read_overlay
+from prw_flux.tasks.base import Box, Image, Thing, box_iou
+from prw_flux.tasks.grounding import PALETTE, read_overlay, request
 
 FILE: Final = "refs.json"
 VERSION: Final = 1
@@ -48,7 +49,7 @@ VERSION: Final = 1
 class Reference(Item):
     """One expression: picture, true box, true mask or None, colour of the mark."""
 
-    image: Path
+    given: Path
     box: Box
     mask: Path | None
     colour: str
@@ -63,14 +64,20 @@ class RefCoco(Benchmark[Reference]):
     """
 
     name = "refcoco"
+    task = "ground"
 
     def __init__(self, folder: Path) -> None:
         data, self.items = read_index(folder / FILE, "the expressions", VERSION, _reference)
         self.split = str(data.get("name", "unnamed"))
 
+    @property
+    def folder_name(self) -> str:
+        """The name that the file gives itself."""
+        return re.sub(r"[^\w.-]+", "-", self.split)
+
     def score(self, item: Reference, output: Image, encoders: Encoders) -> dict[str, Any]:
         """The box that was read and, where a mask was asked for, intersection and union."""
-        source = open_image(item.image)
+        source = open_image(item.given)
         seen = read_overlay(resized_like(output, source), source, item.colour)
         row: dict[str, Any] = {
             "box": seen.box, "wanted": item.box, "confidence": seen.confidence,
@@ -108,5 +115,10 @@ def _reference(folder: Path, row: Any, where: str) -> Reference:
     if colour not in PALETTE:
         raise BenchmarkError(f"{where}: unknown colour {colour!r}; known: {', '.join(PALETTE)}.")
     inside(where, f"{key}.png", image, *([str(mask)] if mask else []))
-    return Reference(key=key, output=f"{key}.png", image=folder / image, box=(x0, y0, x1, y1),
-                     mask=folder / str(mask) if mask else None, colour=colour)  # fmt: skip
+    words, text = str(row.get("expression") or ""), ""
+    if words:
+        thing = Thing(phrase=words, box=(x0, y0, x1, y1))
+        text = request("mask" if mask else "box", thing, colour)
+    return Reference(key=key, output=f"{key}.png", given=folder / image, box=(x0, y0, x1, y1),
+                     mask=folder / str(mask) if mask else None, colour=colour,
+                     text=text)  # fmt: skip
