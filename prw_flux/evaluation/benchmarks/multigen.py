@@ -226,7 +226,7 @@ def square(picture: Any, how: PILImage.Resampling = PILImage.Resampling.BICUBIC)
     """uint8 [H, W] or [H, W, 3], stretched to 512 x 512 pixels."""
     if picture.shape[:2] == (SIDE, SIDE):
         return picture
-    return np.asarray(PILImage.fromarray(picture).resize((SIDE, SIDE), how), np.uint8)
+    return np.array(PILImage.fromarray(picture).resize((SIDE, SIDE), how), np.uint8)
 
 
 def as_grey(values: Any) -> Any:

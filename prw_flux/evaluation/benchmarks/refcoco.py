@@ -14,7 +14,6 @@ picture with the mark over it; another size is brought to the source's.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +71,8 @@ class RefCoco(Benchmark[Reference]):
 
     @property
     def folder_name(self) -> str:
-        """The name that the file gives itself."""
-        return re.sub(r"[^\w.-]+", "-", self.split)
+        """The benchmark, and the name that the file gives itself."""
+        return f"{self.name}-{self.split.removeprefix('refcoco-')}"
 
     def score(self, item: Reference, output: Image, encoders: Encoders) -> dict[str, Any]:
         """The box that was read and, where a mask was asked for, intersection and union."""
