@@ -96,8 +96,8 @@ def refcoco(assets: Path, folder: Path, count: int = 4) -> Path:
         save(folder / f"{one['id']}.png", open_image(assets / "grounding" / one["image"]))
         mask = open_map(assets / "grounding" / one["mask"]) >= 128
         save(folder / f"masks/{one['id']}.png", (mask * 255).astype(np.uint8))
-        items.append({"id": one["id"], "image": f"{one['id']}.png", "box": one["box_xyxy"],
-                      "expression": one["expression"], "mask": f"masks/{one['id']}.png"})  # fmt: skip
+        row = {"id": one["id"], "image": f"{one['id']}.png", "mask": f"masks/{one['id']}.png"}
+        items.append({**row, "box": one["box_xyxy"], "expression": one["expression"]})
     write(folder / "refs.json", {"version": 1, "name": "own refs", "items": items})
     return folder
 

@@ -37,8 +37,9 @@ def places(tmp_path: Path) -> tuple[Path, Path]:
     for number, (key, group, language, shared) in enumerate(rows):
         save(data / f"{number}.png", 40 * number)
         save(results / f"fullset/{group}/{language}/{key}.png", 40 * number + 9, side=96)
-        items.append({"key": key, "task_type": group, "language": language, "intersection": shared,
-                      "instruction": f"edit {key} {language}", "image": f"{number}.png"})  # fmt: skip
+        row = {"key": key, "task_type": group, "language": language, "intersection": shared}
+        row |= {"instruction": f"edit {key} {language}", "image": f"{number}.png"}
+        items.append(row)
     (data / "gedit.json").write_text(json.dumps({"version": 1, "items": items}))
     return data, results
 
