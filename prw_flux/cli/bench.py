@@ -1,79 +1,123 @@
-"""`prw-flux evaluate --bench`: a folder of generated pictures scored by a published protocol."""
+"""`prw-flux evaluate --bench`: a published protocol, from a trained run to a row beside papers'."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
-
-from rich.markup import escape
+from typing import TYPE_CHECKING, Any
 
 from prw_flux.cli import show
+from prw_flux.cli.bench_open import (
+    CLIP,
+    DINO,
+    NAMES,
+    open_benchmark,
+    open_encoders,
+    open_judge,
+)
+from prw_flux.cli.bench_show import comparisons_of, tell
 
 if TYPE_CHECKING:
-    from prw_flux.evaluation.benchmarks import Benchmark, Encoders, Scores
-
-CLIP: Final = "openai/clip-vit-base-patch32"
-DINO: Final = "facebook/dino-vits16"
-"""The encoders of the public scripts of MagicBrush and DreamBench."""
-NAMES: Final = ("magicbrush", "emu_edit", "dreambench", "refcoco")
+    from prw_flux.evaluation.benchmarks import Benchmark, Scores
+    from prw_flux.progress import Quiet
+    from prw_flux.rundir import RunFolder
+    from prw_flux.share import Share
 
 
 def add_to(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that belong to --bench."""
-    group = parser.add_argument_group("scoring a folder of results (no RUN, nothing is generated)")
-    group.add_argument("--bench", choices=NAMES, help="the published protocol")
-    group.add_argument("--results", metavar="DIR", help="the generated pictures")
-    group.add_argument("--data", metavar="DIR", help="the benchmark's own folder")
-    group.add_argument("--clip", default=CLIP, help=f"folder, Hub id or none (default: {CLIP})")
+    bench = parser.add_argument_group("published benchmarks")
+    bench.add_argument("--bench", choices=NAMES, help="the protocol")
+    bench.add_argument("--data", "--benchmark-folder", metavar="DIR", dest="data",
+                       help="the benchmark's own folder (shapes has none)")  # fmt: skip
+    bench.add_argument("--results", metavar="DIR",
+                       help="the pictures: made by RUN where they are missing, or, without RUN, "
+                       "your own (default: RUN/benchmarks/NAME/pictures)")  # fmt: skip
+    bench.add_argument("--out", metavar="FILE",
+                       help="the scores (default: RUN/benchmarks/NAME/scores.json, or "
+                       "RESULTS/scores.json)")  # fmt: skip
+    bench.add_argument("--name", default="yours", help="of your row (default: yours)")
+    bench.add_argument("--samples", type=int,
+                       help="pictures per prompt: dreambench (1), multigen (4)")  # fmt: skip
+    _making(parser.add_argument_group("generating a benchmark's pictures"))
+    _scoring(parser.add_argument_group("scoring them"))
+    judge = parser.add_argument_group("the judge of gedit")
+    judge.add_argument("--judge", metavar="URL", help="endpoint up to and without "
+                       "/chat/completions")  # fmt: skip
+    judge.add_argument("--judge-model", metavar="NAME")
+    judge.add_argument("--judge-key", metavar="VARIABLE", help="environment variable with the key")
+    judge.add_argument("--judge-timeout", type=float, default=120.0, metavar="SECONDS")
+    judge.add_argument("--judge-tries", type=int, default=3, help="per question (default: 3)")
+    judge.add_argument("--judge-pause", type=float, default=2.0, metavar="SECONDS",
+                       help="before the second try, doubled before each further one")  # fmt: skip
+    judge.add_argument("--answers", metavar="FILE",
+                       help="recorded answers: read without --judge, else kept there "
+                       "(default: answers.jsonl beside the scores)")  # fmt: skip
+    judge.add_argument("--questions", metavar="FILE", help="JSON with name, SC and PQ")
+    judge.add_argument("--language", choices=("en", "cn"), help="default: both")
+
+
+def _making(group: Any) -> None:
+    group.add_argument("--base", help="where the base is now, if the run does not know")
+    group.add_argument("--route", default="free", help="free (default), stage:NAME or expert:NAME")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--guidance", type=float, default=3.5)
+    group.add_argument("--size", type=int, help="side of squares, root of other areas "
+                       "(default: what the adapter was trained at)")  # fmt: skip
+    group.add_argument("--batch", type=int, help="pictures per call (default: 1; shapes 32)")
+
+
+def _scoring(group: Any) -> None:
+    group.add_argument("--clip", help=f"folder, Hub id or none (default: {CLIP}; of multigen "
+                       "its -patch16)")  # fmt: skip
     group.add_argument("--dino", default=DINO, help=f"folder, Hub id or none (default: {DINO})")
     group.add_argument("--encoder", metavar="SPEC", help="one more, package.module:object")
+    group.add_argument("--fid", metavar="WHERE", help='multigen: "torch-fidelity" or a file of its '
+                       "Inception weights")  # fmt: skip
+    group.add_argument("--maps", metavar="SPEC", help="multigen: what reads a map from a picture: "
+                       "folder, Hub id or [kind=]package.module:object")  # fmt: skip
     group.add_argument("--device", default="cpu", help="of the encoders (default: cpu)")
-    group.add_argument(
-        "--samples", type=int, default=1, help="pictures per prompt of dreambench (default: 1)"
-    )
     group.add_argument(
         "--captions", choices=("all", "changed"), default="all",
         help="emu_edit: CLIP-T and CLIP-dir of all rows, or where the captions differ",
     )  # fmt: skip
-    group.add_argument("--name", default="yours", help="of your row (default: yours)")
-    group.add_argument("--out", metavar="FILE", help="default: RESULTS/scores.json")
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    """Score the folder, write the scores, print them under the published rows.
+    """Generate what is missing, score, print the row under the published ones.
 
     Exit status 1 if a picture is missing or unusable; the scores of the others are written.
     """
-    from prw_flux.evaluation.benchmarks import BenchmarkError, score_folder
+    from prw_flux.evaluation.benchmarks import BenchmarkError, GEdit, score_folder
     from prw_flux.progress import watching
+    from prw_flux.report import write_report
+    from prw_flux.share import gathering
 
-    if args.directory is not None:
-        raise BenchmarkError(
-            f"--bench scores pictures that exist: leave out {args.directory!r} and name their "
-            "folder with --results."
-        )
-    for name in ("results", "data"):
-        if getattr(args, name) is None:
-            raise BenchmarkError(f"--bench {args.bench} needs --{name} DIR.")
     show.quiet_loading()
-    results = Path(args.results)
-    out = Path(args.out) if args.out else results / "scores.json"
-    encoders = _encoders(args)
-    benchmark = _open(args, encoders)
-    with watching(show.watcher(), quiet=args.quiet or args.json) as progress:
-        scores = score_folder(
-            benchmark, results, encoders, out,
-            lambda done, total: progress.measured(args.bench, done, total),
-        )  # fmt: skip
-    tables = _comparisons(scores, args.name)
-    if args.json:
-        show.answer({"out": str(out), **scores.to_json(), "comparisons": tables})
-    else:
-        _tell(scores, args.name, tables)
-        show.human().print(f"scores  {out}")
+    run = _run_of(args)
+    if run is None and args.results is None:
+        raise BenchmarkError(f"--bench {args.bench} needs a RUN, or --results DIR with pictures.")
+    benchmark = open_benchmark(args, run)
+    results, out = _places(args, run, benchmark)
+    with gathering() as share:
+        if share.rank == 0:
+            encoders = open_encoders(args)
+            if isinstance(benchmark, GEdit):
+                benchmark.asking = open_judge(args, out.with_name("answers.jsonl"))
+        hidden = args.quiet or args.json or share.rank > 0
+        with watching(show.watcher(), quiet=hidden) as progress:
+            reasons = {} if run is None else _generate(args, run, benchmark, results, share,
+                                                       progress)  # fmt: skip
+            if share.rank > 0:
+                return 0
+            scores = score_folder(
+                benchmark, results, encoders, out,
+                lambda done, total: progress.measured(f"{args.bench}: scores", done, total),
+                reasons=reasons,
+            )  # fmt: skip
+    page = None if run is None else str(write_report(run.path))
+    _answer(args, scores, out, page)
     if scores.problems:
         raise BenchmarkError(
             f"{len(scores.problems)} problems among {len(benchmark.items)} pictures, the first: "
@@ -82,78 +126,74 @@ def run_bench(args: argparse.Namespace) -> int:
     return 0
 
 
-def _encoders(args: argparse.Namespace) -> Encoders:
-    from prw_flux.evaluation.benchmarks import Encoders
-    from prw_flux.evaluation.encoders import ClipEncoder, DinoEncoder, OwnEncoder
+def _run_of(args: argparse.Namespace) -> RunFolder | None:
+    from prw_flux.rundir import RunError, RunFolder
 
-    if args.bench == "refcoco":
-        return Encoders()
+    if args.directory is None:
+        return None
+    run = RunFolder.open(args.directory)
+    if not run.done:
+        raise RunError(
+            f"{run.path} has no finished stage to evaluate; prw-flux train --resume {run.path}"
+        )
+    return run
 
-    def made(kind: Callable[[str, str], Any], where: str) -> Any:
-        return None if where == "none" else kind(where, args.device)
 
-    return Encoders(
-        clip=made(ClipEncoder, args.clip),
-        dino=made(DinoEncoder, args.dino),
-        own=OwnEncoder(args.encoder) if args.encoder else None,
+def _places(
+    args: argparse.Namespace, run: RunFolder | None, benchmark: Benchmark[Any]
+) -> tuple[Path, Path]:
+    """Where the pictures are, and where the scores go."""
+    if run is None:
+        results = Path(args.results)
+        return results, Path(args.out) if args.out else results / "scores.json"
+    home = run.path / "benchmarks" / re.sub(r"[^\w-]+", "-", benchmark.folder_name)
+    results = Path(args.results) if args.results else home / "pictures"
+    return results, Path(args.out) if args.out else home / "scores.json"
+
+
+def _generate(
+    args: argparse.Namespace,
+    run: RunFolder,
+    benchmark: Benchmark[Any],
+    results: Path,
+    share: Share,
+    progress: Quiet,
+) -> dict[str, str]:
+    """Make this rank's share of the pictures and wait for the others'; why some are not there."""
+    from prw_flux.digests import adapter_digest
+    from prw_flux.evaluation.benchmarks import Making, produce
+    from prw_flux.evaluation.generate import Sampling
+    from prw_flux.evaluation.runner import load_pipeline
+
+    making = Making(
+        sampling=Sampling(
+            steps=run.config.evaluation.steps if args.steps is None else args.steps,
+            batch_size=benchmark.batch if args.batch is None else args.batch,
+            guidance=args.guidance,
+            precision=run.config.precision,
+        ),
+        seed=args.seed,
+        route=args.route,
+        side=args.size or (run.config.size if args.bench == "shapes" else None),
+        features=run.coredi,
     )
+    pipe = load_pipeline(run, base=args.base, local=share.local)
+    reasons = produce(
+        pipe, benchmark, results, making,
+        adapter=adapter_digest(pipe.prw),
+        share=share,
+        told=lambda done, total: progress.measured(f"{args.bench}: pictures", done, total),
+    )  # fmt: skip
+    return {name: why for told in share.gather(reasons) for name, why in told.items()}
 
 
-def _open(args: argparse.Namespace, encoders: Encoders) -> Benchmark[Any]:
-    from prw_flux.evaluation.benchmarks import (
-        BenchmarkError,
-        DreamBench,
-        EmuEdit,
-        MagicBrush,
-        RefCoco,
-    )
-
-    folder = Path(args.data)
-    if args.bench == "magicbrush":
-        return MagicBrush(folder, captions=encoders.clip is not None)
-    if args.bench == "emu_edit":
-        return EmuEdit(folder, captions=args.captions)
-    if args.bench == "refcoco":
-        return RefCoco(folder)
-    if not encoders.named():
-        raise BenchmarkError("dreambench measures nothing without --clip, --dino or --encoder.")
-    return DreamBench(folder, samples=args.samples)
-
-
-def _comparisons(scores: Scores, name: str) -> list[dict[str, Any]]:
-    """Every line under every table of the benchmark that has one of its metrics."""
-    from prw_flux.evaluation.published import compare, tables_of
-
-    return [
-        {"line": line.label, "table": table.name, "source": table.rows[0].source,
-         **asdict(compare(table, name, line.metrics, line.protocol))}
-        for line in scores.lines
-        for table in tables_of(scores.benchmark)
-        if set(table.metrics) & set(line.metrics)
-    ]  # fmt: skip
-
-
-def _tell(scores: Scores, name: str, comparisons: Sequence[Mapping[str, Any]]) -> None:
-    console = show.human()
-    columns = dict.fromkeys(metric for line in scores.lines for metric in line.metrics)
-    made = show.table(
-        f"{scores.benchmark}: {name}",
-        {"": "left", "n": "right", **dict.fromkeys(map(escape, columns), "right")},
-    )
-    for line in scores.lines:
-        cells = [f"{line.metrics[m]:.4f}" if m in line.metrics else "" for m in columns]
-        made.add_row(line.label, str(line.n), *cells)
-    console.print(made)
-    for note in scores.notes:
-        console.print(f"note: {note}", markup=False)
-    for one in comparisons:
-        first, *metrics = one["columns"]
-        title = f"{one['source']}, beside {one['line']}"
-        table = show.table(title, {first: "left", **dict.fromkeys(metrics, "right")})
-        for row in one["rows"]:
-            table.add_row(*row)
-        console.print(table)
-        for note in one["notes"]:
-            console.print(f"  {note}", markup=False)
-    if not comparisons:
-        console.print("The paper reports nothing on this benchmark.")
+def _answer(args: argparse.Namespace, scores: Scores, out: Path, page: str | None) -> None:
+    tables = comparisons_of(scores, args.name)
+    if args.json:
+        more = {} if page is None else {"report": page}
+        show.answer({"out": str(out), **more, **scores.to_json(), "comparisons": tables})
+        return
+    tell(scores, args.name, tables)
+    show.human().print(f"scores  {out}")
+    if page is not None:
+        show.human().print(f"report  {page}")

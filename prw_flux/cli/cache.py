@@ -51,7 +51,8 @@ def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
 def run_build(args: argparse.Namespace) -> int:
     """Encode this process's share; tells what it did."""
     from prw_flux.data.choose import open_run_data, require_feeds
-    from prw_flux.sample_cache.build import Share, build, encoders
+    from prw_flux.sample_cache.build import build, encoders
+    from prw_flux.share import Share
     from prw_flux.tasks import TASKS, load_task
 
     show.quiet_loading()
@@ -71,7 +72,7 @@ def run_build(args: argparse.Namespace) -> int:
     if args.json:
         show.answer(vars(done) | {"rank": share.rank, "cache": str(cache)})
         return 0
-    whose = f"rank {share.rank} of {share.ranks}: " if share.ranks > 1 else ""
+    whose = f"rank {share.rank} of {share.count}: " if share.count > 1 else ""
     show.human().print(
         f"{cache}  {whose}{done.samples:,} samples, {done.encoded:,} of them encoded now "
         f"({done.latents:,} pictures, {done.texts:,} texts)"

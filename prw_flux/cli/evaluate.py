@@ -14,7 +14,7 @@ def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
     evaluate = verbs.add_parser(
         "evaluate",
         parents=[common],
-        help="generate held-out samples and measure every task; or score a folder (--bench)",
+        help="measure every task on held-out samples; or a published benchmark (--bench)",
     )
     evaluate.add_argument("directory", metavar="RUN", nargs="?")
     evaluate.add_argument("--per-task", type=int, help="samples per task (default: the run's)")
@@ -32,11 +32,11 @@ def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    """Measure a run and write its report, or score a folder of results."""
+    """Measure a run and write its report, or run a published benchmark."""
     if args.bench is not None:
         return bench.run_bench(args)
     if args.directory is None:
-        raise ValueError("evaluate needs a RUN, or --bench NAME with --results and --data.")
+        raise ValueError("evaluate needs a RUN, or --bench NAME with --results DIR.")
     from prw_flux.report import write_report
 
     measured = evaluate_and_tell(

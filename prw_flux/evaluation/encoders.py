@@ -112,10 +112,10 @@ class ClipEncoder(Encoder):
     def __init__(self, where: str, device: str = "cpu") -> None:
         from transformers import AutoTokenizer, CLIPModel
 
-        self.name, self._device = _name(where), device
+        self.name, self._device = named(where), device
         _require_type(where, "CLIP", ("clip",))
-        self._model = _loaded(where, CLIPModel).to(device)
-        self._tokenizer = _loaded(where, AutoTokenizer)
+        self._model = load_quietly(where, CLIPModel).to(device)
+        self._tokenizer = load_quietly(where, AutoTokenizer)
         side = int(self._model.config.vision_config.image_size)
         self._prepare = Preparation(resize=side, crop=side, mean=CLIP.mean, std=CLIP.std)
 
@@ -157,12 +157,12 @@ class DinoEncoder(Encoder):
     def __init__(self, where: str, device: str = "cpu") -> None:
         from transformers import AutoModel
 
-        self.name, self._device = _name(where), device
+        self.name, self._device = named(where), device
         found = _require_type(
             where, "DINO", ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
         )
         self.kind = "dino" if found == "vit" else found
-        self._model = _loaded(where, AutoModel).to(device)
+        self._model = load_quietly(where, AutoModel).to(device)
 
     @torch.no_grad()
     def images(self, images: Sequence[Image]) -> Vectors:
@@ -189,15 +189,8 @@ class OwnEncoder(Encoder):
     kind = "own"
 
     def __init__(self, spec: str) -> None:
-        module, colon, attribute = spec.partition(":")
-        try:
-            found = getattr(importlib.import_module(module), attribute) if colon else None
-        except (ImportError, AttributeError, ValueError) as problem:
-            raise EncoderError(f"encoder {spec!r}: {problem}") from None
-        if not callable(found):
-            raise EncoderError(f"encoder {spec!r} must name a callable, as package.module:object.")
         self.name = spec
-        self._call: Callable[[list[Image]], Any] = found
+        self._call: Callable[[list[Image]], Any] = own_callable(spec)
 
     def images(self, images: Sequence[Image]) -> Vectors:
         """What the callable returns, checked: float32 [N, D].
@@ -213,17 +206,35 @@ class OwnEncoder(Encoder):
         return found
 
 
+def own_callable(spec: str) -> Callable[..., Any]:
+    """The object that ``package.module:object`` names.
+
+    Raises:
+        EncoderError: there is no such object, or it cannot be called.
+    """
+    module, colon, attribute = spec.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute) if colon else None
+    except (ImportError, AttributeError, ValueError) as problem:
+        raise EncoderError(f"encoder {spec!r}: {problem}") from None
+    if not callable(found):
+        raise EncoderError(f"encoder {spec!r} must name a callable, as package.module:object.")
+    call: Callable[..., Any] = found
+    return call
+
+
 def _batched(items: Sequence[Any], encode: Callable[[Sequence[Any]], Tensor]) -> Vectors:
     parts = [encode(items[i : i + BATCH]).float().cpu() for i in range(0, len(items), BATCH)]
     return np.asarray(torch.cat(parts).numpy(), np.float32)
 
 
-def _name(where: str) -> str:
+def named(where: str) -> str:
+    """How a model is called in protocols: its Hub id, or "local:" and the folder's last name."""
     folder = Path(where)
     return f"local:{folder.resolve().name}" if folder.is_dir() else where
 
 
-def _loaded(where: str, kind: Any) -> Any:
+def load_quietly(where: str, kind: Any) -> Any:
     """`kind.from_pretrained`, in eval mode and fp32 where it is a model; one sentence if it fails.
 
     The hub's libraries raise OSError, ValueError and their own for what is absent or offline.
@@ -239,24 +250,32 @@ def _loaded(where: str, kind: Any) -> Any:
     return found.float().eval() if isinstance(found, torch.nn.Module) else found
 
 
-def _require_type(where: str, wanted: str, types: tuple[str, ...]) -> str:
+def found_type(where: str) -> str:
     """The model type that config.json states.
 
     Raises:
-        EncoderError: there is no such folder or id, or it is another model.
+        EncoderError: there is no such folder or id.
     """
     folder = Path(where)
     if folder.is_dir():
         try:
-            found = str(json.loads((folder / "config.json").read_text("utf-8"))["model_type"])
+            return str(json.loads((folder / "config.json").read_text("utf-8"))["model_type"])
         except (OSError, ValueError, KeyError, TypeError):
             raise EncoderError(f"{where} holds no config.json with a model_type.") from None
-    elif where.count("/") != 1 or where.startswith((".", "/", "~")):
+    if where.count("/") != 1 or where.startswith((".", "/", "~")):
         raise EncoderError(f"There is no encoder at {where}: name a folder, or a Hub id.")
-    else:
-        from transformers import AutoConfig
+    from transformers import AutoConfig
 
-        found = str(_loaded(where, AutoConfig).model_type)
+    return str(load_quietly(where, AutoConfig).model_type)
+
+
+def _require_type(where: str, wanted: str, types: tuple[str, ...]) -> str:
+    """The model type, one of `types`.
+
+    Raises:
+        EncoderError: there is no such folder or id, or it is another model.
+    """
+    found = found_type(where)
     if found not in types:
         raise EncoderError(f"{where} is a {found!r} model, not a {wanted}: expected {types[0]!r}.")
     return found

@@ -77,7 +77,7 @@ def generate(
         tick: progress.
     """
     outputs: dict[int, Image] = {}
-    with _quick(pipe, sampling):
+    with quick(pipe, sampling):
         for batch in _batches(samples, sampling.batch_size):
             images = _call(pipe, [samples[i] for i in batch], sampling, route, with_source)
             outputs |= zip(batch, images, strict=True)
@@ -122,7 +122,7 @@ def _batches(samples: Sequence[EvaluationSample], size: int) -> Iterator[list[in
 
 
 @contextmanager
-def _quick(pipe: CoLoGenPipeline, sampling: Sampling) -> Iterator[None]:
+def quick(pipe: CoLoGenPipeline, sampling: Sampling) -> Iterator[None]:
     """No gradients, no progress bars, the precision that was asked for."""
     shown = dict(getattr(pipe, "_progress_bar_config", None) or {})
     pipe.set_progress_bar_config(disable=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -11,9 +12,11 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 from PIL import Image as PILImage
 
-from prw_flux.evaluation.metrics.judge import Judge, Question
+from prw_flux.evaluation.metrics.judge import Judge, Question, read_scores
+from prw_flux.rundir import write_atomically
 from prw_flux.tasks.base import Image
 
 
@@ -119,21 +122,56 @@ class RecordedJudge:
 class Recorder:
     """Passes questions on and appends every answer to a file that `RecordedJudge` reads.
 
+    What the file holds already is not asked again: the same question about the same pixels, where
+    its last answer has scores in it. So a grading that was killed goes on where it was.
+
     Args:
         judge: the one that answers.
-        path: the file; lines are added as answers come, so an interrupted grading keeps them.
+        path: the file; lines are added as answers come. A line that a crash cut off is left out.
     """
 
     def __init__(self, judge: Judge, path: str | Path) -> None:
         self._judge, self._path = judge, Path(path)
+        self._known = _recorded(self._path)
 
     def __call__(self, question: Question) -> str:
         """The judge's answer, recorded."""
+        digest = question_digest(question)
+        if digest in self._known:
+            return self._known[digest]
         answer = self._judge(question)
-        row = {"key": question.key, "part": question.part, "answer": answer}
+        row = {"key": question.key, "part": question.part, "answer": answer, "digest": digest}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         return answer
+
+
+def question_digest(question: Question) -> str:
+    """Of the words and the pixels."""
+    found = hashlib.sha256(f"{question.key}\0{question.part}\0{question.text}".encode())
+    for image in question.images:
+        found.update(f"{image.shape}".encode() + np.ascontiguousarray(image).tobytes())
+    return found.hexdigest()
+
+
+def _recorded(path: Path) -> dict[str, str]:
+    """Answers with scores in a recorder's file, by the digest of the question."""
+    if not path.is_file():
+        return {}
+    text = path.read_text("utf-8")
+    if text and not text.endswith("\n"):  # a line that a crash cut off
+        write_atomically(path, text[: text.rfind("\n") + 1])
+    known: dict[str, str] = {}
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+            digest, answer = str(row["digest"]), str(row["answer"])
+            read_scores(answer)
+        except (ValueError, KeyError, TypeError):
+            continue
+        known[digest] = answer
+    return known
 
 
 def _data_url(image: Image) -> str:

@@ -45,7 +45,8 @@ def count_experts(
 
     Returns:
         {"version", "groups": names of the blocks, "stages": names of the experts, "tasks": {task:
-        {"n": rows routed per block, "counts": [block][expert], "gate": [block] mean gate}}}
+        {"n": rows routed per block, "counts": [block][expert], "gate": [block] mean gate, "times":
+        [{"time", "counts": [block][expert]}, ...] from noise to data}}}
     """
     adapter: PRWAdapter = pipe.prw
     attach(pipe.transformer, adapter)
@@ -53,19 +54,33 @@ def count_experts(
     stages = [stage.name for stage in adapter.weave.stages]
     tasks = {}
     for task, chosen in samples.items():
-        record = prw.Record()
-        with record, torch.inference_mode():
-            for start in range(0, len(chosen), batch_size):
-                _observe(pipe, chosen[start : start + batch_size], record)
-        if chosen:
-            tasks[task] = _counts(record, groups, len(stages))
+        if not chosen:
+            continue
+        batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+        found = [(time, _record(pipe, batches, time)) for time in _times(adapter)]
+        tasks[task] = _counts(found, groups, len(stages))
     return {"version": VERSION, "groups": groups, "stages": stages, "tasks": tasks}
 
 
+def _times(adapter: PRWAdapter) -> tuple[float, ...]:
+    """Where the source is read: at 0 alone, or at the timestep of each denoising step."""
+    return (0.0,) if adapter.config.source_timestep == "zero" else TIMES
+
+
+def _record(
+    pipe: CoLoGenPipeline, batches: Sequence[Sequence[EvaluationSample]], time: float
+) -> prw.Record:
+    record = prw.Record()
+    with record, torch.inference_mode():
+        for samples in batches:
+            _observe(pipe, samples, time, record)
+    return record
+
+
 def _observe(
-    pipe: CoLoGenPipeline, samples: Sequence[EvaluationSample], record: prw.Record
+    pipe: CoLoGenPipeline, samples: Sequence[EvaluationSample], time: float, record: prw.Record
 ) -> None:
-    """Source passes of one batch of one task and one size, seen by `record`."""
+    """The source pass of one batch of one task and one size, seen by `record`."""
     adapter: PRWAdapter = pipe.prw
     spec = adapter.task(samples[0].task)
     device = pipe.transformer.device
@@ -74,10 +89,8 @@ def _observe(
     tokens_BSC = pack(latents).to(device=device, dtype=pipe.transformer.dtype)
     ids_S3 = position_ids(rows, columns, offset=source_offset(spec.aligned, columns), device=device)
     pooled_BP = _pooled(pipe, adapter, spec.sentence, samples).to(tokens_BSC)
-    zero = adapter.config.source_timestep == "zero"
-    for time in (0.0,) if zero else TIMES:
-        timestep_B = tokens_BSC.new_full((len(samples),), time)
-        source_pass(pipe.transformer, tokens_BSC, ids_S3, pooled_BP, timestep_B, None, record)
+    timestep_B = tokens_BSC.new_full((len(samples),), time)
+    source_pass(pipe.transformer, tokens_BSC, ids_S3, pooled_BP, timestep_B, None, record)
 
 
 def _pooled(
@@ -94,12 +107,18 @@ def _pooled(
     return encode_pooled(texts, tokenizer=pipe.tokenizer, text_encoder=pipe.text_encoder)
 
 
-def _counts(record: prw.Record, groups: Sequence[str], experts: int) -> dict[str, Any]:
-    found = record.by_group()
-    counts, gates, rows = [], [], 0
-    for group in groups:
-        chosen = found[group]["expert"].cpu().numpy()
-        rows = int(chosen.size)
-        counts.append(np.bincount(chosen, minlength=experts).tolist())
-        gates.append(round(float(found[group]["gate"].float().mean()), 4))
-    return {"n": rows, "counts": counts, "gate": gates}
+def _counts(
+    records: Sequence[tuple[float, prw.Record]], groups: Sequence[str], experts: int
+) -> dict[str, Any]:
+    times: list[dict[str, Any]] = []
+    gates_TG = []
+    for time, record in records:
+        found = record.by_group()
+        chosen = [found[group]["expert"].cpu().numpy() for group in groups]
+        counts = [np.bincount(one, minlength=experts).tolist() for one in chosen]
+        times.append({"time": time, "counts": counts})
+        gates_TG.append([float(found[group]["gate"].float().mean()) for group in groups])
+    total = np.sum([one["counts"] for one in times], axis=0)
+    gates = [round(float(gate), 4) for gate in np.mean(gates_TG, axis=0)]
+    return {"n": int(total[0].sum()) if len(total) else 0, "counts": total.tolist(),
+            "gate": gates, "times": times}  # fmt: skip

@@ -29,6 +29,8 @@ from prw_flux.shapeweave.source import ShapeWeave
 from prw_flux.tasks import DataSource, Image, load_task
 
 FILE: Final = "evaluation.json"
+WORST: Final = 10
+"""Samples per task in the gallery of failures."""
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Told (what, pictures done, pictures in all) after every batch; may raise to stop."""
 
@@ -135,7 +137,8 @@ def evaluate_run(
     shown = {task: bench.shown(task) for task in tasks}
     photos = photo_samples(folder, tasks, settings.photos, settings.seed)
     outputs = bench.of_photos(photos)
-    write_sheets(folder.path / "samples", shown, photos, outputs)
+    worst = {task: bench.worst(task) for task in tasks}
+    write_sheets(folder.path / "samples", shown, photos, outputs, worst)
     result["seconds"] = round(time.perf_counter() - started, 1)
     write_json(folder.path / FILE, result)
     write_atomically((folder.path / FILE).with_suffix(".md"), markdown(result))
@@ -174,12 +177,18 @@ def evaluate_stage(
     return {"stage": stage, "n": settings.n, "tasks": rows}
 
 
-def load_pipeline(folder: RunFolder) -> CoLoGenPipeline:
-    """The trained pipeline, on the GPU if there is one; on a CPU in float32."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    narrow = device == "cuda" and folder.config.precision == "bf16"
+def load_pipeline(folder: RunFolder, *, base: str | None = None, local: int = 0) -> CoLoGenPipeline:
+    """The trained pipeline, on a GPU if there is one; on a CPU in float32.
+
+    Args:
+        folder: the run.
+        base: another place for its base.
+        local: number of the GPU.
+    """
+    device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    narrow = device != "cpu" and folder.config.precision == "bf16"
     dtype = torch.bfloat16 if narrow else torch.float32
-    pipe: CoLoGenPipeline = CoLoGenPipeline.from_pretrained(folder.path, dtype=dtype)
+    pipe: CoLoGenPipeline = CoLoGenPipeline.from_pretrained(folder.path, base=base, dtype=dtype)
     pipe.to(device)
     return pipe
 
@@ -278,7 +287,7 @@ class _Bench:
             rows = [score(s, image) for s, image in zip(samples, pictures, strict=True)]
             self._scores[task, name] = rows
             if name == "stage":
-                self._pictures[task] = pictures[: self.settings.shown]
+                self._pictures[task] = pictures
         return self._scores[task, name]
 
     def history(self, stages: Mapping[str, str]) -> dict[str, Any]:
@@ -342,11 +351,18 @@ class _Bench:
 
     def shown(self, task: str) -> list[tuple[EvaluationSample, Image, float]]:
         """Samples for the grid: what was asked, what came out, its headline."""
+        return self._scored(task)[: self.settings.shown]
+
+    def worst(self, task: str) -> list[tuple[EvaluationSample, Image, float]]:
+        """The samples with the lowest headline, worst first."""
+        return sorted(self._scored(task), key=lambda one: one[2])[:WORST]
+
+    def _scored(self, task: str) -> list[tuple[EvaluationSample, Image, float]]:
         rows = self._arm(task, "stage")
         return [
             (sample, image, row["headline"])
             for sample, image, row in zip(
-                self.draws[task].samples, self._pictures[task], rows, strict=False
+                self.draws[task].samples, self._pictures[task], rows, strict=True
             )
         ]
 

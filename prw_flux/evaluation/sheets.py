@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -44,6 +45,7 @@ def write_sheets(
     shown: Mapping[str, Sequence[tuple[EvaluationSample, Image, float]]],
     photos: Mapping[str, Sequence[EvaluationSample]],
     outputs: Sequence[Image],
+    worst: Mapping[str, Sequence[tuple[EvaluationSample, Image, float]]] = MappingProxyType({}),
 ) -> None:
     """Replace the contents of samples/ by these pictures and their index, samples.json.
 
@@ -52,11 +54,13 @@ def write_sheets(
         shown: scenes by task: sample, output, headline.
         photos: photo samples by task.
         outputs: one picture per photo sample, in the same order.
+        worst: the scenes with the lowest headline by task, worst first.
     """
     with replace_folder(folder) as new:
         entries = [
-            _entry(new, f"{task}-scene-{i}", sample, output, "scenes", value)
-            for task, rows in shown.items()
+            _entry(new, f"{task}-{name}-{i}", sample, output, domain, value)
+            for domain, name, chosen in (("scenes", "scene", shown), ("worst", "worst", worst))
+            for task, rows in chosen.items()
             for i, (sample, output, value) in enumerate(rows)
         ]
         of_photos = (sample for part in photos.values() for sample in part)

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import prod
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Final, final
 
 from prw_flux.config import RunConfig
 from prw_flux.rundir import EVALUATION_VERSION, RunFolder
+
+SCORES: Final = 1
+"""Version of a benchmark's scores.json."""
 
 
 @final
@@ -51,6 +54,7 @@ class Facts:
     evaluation: Mapping[str, Any] | None
     routing: Mapping[str, Any] | None
     samples: Mapping[str, Any] | None
+    benchmarks: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def done(self) -> tuple[StageFacts, ...]:
@@ -99,7 +103,14 @@ def read_facts(run: str | Path) -> Facts:
         evaluation=_of_version(_read_json(folder.path / "evaluation.json"), EVALUATION_VERSION),
         routing=_read_json(folder.path / "routing.json"),
         samples=_read_json(folder.path / "samples" / "samples.json"),
+        benchmarks=_scores(folder.path / "benchmarks"),
     )
+
+
+def _scores(folder: Path) -> tuple[Mapping[str, Any], ...]:
+    """The scores of the benchmarks in a run's folder, by name; other versions are left out."""
+    found = [_of_version(_read_json(path), SCORES) for path in sorted(folder.glob("*/scores.json"))]
+    return tuple(scores for scores in found if scores is not None and scores.get("lines"))
 
 
 def expert_parameters(adapter: Path) -> dict[str, int]:

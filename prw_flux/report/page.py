@@ -9,9 +9,10 @@ from importlib.resources import files
 from pathlib import Path
 
 from prw_flux.report import sections
+from prw_flux.report.benchmarks import benchmarks
 from prw_flux.report.comparison import comparison
 from prw_flux.report.facts import Facts, read_facts
-from prw_flux.report.pictures import samples
+from prw_flux.report.pictures import failures, samples
 from prw_flux.report.text import count, duration
 from prw_flux.rundir import write_atomically
 
@@ -19,6 +20,8 @@ NAME = "report.html"
 SECTIONS = (
     ("Comparison", "comparison", comparison),
     ("Samples", "samples", samples),
+    ("Failures", "failures", failures),
+    ("Benchmarks", "benchmarks", benchmarks),
     ("Training", "training", sections.training),
     ("What was drawn", "drawn", sections.drawn),
     ("Routing", "routing", sections.routing),
@@ -26,6 +29,8 @@ SECTIONS = (
     ("Cost", "cost", sections.cost),
     ("Configuration", "configuration", sections.configuration),
 )
+OPTIONAL = ("Failures", "Benchmarks")
+"""Sections that a complete run may lack."""
 
 
 def write_report(run: str | Path, out: str | Path | None = None) -> Path:
@@ -50,6 +55,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
 def render(facts: Facts) -> str:
     """The whole page."""
     made = [(title, anchor, make(facts)) for title, anchor, make in SECTIONS]
+    absent = [title for title, _, body in made if not body and title not in OPTIONAL]
     links = "".join(f'<a href="#{anchor}">{title}</a>' for title, anchor, body in made if body)
     style = files("prw_flux.report").joinpath("style.css").read_text("utf-8")
     name = escape(facts.path.resolve().name)
@@ -58,7 +64,7 @@ def render(facts: Facts) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>PRW run {name}</title><style>{style}</style></head>\n<body><main>"
-        f"{header(facts)}<nav>{links}</nav>{notice(facts, [t for t, _, body in made if not body])}"
+        f"{header(facts)}<nav>{links}</nav>{notice(facts, absent)}"
         + "\n".join(body for _, _, body in made)
         + f"<footer>Written {written} from {escape(str(facts.path))}.</footer></main>"
         + "</body></html>\n"

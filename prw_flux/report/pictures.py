@@ -43,6 +43,30 @@ def samples(facts: Facts) -> str:
     )
 
 
+def failures(facts: Facts) -> str:
+    """The worst samples of every task by its metric."""
+    entries = list(facts.samples["samples"]) if facts.samples else []
+    folder = facts.path / "samples"
+    parts: list[str] = []
+    for task in dict.fromkeys(entry["task"] for entry in entries):
+        chosen = [e for e in entries if e["task"] == task and e["domain"] == "worst"]
+        if chosen:
+            figures = "".join(_sample(folder, entry) for entry in chosen)
+            parts.append(
+                f"<details{'' if parts else ' open'}><summary>{escape(title_of(task))}: the worst "
+                f'{len(chosen)}</summary><div class="samples">{figures}</div></details>'
+            )
+    if not parts:
+        return ""
+    return section(
+        "Failures",
+        "failures",
+        "The held-out samples with the lowest score, worst first, by the adapter pinned to the "
+        "stage that trained the task.",
+        "".join(parts),
+    )
+
+
 def _sample(folder: Path, entry: Mapping[str, Any]) -> str:
     pictures = "".join(
         f'<div class="{role}"><img alt="{role}" src="{data_uri(folder / str(entry[role]))}">'

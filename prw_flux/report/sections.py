@@ -128,21 +128,44 @@ def routing(facts: Facts) -> str:
     if not facts.routing:
         return ""
     tables = "".join(
-        f"<div><h3>{escape(title_of(task))}</h3>{_routing_table(facts.routing, found)}</div>"
+        f"<div><h3>{escape(title_of(task))}</h3>{_routing_table(facts.routing, found['counts'])}"
+        "</div>"
         for task, found in facts.routing["tasks"].items()
+    )
+    times = "".join(
+        f"<h3>{escape(title_of(task))}</h3>{_by_time(facts.routing, found['times'])}"
+        for task, found in facts.routing["tasks"].items()
+        if len(found.get("times", ())) > 1
+    )
+    when = (
+        " Below, the same at the times at which the source was looked at, from noise (1) to data."
+        if times
+        else " The source is read at time 0 in every denoising step, so its routing does not "
+        "change with the timestep."
+        if facts.config.adapter.source_timestep == "zero"
+        else ""
     )
     return section(
         "Routing",
         "routing",
         "Share of the sources of each task, in per cent, that every block sends to every expert "
-        "(columns), without router noise. D are double-stream blocks, S single-stream blocks.",
-        f'<div class="pair">{tables}</div>',
+        "(columns), without router noise. D are double-stream blocks, S single-stream blocks."
+        + when,
+        f'<div class="pair">{tables}</div>{times}',
     )
 
 
-def _routing_table(routing: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+def _by_time(routing: Mapping[str, Any], times: Sequence[Mapping[str, Any]]) -> str:
+    tables = "".join(
+        f"<div><h4>time {one['time']:g}</h4>{_routing_table(routing, one['counts'])}</div>"
+        for one in times
+    )
+    return f'<div class="pair">{tables}</div>'
+
+
+def _routing_table(routing: Mapping[str, Any], counts_BE: Sequence[Sequence[int]]) -> str:
     dense = len(routing["groups"]) > DENSE
-    rows = [[value / max(sum(counts), 1) for value in counts] for counts in found["counts"]]
+    rows = [[value / max(sum(counts), 1) for value in counts] for counts in counts_BE]
     return heat_table(
         [block_name(group) for group in routing["groups"]],
         list(routing["stages"]),

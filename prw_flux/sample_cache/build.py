@@ -7,11 +7,10 @@ memory and never wait for each other; a content that two of them meet is stored 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Self, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor
@@ -31,6 +30,7 @@ from prw_flux.sample_cache.store import (
 )
 from prw_flux.sample_cache.table import Block, BlockRow, Table, tables, write_block
 from prw_flux.samples import CHUNK, Draws, Samples, Tally
+from prw_flux.share import Share
 from prw_flux.tasks import DataSource, Task, Triple
 
 TEXTS: Final = 64
@@ -39,36 +39,6 @@ REMEMBERED: Final = 1_000_000
 """Contents that a rank recognises when it meets them again."""
 
 Tick = Callable[[str, int, int], None]
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class Share:
-    """Which of how many processes this one is.
-
-    Attributes:
-        rank, ranks: of all processes.
-        local: of this machine's, which chooses its GPU.
-    """
-
-    rank: int = 0
-    ranks: int = 1
-    local: int = 0
-
-    @classmethod
-    def of_environment(cls) -> Self:
-        """As torchrun and `accelerate launch` say it; a process that was started alone is rank 0.
-
-        Raises:
-            ConfigError: RANK and WORLD_SIZE contradict each other.
-        """
-        rank, ranks, local = (
-            int(os.environ.get(name, default))
-            for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-        )
-        if not 0 <= rank < ranks:
-            raise ConfigError(f"RANK={rank} is not one of WORLD_SIZE={ranks} processes")
-        return cls(rank=rank, ranks=ranks, local=local)
 
 
 @final
@@ -123,7 +93,7 @@ def build(
         if share.rank == 0:
             table.write_index()
         work = Work(writer, table, draws, drawn, load)
-        for block in range(share.rank, table.blocks, share.ranks):
+        for block in range(share.rank, table.blocks, share.count):
             if table.path(block) in writer.done:
                 writer.kept += len(table.samples(block))
             else:

@@ -254,7 +254,7 @@ def dreambench(tmp_path: Path) -> tuple[Path, Path]:
 def test_dreambench_by_hand(dreambench: tuple[Path, Path], tmp_path: Path) -> None:
     data, results = dreambench
     bench = DreamBench(data)
-    assert bench.items[0].prompt == "a cup at 0" and bench.items[-1].prompt == "a dog wearing 24"
+    assert bench.items[0].text == "a cup at 0" and bench.items[-1].text == "a dog wearing 24"
     scores = score_folder(bench, results, Encoders(dino=Colours()), tmp_path / "s.json")
     (line,) = scores.lines
     # cup: 1 and about 0 over its two photos; rex: 1; subjects weigh the same
@@ -341,8 +341,8 @@ def test_a_mistake_is_one_sentence(
     both = [*bench, "--results", results, "--data", data]
     cases: list[tuple[list[str], str]] = [
         ([], "evaluate needs a RUN, or --bench"),
-        (["runs/a", *both], "leave out 'runs/a'"),
-        ([*bench, "--data", data], "needs --results DIR"),
+        (["runs/a", *both], "there is no folder runs/a"),
+        ([*bench, "--data", data], "needs a RUN, or --results DIR"),
         ([*bench, "--results", results], "needs --data DIR"),
         ([*both, "--clip", str(tmp_path / "gone")], "There is no encoder at"),
         ([*both, "--clip", "nobody/nothing"], "cannot be loaded"),

@@ -22,13 +22,14 @@ from prw_flux.cli import main
 from prw_flux.config import RunConfig
 from prw_flux.rundir import RunFolder
 from prw_flux.sample_cache import store, table
-from prw_flux.sample_cache.build import Built, Share, build, encoders
+from prw_flux.sample_cache.build import Built, build, encoders
 from prw_flux.sample_cache.check import check
 from prw_flux.sample_cache.errors import CacheError
 from prw_flux.sample_cache.opened import open_tables
 from prw_flux.sample_cache.table import Table, tables
 from prw_flux.session import open_session
 from prw_flux.shapeweave.source import ShapeWeave
+from prw_flux.share import Share
 from prw_flux.tasks import DataSource, Example, Task, Triple, load_task
 from prw_flux.trainer import open_training_data, train
 
@@ -191,7 +192,7 @@ def test_ranks_share_the_work_and_write_files_of_their_own(
     made(short_config, tmp_path / "one")
     seen: dict[Path, int] = {}
     for rank in range(3):
-        share = Share(rank=rank, ranks=3)
+        share = Share(rank=rank, count=3)
         before = dict(seen)
         made(short_config, tmp_path / "three", share=share)
         seen = {p: p.stat().st_mtime_ns for p in (tmp_path / "three").rglob("*.safetensors")}
@@ -260,7 +261,7 @@ def test_an_incomplete_cache_says_how_many_and_what_to_do(
 ) -> None:
     with pytest.raises(CacheError, match="lacks all 6 samples of stage 'inpaint', all 6"):
         open_session(with_cache(short_config, tmp_path / "none"))
-    made(short_config, tmp_path, share=Share(rank=0, ranks=2))
+    made(short_config, tmp_path, share=Share(rank=0, count=2))
     with pytest.raises(CacheError, match=r"lacks 2 of 6 samples of stage 'inpaint', 2 of 6"):
         open_session(with_cache(short_config, tmp_path))
     assert "2 of 6 samples are not encoded" in check(tmp_path)[0]

@@ -1,31 +1,33 @@
-"""What the benchmarks share: the folder of results against the items, scores kept item by item."""
+"""What the benchmarks share: items, what a model is asked for, rows of means, index files."""
 
 from __future__ import annotations
 
-import difflib
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Generic, TypeAlias, TypeVar, final
+from typing import Any, Generic, TypeAlias, TypeVar, final
 
 import numpy as np
+from PIL import Image as PILImage
 
-from prw_flux.data.images import ImageError, open_image
+from prw_flux.data.images import open_image
 from prw_flux.evaluation.encoders import Encoder, Vectors
 from prw_flux.evaluation.metrics import cosine
 from prw_flux.evaluation.published import Protocol
-from prw_flux.rundir import write_atomically
 from prw_flux.tasks.base import Image
 
 Values: TypeAlias = Mapping[str, float]
-Progress: TypeAlias = Callable[[int, int], None]
-PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class BenchmarkError(ValueError):
-    """A folder that cannot be scored: not this benchmark, another version, or no results in it."""
+    """A folder that cannot be used: not this benchmark, another version, or no results in it."""
+
+
+class Unscored(Exception):
+    """One item cannot be scored; the sentence says why, and the other items are."""
 
 
 @final
@@ -36,12 +38,24 @@ class Encoders:
     Args:
         clip: gives CLIP-I and CLIP-T.
         dino: gives DINO.
-        own: gives a similarity that is named after it.
+        own: gives a similarity that is named after it, and a distance of two sets of pictures.
+        inception: gives FID.
     """
 
     clip: Encoder | None = None
     dino: Encoder | None = None
     own: Encoder | None = None
+    inception: Encoder | None = None
+
+    def distances(self) -> dict[str, Encoder]:
+        """The encoders that compare sets of pictures, by the name of the distance.
+
+        Only Inception-v3's is called FID.
+        """
+        pairs = {"FID": self.inception}
+        if self.own is not None:
+            pairs[f"frechet[{self.own.name}]"] = self.own
+        return {name: encoder for name, encoder in pairs.items() if encoder is not None}
 
     def named(self) -> dict[str, Encoder]:
         """The encoders there are, by the name of their similarity of two pictures."""
@@ -84,10 +98,43 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One picture that is expected: its place below the results, and a unique key."""
+    """One picture that is expected.
+
+    Args:
+        key: unique in the benchmark.
+        output: its place below the results.
+        text: what was asked for; "" where the benchmark's folder does not say it.
+        given: the picture that a model is given, where there is one.
+    """
 
     key: str
     output: str
+    text: str = ""
+    given: Path | None = None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """One picture to be generated.
+
+    Args:
+        output: its place below the results; it also seeds its noise.
+        task: of the adapter.
+        prompt: the text.
+        source: the picture that is given, where `Benchmark.source` opens it.
+        after: another output that is the source instead.
+        chain: asks of one chain are answered in order, in one process; "" is a chain of its own.
+        square: a square of the trained side, whatever the shape of the source.
+    """
+
+    output: str
+    task: str
+    prompt: str
+    source: Path | None = None
+    after: str | None = None
+    chain: str = ""
+    square: bool = False
 
 
 ItemT = TypeVar("ItemT", bound=Item)
@@ -98,15 +145,26 @@ class Benchmark(ABC, Generic[ItemT]):
 
     Attributes:
         name: as in the published protocols.
+        task: what its pictures are generated with.
         items: every picture that a complete result holds.
         allowed: pictures that may lie among the results and are not scored.
         notes: what differs from the published version, for people.
+        remarks: what happened while scoring, for people.
+        batch: pictures per call of the pipeline where nothing else was asked for.
     """
 
     name: str
+    task: str = "edit"
     items: tuple[ItemT, ...]
     allowed: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+    batch: int = 1
+
+    @property
+    def folder_name(self) -> str:
+        """A name for the results of this benchmark among those of a run."""
+        return self.name
 
     @abstractmethod
     def score(self, item: ItemT, output: Image, encoders: Encoders) -> dict[str, Any]:
@@ -114,7 +172,50 @@ class Benchmark(ABC, Generic[ItemT]):
 
         Raises:
             ImageError: a picture of the benchmark cannot be read.
+            Unscored: the item cannot be scored for another reason.
         """
+
+    def asks(self) -> tuple[Ask, ...]:
+        """What has to be generated, chains in order.
+
+        Raises:
+            BenchmarkError: the folder does not say what is asked for.
+        """
+        for item in self.items:
+            if not item.text or item.given is None:
+                raise BenchmarkError(
+                    f"{self.name}: item {item.key!r} has no instruction, so nothing can be "
+                    "generated for it; pictures that exist are scored with --results and no RUN."
+                )
+        return tuple(
+            Ask(output=item.output, task=self.task, prompt=item.text, source=item.given)
+            for item in self.items
+        )
+
+    def given(self, item: ItemT, results: Path) -> Path | None:
+        """The file of what a model was given for an item, for reports."""
+        return item.given
+
+    def source(self, ask: Ask) -> Image:
+        """What the model is given, uint8 [H, W, 3].
+
+        Raises:
+            ImageError: the picture cannot be read.
+        """
+        assert ask.source is not None
+        return open_image(ask.source)
+
+    def source_size(self, ask: Ask) -> tuple[int, int] | None:
+        """(width, height) of the source, without decoding it; None where it cannot be opened."""
+        try:
+            with PILImage.open(str(ask.source)) as picture:
+                return picture.size
+        except Exception:  # decoders raise all kinds; `source` says what is wrong
+            return None
+
+    def beside(self, ask: Ask, source: Image, output: Image) -> Mapping[str, Image]:
+        """More pictures that public scripts expect among the results, by place; grey or RGB."""
+        return {}
 
     @abstractmethod
     def lines(self, rows: Sequence[Mapping[str, Any]], encoders: Encoders) -> list[Line]:
@@ -124,103 +225,6 @@ class Benchmark(ABC, Generic[ItemT]):
         """The protocol's `items`: "all", or "k of n"."""
         count, all_ = len(list(rows)), len(self.items) if total is None else total
         return "all" if count == all_ and not self.notes else f"{count} of {all_}"
-
-
-@final
-@dataclass(kw_only=True)
-class Scores:
-    """A scoring, as far as it came.
-
-    Attributes:
-        rows: one per scored item, in order, with its key.
-        problems: one sentence per item without a score, and per file that no item expects.
-        lines: means and protocols.
-    """
-
-    benchmark: str
-    results: str
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    lines: list[Line] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        """What the file holds: plain values."""
-        lines = [{**vars(line), "metrics": dict(line.metrics), "protocol": dict(line.protocol)}
-                 for line in self.lines]  # fmt: skip
-        return {
-            "version": 1, "benchmark": self.benchmark, "results": self.results, "lines": lines,
-            "notes": self.notes, "problems": self.problems, "items": self.rows,
-        }  # fmt: skip
-
-    def save(self, path: Path) -> None:
-        """Write everything as one JSON file."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(self.to_json(), indent=1) + "\n")
-
-
-def score_folder(
-    benchmark: Benchmark[Any],
-    results: Path,
-    encoders: Encoders,
-    out: Path,
-    progress: Progress = lambda done, total: None,
-) -> Scores:
-    """Scores what a folder holds and writes `out`, also when it is stopped half-way.
-
-    A picture that is missing, unreadable or misnamed is a problem of its own and does not stop the
-    others.
-
-    Raises:
-        BenchmarkError: the folder is not there, or holds no picture that the benchmark expects.
-    """
-    scores = Scores(benchmark=benchmark.name, results=str(results), notes=list(benchmark.notes))
-    scores.problems += unexpected(benchmark, results)
-    try:
-        for index, item in enumerate(benchmark.items):
-            try:
-                output = open_image(results / item.output)
-                values = benchmark.score(item, output, encoders)
-                scores.rows.append({"key": item.key, **values})
-            except ImageError as problem:
-                scores.problems.append(str(problem))
-            progress(index + 1, len(benchmark.items))
-    finally:
-        if scores.rows:
-            scores.lines += benchmark.lines(scores.rows, encoders)
-        scores.save(out)
-    if not scores.rows:
-        raise BenchmarkError(
-            f"{results}: none of the {len(benchmark.items)} pictures could be scored; the first "
-            f"problem: {scores.problems[0]}."
-        )
-    return scores
-
-
-def unexpected(benchmark: Benchmark[Any], results: Path) -> list[str]:
-    """A sentence for every picture in the folder that no item expects.
-
-    Raises:
-        BenchmarkError: there is no such folder, or not one expected picture in it.
-    """
-    if not results.is_dir():
-        raise BenchmarkError(f"There is no folder of results at {results}.")
-    found = {
-        path.relative_to(results).as_posix()
-        for path in results.rglob("*")
-        if path.suffix.lower() in PICTURES
-    }
-    wanted = {item.output for item in benchmark.items}
-    if not found & wanted:
-        seen = f"it holds {min(found)!r} and {len(found) - 1} others" if found else "it is empty"
-        raise BenchmarkError(
-            f"{results} holds no picture with a name that is expected, such as "
-            f"{benchmark.items[0].output!r}: {seen}."
-        )
-    return [
-        f"{results / name}: no item has this name{_near(name, wanted - found)}"
-        for name in sorted(found - wanted - benchmark.allowed)
-    ]
 
 
 def means(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, float]:
@@ -247,13 +251,39 @@ def read_json(path: Path, what: str) -> Any:
         raise BenchmarkError(f"{path} cannot be read: {problem}.") from None
 
 
+def read_index(
+    path: Path, what: str, version: int, read: Callable[[Path, Any, str], ItemT]
+) -> tuple[dict[str, Any], tuple[ItemT, ...]]:
+    """A benchmark's own JSON file, {"version": ..., "items": [...], ...}, and its items.
+
+    Args:
+        path: the file; names in it are relative to its folder.
+        what: what it holds, for messages.
+        version: the one that is read.
+        read: makes an item of (folder, row, "where it stands"); raises BenchmarkError.
+
+    Raises:
+        BenchmarkError: the file is not there, of another version or empty, an item of it is
+            unusable, or two have the same key.
+    """
+    data = read_json(path, what)
+    found = data.get("version") if isinstance(data, dict) else None
+    if found != version or not isinstance(data.get("items"), list) or not data["items"]:
+        raise BenchmarkError(
+            f"{path} is of another version: expected version {version} and items, got version "
+            f"{found!r}."
+        )
+    items = tuple(
+        read(path.parent, row, f"{path}, item {index}") for index, row in enumerate(data["items"])
+    )
+    key, times = Counter(item.key for item in items).most_common(1)[0]
+    if times > 1:
+        raise BenchmarkError(f"{path} has the id {key!r} {times} times.")
+    return data, items
+
+
 def inside(where: str, *names: str) -> None:
     """Raise BenchmarkError for a name that leads out of its folder; `where` says what holds it."""
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise BenchmarkError(f"{where}: {name!r} leaves the folder.")
-
-
-def _near(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.6)
-    return f"; {near[0]!r} is missing" if near else ""

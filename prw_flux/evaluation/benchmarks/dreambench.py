@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -22,6 +22,7 @@ import numpy as np
 
 from prw_flux.data.images import open_image
 from prw_flux.evaluation.benchmarks.base import (
+    Ask,
     Benchmark,
     BenchmarkError,
     Encoders,
@@ -46,10 +47,12 @@ AGAINST: Final = ("all photos", "the reference")
 @final
 @dataclass(frozen=True, kw_only=True)
 class Scene(Item):
-    """One result: subject, prompt without the unique token, real photos, the given one of them."""
+    """One result: subject, real photos, the one of them that UNO's file names.
+
+    `text` is the prompt without the unique token.
+    """
 
     subject: str
-    prompt: str
     photos: tuple[Path, ...]
     reference: Path | None
 
@@ -67,6 +70,7 @@ class DreamBench(Benchmark[Scene]):
     """
 
     name = "dreambench"
+    task = "customise"
 
     def __init__(self, folder: Path, *, samples: int = 1) -> None:
         if samples < 1:
@@ -83,7 +87,8 @@ class DreamBench(Benchmark[Scene]):
                 place = PROMPTS * number + index
                 items += [
                     Scene(key=f"{subject}/{index}/{k}", output=f"{place}_{k}.png", subject=subject,
-                          prompt=prompt.replace("{1}", label), photos=photos, reference=reference)
+                          text=prompt.replace("{1}", label), photos=photos,
+                          reference=reference, given=reference or photos[0])
                     for k in range(samples)
                 ]  # fmt: skip
         if not items:
@@ -92,6 +97,10 @@ class DreamBench(Benchmark[Scene]):
         self._photos: dict[tuple[str, Path], Vectors] = {}
         if present != SUBJECTS:
             self.notes = (f"{folder} holds photos of {present} of the {SUBJECTS} subjects",)
+
+    def asks(self) -> tuple[Ask, ...]:
+        """Squares, from the reference, or the first photo where no file names one."""
+        return tuple(replace(ask, square=True) for ask in super().asks())
 
     def score(self, item: Scene, output: Image, encoders: Encoders) -> dict[str, Any]:
         """Similarities to all photos and to the reference; CLIP-T."""
@@ -103,7 +112,7 @@ class DreamBench(Benchmark[Scene]):
             if item.reference is not None:
                 one = self._photo(encoder, item.reference)
                 row[f"{name} {AGAINST[1]}"] = mean_cosine(own, one)
-        for value in encoders.caption_score([output], item.prompt):
+        for value in encoders.caption_score([output], item.text):
             row["CLIP-T"] = value
         return row
 

@@ -6,15 +6,15 @@ The benchmark's folder holds `emu_edit.json`, exported from facebook/emu_edit_te
       {"id": "0", "image": "images/0.png", "instruction": "...",
        "input_caption": "...", "output_caption": "..."}, ...]}
 
-Results: `<id>.png`. Everything is measured against the source: L1 in [0, 1], CLIP-I, DINO; CLIP-T
-(the paper's CLIP_out) against the output caption; CLIP-dir, whether the picture changes as the
-captions do. Some published numbers leave out rows whose two captions are equal: `captions` is
-"all" or "changed", and part of the protocol.
+`instruction` may be left out where nothing is generated. Results: `<id>.png`. Everything is
+measured against the source: L1 in [0, 1], CLIP-I, DINO; CLIP-T (the paper's CLIP_out) against the
+output caption; CLIP-dir, whether the picture changes as the captions do.
+Some published numbers leave out rows whose two captions are equal: `captions` is "all" or
+"changed", and part of the protocol.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from prw_flux.evaluation.benchmarks.base import (
     Line,
     inside,
     means,
-    read_json,
+    read_index,
 )
 from prw_flux.evaluation.metrics import cosine, directional_similarity, l1
 from prw_flux.tasks.base import Image
@@ -45,7 +45,7 @@ CAPTIONS: Final = ("all", "changed")
 class CaptionedEdit(Item):
     """One edit: the source picture and the captions before and after."""
 
-    image: Path
+    given: Path
     before: str
     after: str
 
@@ -67,21 +67,8 @@ class EmuEdit(Benchmark[CaptionedEdit]):
     def __init__(self, folder: Path, *, captions: str = "all") -> None:
         if captions not in CAPTIONS:
             raise BenchmarkError(f"captions must be all or changed, got {captions!r}")
-        data = read_json(folder / FILE, "the edits")
-        found = data.get("version") if isinstance(data, dict) else None
-        if found != VERSION or not data.get("items"):
-            raise BenchmarkError(
-                f"{folder / FILE} is of another version: expected version {VERSION} and items, got "
-                f"version {found!r}."
-            )
+        data, self.items = read_index(folder / FILE, "the edits", VERSION, _edit)
         self.split, self.captions = str(data.get("split", "unnamed")), captions
-        self.items = tuple(
-            _edit(folder, row, f"{folder / FILE}, item {index}")
-            for index, row in enumerate(data["items"])
-        )
-        key, times = Counter(item.key for item in self.items).most_common(1)[0]
-        if times > 1:
-            raise BenchmarkError(f"{folder / FILE} has the id {key!r} {times} times.")
         if SIZES.get(self.split) != len(self.items):
             known = " and ".join(f"{name} {size}" for name, size in SIZES.items())
             self.notes = (
@@ -89,9 +76,14 @@ class EmuEdit(Benchmark[CaptionedEdit]):
                 f"ones are {known}: not the same set",
             )
 
+    @property
+    def folder_name(self) -> str:
+        """The benchmark and its split."""
+        return f"{self.name}-{self.split}"
+
     def score(self, item: CaptionedEdit, output: Image, encoders: Encoders) -> dict[str, Any]:
         """L1 and similarities to the source; CLIP-T and CLIP-dir with a CLIP."""
-        source = open_image(item.image)
+        source = open_image(item.given)
         row: dict[str, Any] = {"L1": l1(output, source)}
         for name, (value,) in encoders.similarities([output, source]).items():
             row[name] = value
@@ -124,6 +116,5 @@ def _edit(folder: Path, row: Any, where: str) -> CaptionedEdit:
             f"{where} needs id, image, input_caption and output_caption ({problem!r})."
         ) from None
     inside(where, f"{key}.png", image)
-    return CaptionedEdit(
-        key=key, output=f"{key}.png", image=folder / image, before=before, after=after
-    )
+    return CaptionedEdit(key=key, output=f"{key}.png", given=folder / image, before=before,
+                         after=after, text=str(row.get("instruction") or ""))  # fmt: skip

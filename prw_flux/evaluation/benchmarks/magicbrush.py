@@ -4,7 +4,8 @@ Layout of the results, which the public evaluation/image_eval.py reads too: `<id
 first edit, `<id>/<id>_inde_<k>.png` turn k from the true picture of turn k - 1,
 `<id>/<id>_iter_<k>.png` turn k from the own output of turn k - 1. The benchmark's folder holds
 `<id>/<id>-input.png` and `<id>/<id>-output<k>.png` (or `images/` with them) and
-`local_captions.json` or `local_descriptions.json`: {id: {file of the target: caption}}.
+`local_captions.json` or `local_descriptions.json`: {id: {file of the target: caption}}. Generation
+needs its `edit_sessions.json` as well: {id: [{"instruction": ...}, ... one per turn]}.
 
 Two settings, each against the target (as the public script) and against the source (as CoLoGen's
 text): "single", every turn from the true picture before it; "multi", the last turn of the own
@@ -21,6 +22,7 @@ from typing import Any, Final, final
 
 from prw_flux.data.images import open_image
 from prw_flux.evaluation.benchmarks.base import (
+    Ask,
     Benchmark,
     BenchmarkError,
     Encoders,
@@ -33,6 +35,7 @@ from prw_flux.evaluation.metrics import l1, l2
 from prw_flux.tasks.base import Image
 
 CAPTIONS: Final = ("local_captions.json", "local_descriptions.json")
+SESSIONS: Final = "edit_sessions.json"
 TEST_SIZE: Final = (535, 1053)
 """Sessions and turns of the test split."""
 SETTINGS: Final = ("single", "multi")
@@ -44,8 +47,10 @@ class Turn(Item):
     """One output of a session: its setting, true after-image, source picture and caption."""
 
     setting: str
+    session: str
+    turn: int
     target: Path
-    source: Path
+    given: Path
     caption: str | None
 
 
@@ -74,9 +79,11 @@ class MagicBrush(Benchmark[Turn]):
             raise BenchmarkError(
                 f"{folder} is no MagicBrush folder: it holds no <id>/<id>-output1.png."
             )
-        items = []
+        asked, items = _instructions(folder), []
         for name, targets in sessions.items():
-            items += _session(root / name, name, targets, texts.get(name) if captions else {})
+            words = dict(enumerate(asked.get(name, ()), start=1))
+            known = texts.get(name) if captions else {}
+            items += _session(root / name, name, targets, known, words)
         self.items = tuple(items)
         self.allowed = frozenset(
             f"{name}/{name}_iter_{k}.png"
@@ -88,9 +95,33 @@ class MagicBrush(Benchmark[Turn]):
             f"{TEST_SIZE[0]} with {TEST_SIZE[1]}: not the same set",
         )  # fmt: skip
 
+    def asks(self) -> tuple[Ask, ...]:
+        """Every turn from the true picture before it, and every later turn from the own output.
+
+        Raises:
+            BenchmarkError: edit_sessions.json does not tell the instruction of a turn.
+        """
+        out = []
+        for item in self.items:
+            if not item.text:
+                raise BenchmarkError(
+                    f"{SESSIONS} tells no instruction for {item.output!r}: without it nothing can "
+                    "be generated."
+                )
+            if item.setting == "single":
+                session, k = item.session, item.turn
+                out.append(Ask(output=item.output, task=self.task, prompt=item.text,
+                               source=item.given, chain=session))  # fmt: skip
+                if k > 1:
+                    before = f"{session}_1.png" if k == 2 else f"{session}_iter_{k - 1}.png"
+                    out.append(Ask(output=f"{session}/{session}_iter_{k}.png", task=self.task,
+                                   prompt=item.text, after=f"{session}/{before}",
+                                   chain=session))  # fmt: skip
+        return tuple(out)
+
     def score(self, item: Turn, output: Image, encoders: Encoders) -> dict[str, Any]:
         """L1, L2 and similarities to target and source; CLIP-T of output and target."""
-        target, source = open_image(item.target), open_image(item.source)
+        target, source = open_image(item.target), open_image(item.given)
         row: dict[str, Any] = {"setting": item.setting}
         for against, reference in (("target", target), ("source", source)):
             row[f"L1 {against}"] = l1(output, reference)
@@ -120,6 +151,23 @@ class MagicBrush(Benchmark[Turn]):
         return out
 
 
+def _instructions(folder: Path) -> dict[str, list[str]]:
+    """The instructions of each session by turn; empty where the file is not there."""
+    path = folder / SESSIONS
+    if not path.is_file():
+        return {}
+    sessions = read_json(path, "the instructions")
+    try:
+        return {
+            str(name): [str(turn["instruction"]) for turn in turns]
+            for name, turns in sessions.items()
+        }
+    except (AttributeError, KeyError, TypeError):
+        raise BenchmarkError(
+            f'{path} is of another version: expected {{id: [{{"instruction": ...}}, ...]}}.'
+        ) from None
+
+
 def _captions(folder: Path) -> Mapping[str, Any]:
     path = next((folder / name for name in CAPTIONS if (folder / name).is_file()), None)
     if path is None:
@@ -143,7 +191,11 @@ def _targets(session: Path) -> dict[int, Path]:
 
 
 def _session(
-    folder: Path, name: str, targets: Mapping[int, Path], captions: Mapping[str, Any] | None
+    folder: Path,
+    name: str,
+    targets: Mapping[int, Path],
+    captions: Mapping[str, Any] | None,
+    words: Mapping[int, str],
 ) -> list[Turn]:
     inputs = [folder / f"{name}-input{suffix}" for suffix in (".png", ".jpg")]
     first = next((path for path in inputs if path.is_file()), None)
@@ -160,7 +212,8 @@ def _session(
         if captions and not isinstance(caption, str):
             raise BenchmarkError(f"The captions of {name!r} know no {targets[k].name!r}.")
         return Turn(key=f"{setting}/{output}", output=f"{name}/{output}", setting=setting,
-                    target=targets[k], source=source, caption=caption)  # fmt: skip
+                    session=name, turn=k, target=targets[k], given=source, caption=caption,
+                    text=words.get(k, ""))  # fmt: skip
 
     last = len(targets)
     turns = [

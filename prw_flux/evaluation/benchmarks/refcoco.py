@@ -14,7 +14,6 @@ picture with the mark over it; another size is brought to the source's.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from prw_flux.evaluation.benchmarks.base import (
     Item,
     Line,
     inside,
-    read_json,
+    read_index,
 )
 from prw_flux.evaluation.metrics import (
     box_accuracy,
@@ -37,8 +36,8 @@ from prw_flux.evaluation.metrics import (
     mean_iou,
     resized_like,
 )
-from prw_flux.tasks.base import Box, Image, box_iou
-from prw_flux.tasks.grounding import PALETTE, read_overlay
+from prw_flux.tasks.base import Box, Image, Thing, box_iou
+from prw_flux.tasks.grounding import PALETTE, read_overlay, request
 
 FILE: Final = "refs.json"
 VERSION: Final = 1
@@ -49,7 +48,7 @@ VERSION: Final = 1
 class Reference(Item):
     """One expression: picture, true box, true mask or None, colour of the mark."""
 
-    image: Path
+    given: Path
     box: Box
     mask: Path | None
     colour: str
@@ -64,27 +63,20 @@ class RefCoco(Benchmark[Reference]):
     """
 
     name = "refcoco"
+    task = "ground"
 
     def __init__(self, folder: Path) -> None:
-        data = read_json(folder / FILE, "the expressions")
-        found = data.get("version") if isinstance(data, dict) else None
-        if found != VERSION or not data.get("items"):
-            raise BenchmarkError(
-                f"{folder / FILE} is of another version: expected version {VERSION} and items, got "
-                f"version {found!r}."
-            )
+        data, self.items = read_index(folder / FILE, "the expressions", VERSION, _reference)
         self.split = str(data.get("name", "unnamed"))
-        self.items = tuple(
-            _reference(folder, row, f"{folder / FILE}, item {index}")
-            for index, row in enumerate(data["items"])
-        )
-        key, times = Counter(item.key for item in self.items).most_common(1)[0]
-        if times > 1:
-            raise BenchmarkError(f"{folder / FILE} has the id {key!r} {times} times.")
+
+    @property
+    def folder_name(self) -> str:
+        """The benchmark, and the name that the file gives itself."""
+        return f"{self.name}-{self.split.removeprefix('refcoco-')}"
 
     def score(self, item: Reference, output: Image, encoders: Encoders) -> dict[str, Any]:
         """The box that was read and, where a mask was asked for, intersection and union."""
-        source = open_image(item.image)
+        source = open_image(item.given)
         seen = read_overlay(resized_like(output, source), source, item.colour)
         row: dict[str, Any] = {
             "box": seen.box, "wanted": item.box, "confidence": seen.confidence,
@@ -122,5 +114,10 @@ def _reference(folder: Path, row: Any, where: str) -> Reference:
     if colour not in PALETTE:
         raise BenchmarkError(f"{where}: unknown colour {colour!r}; known: {', '.join(PALETTE)}.")
     inside(where, f"{key}.png", image, *([str(mask)] if mask else []))
-    return Reference(key=key, output=f"{key}.png", image=folder / image, box=(x0, y0, x1, y1),
-                     mask=folder / str(mask) if mask else None, colour=colour)  # fmt: skip
+    words, text = str(row.get("expression") or ""), ""
+    if words:
+        thing = Thing(phrase=words, box=(x0, y0, x1, y1))
+        text = request("mask" if mask else "box", thing, colour)
+    return Reference(key=key, output=f"{key}.png", given=folder / image, box=(x0, y0, x1, y1),
+                     mask=folder / str(mask) if mask else None, colour=colour,
+                     text=text)  # fmt: skip

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -116,8 +117,16 @@ class Grading:
         *,
         tries: int = 3,
         questions: Mapping[str, str] = QUESTIONS,
+        pause: float = 0.0,
     ) -> None:
         """Asks both questions about one item, each at most `tries` times.
+
+        Args:
+            item: what is graded.
+            judge: answers.
+            tries: per question.
+            questions: texts for "SC" and "PQ".
+            pause: seconds before the second try; doubled before each further one.
 
         Raises:
             ValueError: `tries` is below 1, or the item was graded before.
@@ -129,15 +138,19 @@ class Grading:
         for part, images in pictures.items():
             text = questions[part].replace("<instruction>", item.instruction)
             question = Question(key=item.key, part=part, text=text, images=images)
-            found[part] = self._ask(question, judge, tries)
+            found[part] = self._ask(question, judge, tries, pause)
         sc, pq = found["SC"], found["PQ"]
         if sc is not None and pq is not None:
             self.grades[item.group][item.key] = Grade(sc=min(sc), pq=min(pq))
 
-    def _ask(self, question: Question, judge: Judge, tries: int) -> tuple[float, float] | None:
+    def _ask(
+        self, question: Question, judge: Judge, tries: int, pause: float
+    ) -> tuple[float, float] | None:
         reason = ""
         for attempt in range(tries):
-            self.retried += attempt > 0
+            if attempt > 0:
+                self.retried += 1
+                time.sleep(pause * 2 ** (attempt - 1))
             try:
                 return read_scores(judge(question))
             except (OSError, ValueError) as problem:

@@ -72,7 +72,8 @@ def depth_rmse(found_HW: Map, wanted_HW: Map) -> float:
 def ms_ssim(found: Map, wanted: Map) -> float:
     """Multi-scale SSIM of two maps in [0, 1]; torchmetrics with its defaults and data_range 1.
 
-    What ControlNet++ and the paper's Table 3 print as "SSIM" (times 100) for HED and line art.
+    What ControlNet++ and the paper's Table 3 print as "SSIM" (times 100) for HED and line art. In
+    float32, as there: a tenth of the time of float64 at 512 pixels, and 3e-5 away from it.
 
     Args:
         found, wanted: float [H, W] or [N, H, W] in [0, 1].
@@ -86,7 +87,7 @@ def ms_ssim(found: Map, wanted: Map) -> float:
     if min(found.shape[-2:]) < MS_SSIM_SIDE:
         height, width = found.shape[-2:]
         raise ValueError(f"MS-SSIM needs sides of {MS_SSIM_SIDE} pixels, got {height} x {width}")
-    pair = [torch.from_numpy(np.asarray(x, np.float64)) for x in (found, wanted)]
+    pair = [torch.from_numpy(np.asarray(x, np.float32)) for x in (found, wanted)]
     if any(bool((x < 0).any() or (x > 1).any()) for x in pair):
         raise ValueError("MS-SSIM takes maps in [0, 1]")
     found_N1HW, wanted_N1HW = (x.reshape(-1, 1, *x.shape[-2:]) for x in pair)

@@ -25,8 +25,14 @@ ONLY: Final[Mapping[str, tuple[str, ...]]] = {
     "judge": ("G_",),
     "questions": ("G_",),
     "language": ("G_",),
+    "canny maps": ("canny F1",),
+    "hed maps": ("hed SSIM",),
+    "lineart maps": ("lineart SSIM",),
+    "depth maps": ("depth RMSE",),
+    "seg maps": ("seg mIoU",),
 }
-"""Fields that concern only the metrics whose names begin so; every other field concerns all."""
+"""Fields that concern only the metrics whose names, or a word in them, begin so; every other field
+concerns all."""
 
 
 @final
@@ -124,7 +130,7 @@ def disagreement(
     """
     differing, unstated = [], []
     for field in sorted({*ours, *theirs}):
-        if field in ONLY and not metric.startswith(ONLY[field]):
+        if field in ONLY and not _concerns(ONLY[field], metric):
             continue
         mine, other = ours.get(field, "?"), theirs.get(field, "?")
         if other.endswith("?") and mine.startswith(other[:-1]):
@@ -134,6 +140,11 @@ def disagreement(
         elif mine != other:
             differing.append(f"{field} is {mine} here and {other} there")
     return tuple(differing), tuple(unstated)
+
+
+def _concerns(beginnings: tuple[str, ...], metric: str) -> bool:
+    """Whether the name, or a word in it ("canny CLIP-S"), begins so."""
+    return metric.startswith(beginnings) or any(w.startswith(beginnings) for w in metric.split())
 
 
 def compare(
