@@ -1,36 +1,111 @@
-"""Loading an adapter into a pipeline, and telling adapters and LoRAs apart.
-
-An adapter is a folder (config.json and prw.json), the folder of a training run, which has one, or
-one safetensors file. A LoRA is an adapter_config.json of PEFT, or a safetensors file with lora_A or
-lora_down in its keys.
-"""
+"""Where a pipeline and its adapter come from: folders, runs, files, the Hub, other pipelines."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from diffusers import FluxTransformer2DModel
-from safetensors import SafetensorError, safe_open
+from diffusers import DiffusionPipeline, FluxTransformer2DModel
 
 from prw import CheckpointError
-from prw.hub import explained
 from prw_flux.adapter import PRWAdapter
+from prw_flux.adapter_files import is_adapter, open_adapter
 from prw_flux.attach import attach, detach
-from prw_flux.flat_file import FORMAT, load_flat
-from prw_flux.locate import is_run
+from prw_flux.locate import EMBEDDED, is_run, resolve_base, resolve_run
 
 WORKING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LORA_WORDS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.")
 
 
 class PRWLoaderMixin:
-    """`load_prw_weights` and its opposite, for a pipeline with components `transformer`, `prw`."""
+    """Loading, for a pipeline whose components are FluxPipeline's and `prw`."""
 
     transformer: FluxTransformer2DModel
     prw: Any
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        base: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a pipeline folder or Hub id, or the folder of a training run.
+
+        Args:
+            pretrained_model_name_or_path: A folder that `save_pretrained` wrote, any FLUX.1
+                pipeline (then without adapter), "tiny-flux", or a run.
+            base: Another place for the base of a run, when it is not where the run says.
+            kwargs: As in `DiffusionPipeline.from_pretrained`. `dtype` (float32 by default) casts
+                the experts too, routers stay in float32.
+
+        Raises:
+            FileNotFoundError: If a local folder is neither, or the base of a run is missing.
+            ValueError: If `base` is given for something that is not a run.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        # without a dtype diffusers loads float32 and transformers what the file has
+        kwargs.setdefault("dtype", kwargs.pop("torch_dtype", torch.float32))
+        if is_run(folder):
+            location, revision = resolve_run(folder, base)
+            adapter = PRWAdapter.from_pretrained(folder / "adapter", dtype=kwargs["dtype"])
+            if revision is not None:
+                kwargs.setdefault("revision", revision)
+            pipe: Self = super().from_pretrained(  # type: ignore[misc]
+                location, prw=adapter, **kwargs
+            )
+            return pipe
+        if base is not None:
+            raise ValueError(f"{folder} is not a run (it has no run.json): leave base out.")
+        if str(folder) == EMBEDDED:
+            pretrained_model_name_or_path = resolve_base(EMBEDDED)
+        elif folder.is_dir() and not (folder / "model_index.json").is_file():
+            if is_adapter(folder):
+                raise FileNotFoundError(
+                    f"{folder} is an adapter without its base: load the base, then call "
+                    "pipe.load_prw_weights(...) with it."
+                )
+            raise FileNotFoundError(
+                f"{folder} is neither a pipeline (no model_index.json) nor a run (no run.json)."
+            )
+        pipe = super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, **kwargs
+        )
+        return pipe
+
+    @classmethod
+    def from_pipe(
+        cls, pipeline: DiffusionPipeline, prw: PRWAdapter | None = None, **components: Any
+    ) -> Self:
+        """Share the components of any FLUX.1 pipeline; nothing is copied or cast.
+
+        Args:
+            pipeline: FluxPipeline, FluxKontextPipeline, a CoLoGenPipeline and so on.
+            prw: The adapter; None keeps the one of a CoLoGenPipeline.
+            components: Instead of the pipeline's own, as in diffusers.
+
+        Raises:
+            TypeError: If it is not a FLUX.1 pipeline, `prw` is no adapter, or a component has no
+                place in this pipeline.
+            ValueError: If the adapter does not fit the transformer.
+        """
+        wanted = set(cls._get_signature_keys(cls)[0])  # type: ignore[attr-defined]
+        unknown = ", ".join(sorted(set(components) - wanted))
+        if unknown:
+            raise TypeError(
+                f"from_pipe has no argument {unknown}: components are {', '.join(sorted(wanted))}."
+            )
+        shared = {k: v for k, v in pipeline.components.items() if k in wanted} | components
+        if not isinstance(shared.get("transformer"), FluxTransformer2DModel):
+            raise TypeError(
+                f"{type(pipeline).__name__} has no FLUX.1 transformer: give a FluxPipeline, a "
+                "FluxKontextPipeline or another pipeline of FLUX.1."
+            )
+        if prw is not None:
+            shared["prw"] = prw
+        return cls(**shared)
 
     def load_prw_weights(
         self,
@@ -89,115 +164,3 @@ class PRWLoaderMixin:
                 f"{given} is a PRW adapter, not a LoRA: use pipe.load_prw_weights(...)."
             )
         super().load_lora_weights(given, *args, **kwargs)  # type: ignore[misc]
-
-
-def open_adapter(
-    location: str | os.PathLike[str], weight_name: str | None, options: dict[str, Any]
-) -> PRWAdapter:
-    """The adapter at a folder, in a file or on the Hub; arguments as in `load_prw_weights`."""
-    path = Path(location)
-    if path.is_dir() and weight_name is None:
-        inner = adapter_place(path / (options.get("subfolder") or ""))
-        adapter: PRWAdapter = PRWAdapter.from_pretrained(inner)
-        return adapter
-    if path.is_file() or path.suffix == ".safetensors" or weight_name is not None:
-        return _of_file(_local_file(path, weight_name, options))
-    adapter = PRWAdapter.from_pretrained(location, **options)
-    return adapter
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether a local path is a PRW adapter: a folder, a run or a file."""
-    if path.is_dir():
-        return is_run(path) or ((path / "prw.json").is_file() and (path / "config.json").is_file())
-    return path.is_file() and _kind(path) == "adapter"
-
-
-def adapter_place(folder: Path) -> Path:
-    """The folder of an adapter: this one, or the one in this run.
-
-    Raises:
-        CheckpointError: If it holds a LoRA, or an adapter as one file.
-        FileNotFoundError: If there is no adapter.
-    """
-    if is_run(folder) and not (folder / "config.json").is_file():
-        folder = folder / "adapter"
-    _require_adapter_folder(folder)
-    return folder
-
-
-def adapter_file(path: Path) -> Path:
-    """`path`, if it is the file of an adapter.
-
-    Raises:
-        CheckpointError: If it is something else.
-        FileNotFoundError: If there is no such file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}: check the name.")
-    kind = _kind(path)
-    if kind != "adapter":
-        raise CheckpointError(_not_an_adapter(path, kind))
-    return path
-
-
-def _require_adapter_folder(folder: Path) -> None:
-    if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{folder} is a PEFT LoRA (one expert of an adapter, or a LoRA of its own), not a PRW "
-            "adapter: give the adapter's own folder, or use pipe.load_lora_weights(...)."
-        )
-    if (folder / "config.json").is_file() and (folder / "prw.json").is_file():
-        return
-    for file in sorted(folder.glob("*.safetensors")):
-        kind = _kind(file)
-        if kind == "lora":
-            raise CheckpointError(_not_an_adapter(file, kind))
-        if kind == "adapter":
-            raise CheckpointError(
-                f"{folder} holds an adapter as one file: add weight_name={file.name!r}."
-            )
-    raise FileNotFoundError(
-        f"{folder} is not a PRW adapter (it has no config.json and prw.json): give a folder that "
-        "save_pretrained wrote, or a run."
-    )
-
-
-def _of_file(path: Path) -> PRWAdapter:
-    return load_flat(adapter_file(path))
-
-
-def _local_file(path: Path, weight_name: str | None, options: dict[str, Any]) -> Path:
-    """The file itself, fetched from the Hub where `path` is no place here."""
-    if weight_name is not None and not path.exists():
-        from huggingface_hub import hf_hub_download
-
-        given = {k: v for k, v in options.items() if v}
-        with explained(str(path), options.get("revision")):
-            return Path(hf_hub_download(str(path), weight_name, **given))
-    if weight_name is not None:
-        path = path / (options.get("subfolder") or "") / weight_name
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}: check the name.")
-    return path
-
-
-def _kind(path: Path) -> str:
-    """ "adapter", "lora" or what else a file is, in words."""
-    if path.suffix != ".safetensors":
-        return "no safetensors file"
-    try:
-        with safe_open(path, "pt") as file:
-            header, names = file.metadata() or {}, list(file.keys())
-    except (SafetensorError, OSError):
-        return "damaged, or no safetensors file"
-    if header.get("format") == FORMAT:
-        return "adapter"
-    lora = any(word in f".{name}." for name in names for word in LORA_WORDS)
-    return "lora" if lora else "something else"
-
-
-def _not_an_adapter(path: Path, kind: str) -> str:
-    if kind == "lora":
-        return f"{path} is a LoRA, not a PRW adapter: use pipe.load_lora_weights(...)."
-    return f"{path} is not a PRW adapter ({kind}): give what save_pretrained or save_flat wrote."
