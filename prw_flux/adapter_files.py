@@ -17,7 +17,7 @@ from prw import CheckpointError
 from prw.hub import explained
 from prw_flux.adapter import PRWAdapter
 from prw_flux.flat_file import FORMAT, load_flat
-from prw_flux.locate import is_run
+from prw_flux.locate import fetched_folder, is_run
 
 LORA_WORDS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.")
 
@@ -27,13 +27,11 @@ def open_adapter(
 ) -> PRWAdapter:
     """The adapter at a folder, in a file or on the Hub; arguments as in `load_prw_weights`."""
     path = Path(location)
-    if path.is_dir() and weight_name is None:
-        inner = adapter_place(path / (options.get("subfolder") or ""))
-        adapter: PRWAdapter = PRWAdapter.from_pretrained(inner)
-        return adapter
-    if path.is_file() or path.suffix == ".safetensors" or weight_name is not None:
-        return _of_file(_local_file(path, weight_name, options))
-    adapter = PRWAdapter.from_pretrained(location, **options)
+    loose = path.suffix == ".safetensors" and not path.is_dir()
+    if weight_name is not None or path.is_file() or loose:
+        return load_flat(adapter_file(_local_file(path, weight_name, options)))
+    folder = adapter_place(fetched_folder(location, options))
+    adapter: PRWAdapter = PRWAdapter.from_pretrained(folder)
     return adapter
 
 
@@ -42,6 +40,22 @@ def is_adapter(path: Path) -> bool:
     if path.is_dir():
         return is_run(path) or ((path / "prw.json").is_file() and (path / "config.json").is_file())
     return path.is_file() and _kind(path) == "adapter"
+
+
+def require_lora(path: Path) -> None:
+    """Raise CheckpointError if a folder or a file is an adapter, or an expert inside one."""
+    if is_adapter(path):
+        raise CheckpointError(
+            f"{path} is a PRW adapter, not a LoRA: use pipe.load_prw_weights(...)."
+        )
+    expert = path.parent if path.is_file() else path
+    whole = expert.parent.parent
+    if expert.parent.name == "experts" and is_adapter(whole):
+        raise CheckpointError(
+            f"{path} is one expert of the PRW adapter {whole}, which acts on a source and on "
+            "nothing else: load that with pipe.load_prw_weights(...) and choose the expert with "
+            "route=."
+        )
 
 
 def adapter_place(folder: Path) -> Path:
@@ -92,10 +106,6 @@ def _require_adapter_folder(folder: Path) -> None:
         f"{folder} is not a PRW adapter (it has no config.json and prw.json): give a folder that "
         "save_pretrained wrote, or a run."
     )
-
-
-def _of_file(path: Path) -> PRWAdapter:
-    return load_flat(adapter_file(path))
 
 
 def _local_file(path: Path, weight_name: str | None, options: dict[str, Any]) -> Path:
