@@ -162,12 +162,14 @@ class PRWAdapter(ModelMixin, ConfigMixin):
             )
 
     def task(self, name: str | None) -> TaskSpec:
-        """A task by name, or the only one for None.
+        """A task by name, or for None the only one (that was trained, as far as that is known).
 
         Raises:
             ValueError: Listing the known tasks.
         """
-        known = self.tasks
+        known, trained = self.tasks, self.config.trained
+        if name is None and trained:
+            known = {one: known[one] for one in trained if one in known}
         if name is None and len(known) == 1:
             return next(iter(known.values()))
         if name is None or name not in known:

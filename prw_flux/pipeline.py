@@ -153,6 +153,7 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
         if not asked.images:
             raise ValueError("encode_source needs a source: pass image= or images=.")
         plan = self._plan(asked)
+        self._require_pooled(asked, [one.batch for one in plan.references])
         config = plan.adapter.config
         if config.source_timestep == "current":
             raise ValueError(
@@ -252,8 +253,9 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
             images: Several references of one result, one entry each; none sees another. The first
                 decides the size. Of a task that is not aligned, each lies left of the one before.
             mask_image: Of task "inpaint": white is painted grey in the source and filled.
-            source_cache: Of `encode_source`, one or a list. Beside `image` or `images`, it is used
-                where it fits and else encoded again, with a line in the log; alone, it must fit.
+            source_cache: Of `encode_source`, one or a list, of several tasks even. Beside `image`
+                or `images`, it is used where it fits and else encoded again, with a line in the
+                log; alone, it must fit.
             source_size: (height, width) at which the source is encoded, or the side of a square of
                 that area. An aligned source is stretched over the result by its positions: half the
                 side is a quarter of the cost, for an adapter that was trained so.
@@ -328,8 +330,16 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
 
         plan = self._plan(asked)
         arguments.require_numbers(image_guidance_scale=image_guidance_scale)
+        arguments.require_no_ip_adapter({k: v for k, v in flux.items() if "ip_adapter" in k})
         self.check_inputs(height=plan.size[0], width=plan.size[1], **texts)
         prompts = arguments.prompt_count(prompt, prompt_embeds)
+        arguments.require_counts(
+            prompts,
+            {k: v for k, v in texts.items() if "prompt" in k},
+            num_images_per_prompt=num_images_per_prompt,
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+        )
         self._require_match(plan, asked, prompts, prompts * num_images_per_prompt, latents)
         if asked.caches and not use_kv_cache:
             raise ValueError("use_kv_cache=False would not use the source_cache: leave one out.")
@@ -347,7 +357,7 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
                 images_per_prompt=num_images_per_prompt,
                 keep=use_kv_cache,
             )
-        with following(self.transformer, source, image_guidance_scale):
+        with following(self.transformer, source, float(image_guidance_scale)):
             (results,) = super().__call__(
                 height=plan.size[0], width=plan.size[1], return_dict=False, **flux
             )
@@ -382,10 +392,10 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
         )
         resolution = self.prw.config.resolution if self.prw is not None else None
         return Sizes(
-            height=height,
-            width=width,
-            source_size=source_size,
-            resolution=resolution if max_area is None else max_area**0.5,
+            height=arguments.plain(height),
+            width=arguments.plain(width),
+            source_size=arguments.plain(source_size),
+            resolution=resolution if max_area is None else int(max_area) ** 0.5,
             auto_resize=auto_resize,
             step=step,
         )
@@ -399,9 +409,14 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
         """Raise ValueError unless sources, prompts and given noise belong together."""
         batches = [one.batch for one in plan.references] + [one.batch for one in asked.caches]
         arguments.require_pairs(batches, prompts)
+        self._require_pooled(asked, (*batches, prompts))
         channels = self.transformer.config.in_channels
         step = 2 * self.vae_scale_factor
         arguments.require_latents(latents, plan.size, step, channels, samples)
+
+    def _require_pooled(self, asked: Asked, batches: Sequence[int]) -> None:
+        width = self.transformer.config.pooled_projection_dim
+        arguments.require_pooled(asked.pooled, width, batches)
 
     def _source_pooled(self, plan: Plan, given: Tensor | None) -> Tensor | None:
         """The pooled text of the source; None where it is that of each main pass."""
