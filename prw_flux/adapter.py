@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 import prw
 from prw import Pool
+from prw.checkpoint import Stored, read
 from prw.fingerprint import TOLERANCE, difference, drift
 from prw_flux.locate import (
     adapter_folder,
     base_fingerprint,
-    stored_fingerprint,
     stored_settings,
 )
 from prw_flux.source_cache import Recorded
@@ -338,16 +338,30 @@ class PRWAdapter(ModelMixin, ConfigMixin):
         """
         folder = adapter_folder(pretrained_model_name_or_path, kwargs)
         settings = stored_settings(folder)
-        try:
-            adapter: Self = cls.from_config(settings)
-        except (TypeError, ValueError) as problem:
-            file = folder / "config.json"
-            raise prw.CheckpointError(f"{file} is damaged: {problem}") from None
-        adapter.weave.fingerprint = stored_fingerprint(folder)
-        adapter.weave.load_state(folder)
+        adapter = cls.restored(settings, str(folder / "config.json"), read(folder))
         dtype = kwargs.get("torch_dtype", kwargs.get("dtype"))
         if isinstance(dtype, torch.dtype):
             adapter.to(dtype)
+        return adapter
+
+    @classmethod
+    def restored(cls, settings: Mapping[str, Any], place: str, stored: Stored) -> Self:
+        """The adapter of these settings and this checkpoint, for inference.
+
+        Args:
+            settings: what config.json says.
+            place: of config.json, for messages.
+            stored: read and verified.
+
+        Raises:
+            prw.CheckpointError: If they do not go together.
+        """
+        try:
+            adapter: Self = cls.from_config(settings)
+        except (TypeError, ValueError) as problem:
+            raise prw.CheckpointError(f"{place} is damaged: {problem}") from None
+        adapter.weave.fingerprint = dict(stored.fingerprint)
+        adapter.weave.adopt(stored)
         adapter.eval()
         return adapter
 

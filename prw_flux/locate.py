@@ -146,13 +146,3 @@ def stored_settings(folder: Path) -> dict[str, Any]:
     if not isinstance(stored, dict):
         raise CheckpointError(f"{folder / 'config.json'} is damaged: it holds no settings")
     return stored
-
-
-def stored_fingerprint(folder: Path) -> dict[str, Any]:
-    """The fingerprint in a folder; empty where it cannot be read, which loading then reports."""
-    try:
-        stored = json.loads((folder / "prw.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    found = stored.get("fingerprint") if isinstance(stored, dict) else None
-    return dict(found) if isinstance(found, dict) else {}
