@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Check, time, print; 1 where what was loaded is wrong."""
     found = parser("loading", __doc__ or "")
     args = found.parse_args(arguments)
-    rank, rounds = (4, 1) if args.quick else (RANKS["full"], 7)
+    rank, rounds = (4, 1) if args.quick else (RANKS["full"], 5)
     adapter = experts(rank)
     with tempfile.TemporaryDirectory(prefix="prw-") as place:
         folder, file = Path(place) / "adapter", Path(place) / "adapter.safetensors"

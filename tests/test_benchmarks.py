@@ -40,7 +40,8 @@ def test_it_checks_itself_and_reports(name: str, tmp_path: Path) -> None:
     if name == "pipeline":
         assert_pipeline(told)
     if name == "loading":
-        assert {n.partition(",")[0] for n in told["variants"]} == {"read", "plain", "folder", "file"}
+        names = {name.partition(",")[0] for name in told["variants"]}
+        assert names == {"read", "plain", "folder", "file"}
     if name == "timestep":
         assert set(told["variants"]) == {"zero", "current"}
         moved = told["variants"]["zero"]["changes"]["control"]
