@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -124,11 +124,58 @@ def _write(
     (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
+class Files(Protocol):
+    """The files of a checkpoint by their names relative to it, wherever they lie."""
+
+    def place(self, name: str) -> str:
+        """What messages call a file."""
+
+    def sha256(self, name: str) -> str | None:
+        """Of its bytes; None where there is no such file.
+
+        Raises:
+            CheckpointError: it leads elsewhere or cannot be read; so do `text` and `tensors`.
+        """
+
+    def text(self, name: str) -> str:
+        """What a JSON file says."""
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """What a safetensors file holds."""
+
+
+class FolderFiles:
+    """`Files` in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def place(self, name: str) -> str:
+        """Its path."""
+        return str(self.folder / name)
+
+    def sha256(self, name: str) -> str | None:
+        """Of a file that must not lead out of the folder."""
+        if not (self.folder / name).is_file():
+            return None
+        check_inside(self.folder, name)
+        return _sha256(self.folder / name)
+
+    def text(self, name: str) -> str:
+        """Read as UTF-8."""
+        return (self.folder / name).read_text(encoding="utf-8")
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Read without copying where safetensors can."""
+        return _load(self.folder / name)
+
+
 @dataclass(frozen=True)
 class Stored:
     """A checkpoint whose files are all there and have the hashes they should."""
 
     folder: Path
+    files: Files
     config: Config
     ledger: Ledger
     fingerprint: Mapping[str, Any]
@@ -159,8 +206,8 @@ class Stored:
         Raises:
             CheckpointError: a tensor is missing or has another shape.
         """
-        source = str(self.folder / ROUTER)
-        router = _load(self.folder / ROUTER)
+        source = self.files.place(ROUTER)
+        router = self.files.tensors(ROUTER)
         labels = {"live": len(self.ledger)}
         labels |= {_label(stage): stage.index + 1 for stage in self.ledger.stages if not stage.open}
         columns = {
@@ -176,12 +223,11 @@ class Stored:
         }
         experts = {}
         for stage in self.ledger.stages:
-            place = self.folder / expert_folder(stage)
-            found = _load(place / lora_format.WEIGHTS)
-            text = (place / lora_format.SETTINGS).read_text(encoding="utf-8")
+            weights, settings = _expert_files(stage)
+            found, text = self.files.tensors(weights), self.files.text(settings)
             experts[stage.index] = (
-                lora_format.alphas_of(text, pools, str(place / lora_format.SETTINGS)),
-                lora_format.pairs(found, pools, str(place / lora_format.WEIGHTS)),
+                lora_format.alphas_of(text, pools, self.files.place(settings)),
+                lora_format.pairs(found, pools, self.files.place(weights)),
             )
         return State(self.ledger, columns, memories, experts)
 
@@ -226,7 +272,17 @@ def read(path: str | Path) -> Stored:
     """
     folder = Path(path)
     settle(folder)
-    index = _read_index(folder)
+    return verified(folder, FolderFiles(folder), _read_index(folder))
+
+
+def verified(folder: Path, files: Files, index: Mapping[str, Any]) -> Stored:
+    """The checkpoint that `index`, the content of prw.json, describes; raises as `read` does.
+
+    Args:
+        folder: for messages.
+        files: that it consists of.
+        index: a JSON object.
+    """
     version = index.get("schema_version")
     if not isinstance(version, int):
         raise CheckpointError(f"{folder / INDEX} has no schema version; it is not a weave")
@@ -245,11 +301,11 @@ def read(path: str | Path) -> Stored:
         raise CheckpointError(f"{folder / INDEX} is damaged: it lacks {error}") from None
     except (TypeError, ValueError, AttributeError, StageError, ConfigError) as error:
         raise CheckpointError(f"{folder / INDEX} is damaged: {error}") from error
-    _verify(folder, ROUTER, hashes, "the router")
+    _verify(files, ROUTER, hashes, "the router")
     for stage in ledger.stages:
         for name in _expert_files(stage):
-            _verify(folder, name, hashes, f"the expert {stage.name!r}")
-    return Stored(folder, config, ledger, fingerprint)
+            _verify(files, name, hashes, f"the expert {stage.name!r}")
+    return Stored(folder, files, config, ledger, fingerprint)
 
 
 def _entry(stage: Stage) -> dict[str, Any]:
@@ -283,13 +339,14 @@ def _expert_files(stage: Stage) -> list[str]:
     return [f"{expert_folder(stage)}/{n}" for n in (lora_format.WEIGHTS, lora_format.SETTINGS)]
 
 
-def _verify(folder: Path, name: str, hashes: Mapping[str, Any], owner: str) -> None:
-    if not (folder / name).is_file():
-        raise CheckpointError(f"{owner} is missing: there is no file {folder / name}")
-    check_inside(folder, name)
-    if _sha256(folder / name) != hashes.get(name):
+def _verify(files: Files, name: str, hashes: Mapping[str, Any], owner: str) -> None:
+    found = files.sha256(name)
+    if found is None:
+        raise CheckpointError(f"{owner} is missing: there is no file {files.place(name)}")
+    if found != hashes.get(name):
         raise CheckpointError(
-            f"{owner} was changed or truncated: {folder / name} does not have the hash in {INDEX}"
+            f"{owner} was changed or truncated: {files.place(name)} does not have the hash in "
+            f"{INDEX}"
         )
 
 

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 import prw
 from prw import Pool
+from prw.checkpoint import Stored, read
 from prw.fingerprint import TOLERANCE, difference, drift
 from prw_flux.locate import (
     adapter_folder,
     base_fingerprint,
-    stored_fingerprint,
     stored_settings,
 )
 from prw_flux.source_cache import Recorded
@@ -162,12 +162,14 @@ class PRWAdapter(ModelMixin, ConfigMixin):
             )
 
     def task(self, name: str | None) -> TaskSpec:
-        """A task by name, or the only one for None.
+        """A task by name, or for None the only one (that was trained, as far as that is known).
 
         Raises:
             ValueError: Listing the known tasks.
         """
-        known = self.tasks
+        known, trained = self.tasks, self.config.trained
+        if name is None and trained:
+            known = {one: known[one] for one in trained if one in known}
         if name is None and len(known) == 1:
             return next(iter(known.values()))
         if name is None or name not in known:
@@ -336,16 +338,30 @@ class PRWAdapter(ModelMixin, ConfigMixin):
         """
         folder = adapter_folder(pretrained_model_name_or_path, kwargs)
         settings = stored_settings(folder)
-        try:
-            adapter: Self = cls.from_config(settings)
-        except (TypeError, ValueError) as problem:
-            file = folder / "config.json"
-            raise prw.CheckpointError(f"{file} is damaged: {problem}") from None
-        adapter.weave.fingerprint = stored_fingerprint(folder)
-        adapter.weave.load_state(folder)
+        adapter = cls.restored(settings, str(folder / "config.json"), read(folder))
         dtype = kwargs.get("torch_dtype", kwargs.get("dtype"))
         if isinstance(dtype, torch.dtype):
             adapter.to(dtype)
+        return adapter
+
+    @classmethod
+    def restored(cls, settings: Mapping[str, Any], place: str, stored: Stored) -> Self:
+        """The adapter of these settings and this checkpoint, for inference.
+
+        Args:
+            settings: what config.json says.
+            place: of config.json, for messages.
+            stored: read and verified.
+
+        Raises:
+            prw.CheckpointError: If they do not go together.
+        """
+        try:
+            adapter: Self = cls.from_config(settings)
+        except (TypeError, ValueError) as problem:
+            raise prw.CheckpointError(f"{place} is damaged: {problem}") from None
+        adapter.weave.fingerprint = dict(stored.fingerprint)
+        adapter.weave.adopt(stored)
         adapter.eval()
         return adapter
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -87,7 +88,7 @@ def all_caches(source_cache: Any) -> tuple[SourceCache, ...]:
     """
     if source_cache is None:
         return ()
-    caches = (source_cache,) if isinstance(source_cache, SourceCache) else tuple(source_cache)
+    caches = tuple(source_cache) if isinstance(source_cache, (list, tuple)) else (source_cache,)
     odd = next((c for c in caches if not isinstance(c, SourceCache)), None)
     if odd is not None or not caches:
         what = type(odd).__name__ if caches else "an empty list"
@@ -113,7 +114,7 @@ def require_numbers(**given: float | None) -> None:
     for name, value in given.items():
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise ValueError(f"{name} must be a number, got {value!r}.")
         if not (math.isfinite(value) and value >= 0.0):
             raise ValueError(f"{name} must be finite and at least 0, got {value!r}.")
@@ -123,7 +124,7 @@ def require_sizes(step: int, **given: Any) -> None:
     """Raise ValueError for a size that is neither None nor a positive int (or two of them)."""
     for name, value in given.items():
         parts = value if isinstance(value, (tuple, list)) else (value,)
-        good = [isinstance(p, int) and not isinstance(p, bool) and p > 0 for p in parts]
+        good = [isinstance(p, Integral) and not isinstance(p, bool) and int(p) > 0 for p in parts]
         if value is None or (
             all(good) and len(good) in ((1, 2) if name == "source_size" else (1,))
         ):
@@ -133,6 +134,13 @@ def require_sizes(step: int, **given: Any) -> None:
             f"{name} must be a positive number of pixels{form}, a multiple of {step}, "
             f"got {value!r}."
         )
+
+
+def plain(value: Any) -> Any:
+    """A size, or two of them, as plain ints, whatever library counted them."""
+    if isinstance(value, (tuple, list)):
+        return tuple(int(part) for part in value)
+    return None if value is None else int(value)
 
 
 def require_encoded(asked: Asked) -> None:
@@ -155,9 +163,25 @@ def require_mask(mask_image: Any, task: str) -> None:
 
 
 def require_kwargs(joint_attention_kwargs: Any) -> None:
-    """Raise ValueError for the one key that is taken."""
-    if joint_attention_kwargs is not None and "prw" in joint_attention_kwargs:
+    """Raise ValueError for the one key that is taken, TypeError for what has no keys."""
+    if joint_attention_kwargs is None:
+        return
+    if not isinstance(joint_attention_kwargs, Mapping):
+        raise TypeError(
+            f"joint_attention_kwargs must be a dict, got {type(joint_attention_kwargs).__name__}."
+        )
+    if "prw" in joint_attention_kwargs:
         raise ValueError('joint_attention_kwargs["prw"] is set by the pipeline: leave it out.')
+
+
+def require_no_ip_adapter(given: Mapping[str, Any]) -> None:
+    """Raise ValueError for pictures of an IP-Adapter, in a call with a source."""
+    found = [name for name, value in given.items() if value is not None]
+    if found:
+        raise ValueError(
+            f"{found[0]}= belongs to an IP-Adapter, which cannot stand beside a source: leave one "
+            "of them out."
+        )
 
 
 def prompt_count(prompt: Any, prompt_embeds: Tensor | None) -> int:
@@ -167,13 +191,55 @@ def prompt_count(prompt: Any, prompt_embeds: Tensor | None) -> int:
     return len(prompt) if isinstance(prompt, list) else 1
 
 
+def require_counts(
+    prompts: int,
+    beside: Mapping[str, Any],
+    *,
+    num_images_per_prompt: Any,
+    num_inference_steps: Any,
+    generator: Any,
+) -> None:
+    """Raise ValueError for numbers of things that do not go together.
+
+    Args:
+        prompts: of the call.
+        beside: other texts, or embeddings, by argument; one text serves all prompts.
+        num_images_per_prompt, num_inference_steps, generator: of the call.
+    """
+    whole = {
+        "num_images_per_prompt": num_images_per_prompt,
+        "num_inference_steps": num_inference_steps,
+    }
+    for name, value in whole.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    if prompts == 0:
+        raise ValueError("The list of prompts is empty: give a prompt.")
+    for name, value in beside.items():
+        if isinstance(value, (list, Tensor)) and len(value) != prompts:
+            raise ValueError(
+                f"{name} has {len(value)} entries for {_counted(prompts)}: give as many, or one "
+                "text for all."
+            )
+    results = prompts * num_images_per_prompt
+    if isinstance(generator, list) and len(generator) != results:
+        raise ValueError(
+            f"{len(generator)} generators cannot make the noise of {results} results: give one, or "
+            "one per result."
+        )
+
+
+def _counted(prompts: int) -> str:
+    return f"{prompts} prompt{'s' * (prompts != 1)}"
+
+
 def require_pairs(batches: Iterable[int], prompts: int) -> None:
     """Raise ValueError unless each reference is one image, or one per prompt."""
     for batch in batches:
         if batch not in (1, prompts):
             raise ValueError(
-                f"{batch} source images do not pair with {prompts} prompts: give one image, or one "
-                "per prompt; several references of one result are images=[...]."
+                f"{batch} source images do not pair with {_counted(prompts)}: give one image, or "
+                "one per prompt; several references of one result are images=[...]."
             )
 
 
@@ -183,8 +249,23 @@ def require_latents(
     """Raise ValueError unless the noise is packed and fills the result."""
     tokens = (size[0] // step) * (size[1] // step)
     wanted = [samples, tokens, channels]
-    if latents is not None and list(latents.shape) != wanted:
+    found = list(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+    if latents is not None and found != wanted:
         raise ValueError(
             f"latents must be packed noise {wanted} for {samples} results of {size[0]} x {size[1]} "
-            f"pixels, got {list(latents.shape)}: give height= and width= that belong to them."
+            f"pixels, got {found}: give height= and width= that belong to them."
+        )
+
+
+def require_pooled(pooled: Any, width: int, batches: Iterable[int]) -> None:
+    """Raise ValueError unless a pooled text is [1, P], or has a row per source of a batch."""
+    if pooled is None:
+        return
+    shape = list(pooled.shape) if isinstance(pooled, Tensor) else []
+    rows = {1, *batches}
+    if len(shape) != 2 or shape[1] != width or shape[0] not in rows:
+        found = shape or type(pooled).__name__
+        raise ValueError(
+            f"source_pooled_embeds must be [{' or '.join(map(str, sorted(rows)))}, {width}], a "
+            f"pooled text of all sources or of each, got {found}."
         )

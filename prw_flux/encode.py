@@ -135,7 +135,8 @@ def _unit_range(image: Any) -> Tensor:
     tensor = image if image.ndim == 4 else image[None]
     if tensor.ndim != 4 or tensor.shape[1] != 3:
         raise ValueError(
-            f"An image tensor must be [3, h, w] or [B, 3, h, w], got {list(image.shape)}."
+            f"An image tensor must be [3, h, w] or [B, 3, h, w], or latents [B, C, H, W] that are "
+            f"not packed, got {list(image.shape)}."
         )
     return _scaled(tensor.detach())
 

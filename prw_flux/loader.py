@@ -1,36 +1,133 @@
-"""Loading an adapter into a pipeline, and telling adapters and LoRAs apart.
-
-An adapter is a folder (config.json and prw.json), the folder of a training run, which has one, or
-one safetensors file. A LoRA is an adapter_config.json of PEFT, or a safetensors file with lora_A or
-lora_down in its keys.
-"""
+"""Where a pipeline and its adapter come from: folders, runs, files, the Hub, other pipelines."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Self
 
 import torch
-from diffusers import FluxTransformer2DModel
-from safetensors import SafetensorError, safe_open
+from diffusers import DiffusionPipeline, FluxTransformer2DModel
+from diffusers.utils.torch_utils import get_module_execution_device
 
-from prw import CheckpointError
-from prw.hub import explained
 from prw_flux.adapter import PRWAdapter
+from prw_flux.adapter_files import is_adapter, open_adapter, require_lora
 from prw_flux.attach import attach, detach
-from prw_flux.flat_file import FORMAT, load_flat
-from prw_flux.locate import is_run
+from prw_flux.locate import EMBEDDED, is_run, require_place, resolve_base, resolve_run
 
-WORKING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LORA_WORDS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.")
+WORKING: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FOLDER: Final = "prw"
+"""Of the adapter in the folder of a pipeline."""
+MARK: Final = "_prw"
+"""Says in model_index.json that there is one. Under the component's own name diffusers would look
+for its code in the repository, and for weights of its own naming in the folder."""
+HUB: Final = ("revision", "token", "cache_dir", "local_files_only")
 
 
 class PRWLoaderMixin:
-    """`load_prw_weights` and its opposite, for a pipeline with components `transformer`, `prw`."""
+    """Loading, for a pipeline whose components are FluxPipeline's and `prw`."""
 
     transformer: FluxTransformer2DModel
     prw: Any
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        base: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a pipeline folder or Hub id, or the folder of a training run.
+
+        Args:
+            pretrained_model_name_or_path: A folder or repository that `save_pretrained` wrote, any
+                FLUX.1 pipeline (then without adapter), "tiny-flux", or a run.
+            base: Another place for the base of a run, when it is not where the run says.
+            kwargs: As in `DiffusionPipeline.from_pretrained`. `dtype` (float32 by default) casts
+                the experts too, routers stay in float32.
+
+        Raises:
+            FileNotFoundError: If a local folder is neither, or the base of a run is missing.
+            ValueError: If `base` is given for something that is not a run.
+            prw.CheckpointError: If the adapter is damaged or cannot be fetched.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        # without a dtype diffusers loads float32 and transformers what the file has
+        kwargs.setdefault("dtype", kwargs.pop("torch_dtype", torch.float32))
+        dtype = _adapter_dtype(kwargs["dtype"])
+        if is_run(folder):
+            location, revision = resolve_run(folder, base)
+            if FOLDER not in kwargs:
+                kwargs[FOLDER] = PRWAdapter.from_pretrained(folder / "adapter", dtype=dtype)
+            if revision is not None:
+                kwargs.setdefault("revision", revision)
+        else:
+            if base is not None:
+                raise ValueError(f"{folder} is not a run (it has no run.json): leave base out.")
+            location = _pipeline(pretrained_model_name_or_path)
+            hub = {name: kwargs[name] for name in HUB if name in kwargs}
+            index = cls.load_config(location, **hub)  # type: ignore[attr-defined]
+            if MARK in index and FOLDER not in kwargs:
+                kwargs[FOLDER] = PRWAdapter.from_pretrained(
+                    location, subfolder=FOLDER, dtype=dtype, **hub
+                )
+        pipe: Self = super().from_pretrained(location, **kwargs)  # type: ignore[misc]
+        if kwargs.get("device_map") is not None and pipe.prw is not None:
+            pipe.prw.to(get_module_execution_device(pipe.transformer))
+        return pipe
+
+    @classmethod
+    def from_pipe(
+        cls, pipeline: DiffusionPipeline, prw: PRWAdapter | None = None, **components: Any
+    ) -> Self:
+        """Share the components of any FLUX.1 pipeline; nothing is copied.
+
+        Args:
+            pipeline: FluxPipeline, FluxKontextPipeline, a CoLoGenPipeline and so on.
+            prw: The adapter; None keeps the one of a CoLoGenPipeline.
+            components: Instead of the pipeline's own, as in diffusers. `dtype` casts all of them,
+                in place; unlike in diffusers nothing is cast without it.
+
+        Raises:
+            TypeError: If it is not a FLUX.1 pipeline, `prw` is no adapter, or a component has no
+                place in this pipeline.
+            ValueError: If the adapter does not fit the transformer.
+        """
+        dtype = components.pop("dtype", components.pop("torch_dtype", None))
+        wanted = set(cls._get_signature_keys(cls)[0])  # type: ignore[attr-defined]
+        unknown = ", ".join(sorted(set(components) - wanted))
+        if unknown:
+            raise TypeError(
+                f"from_pipe has no argument {unknown}: components are {', '.join(sorted(wanted))}."
+            )
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise TypeError(
+                f"from_pipe shares the components of a loaded pipeline, got {pipeline!r}: load it "
+                "first, or use from_pretrained."
+            )
+        shared = {k: v for k, v in pipeline.components.items() if k in wanted} | components
+        if not isinstance(shared.get("transformer"), FluxTransformer2DModel):
+            raise TypeError(
+                f"{type(pipeline).__name__} has no FLUX.1 transformer: give a FluxPipeline, a "
+                "FluxKontextPipeline or another pipeline of FLUX.1."
+            )
+        if prw is not None:
+            shared["prw"] = prw
+        pipe = cls(**shared)
+        if dtype is not None:
+            pipe.to(dtype)  # type: ignore[attr-defined]
+        return pipe
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        """Write model_index.json, in which an adapter is a mark, see `MARK`."""
+        index = json.loads(self.to_json_string())  # type: ignore[attr-defined]
+        if index.pop(FOLDER, (None, None))[0] is not None:
+            index[MARK] = FOLDER
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        Path(json_file_path).write_text(text, encoding="utf-8")
 
     def load_prw_weights(
         self,
@@ -41,7 +138,9 @@ class PRWLoaderMixin:
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
         dtype: torch.dtype | None = None,
+        adapter_name: str | None = None,
     ) -> None:
         """Load an adapter and attach it, in place of the one that is there.
 
@@ -49,19 +148,38 @@ class PRWLoaderMixin:
             pretrained_model_name_or_path: Folder of an adapter or of a run, a safetensors file, or
                 a Hub id.
             weight_name: A safetensors file in that folder or repository.
-            subfolder, revision, token, cache_dir: As in diffusers.
+            subfolder, revision, token, cache_dir, local_files_only: As in diffusers.
             dtype: Of the experts; the transformer's where None. Routers stay in float32.
+            adapter_name: Refused: a pipeline has one adapter, with any number of experts.
 
         Raises:
             FileNotFoundError: If there is no adapter.
             prw.CheckpointError: If it is damaged, a LoRA, or something else.
-            ValueError: If it was made for another base. The pipeline is then as it was.
+            TypeError: If no place is given.
+            ValueError: If it was made for another base, or an argument cannot be. The pipeline is
+                then as it was.
         """
+        if adapter_name is not None:
+            raise ValueError(
+                f"A pipeline has one PRW adapter at a time, so it has no name {adapter_name!r}: "
+                "leave adapter_name out, choose among its experts with route=, or give another "
+                "adapter a pipeline of its own, CoLoGenPipeline.from_pipe(pipe, prw=other)."
+            )
+        if not isinstance(pretrained_model_name_or_path, (str, os.PathLike)):
+            raise TypeError(
+                "load_prw_weights takes a folder, a file or a Hub id, got "
+                f"{type(pretrained_model_name_or_path).__name__}: an adapter that is loaded "
+                "already joins with CoLoGenPipeline.from_pipe(pipe, prw=adapter)."
+            )
+        if dtype is not None and dtype not in WORKING:
+            names = ", ".join(str(known).removeprefix("torch.") for known in WORKING)
+            raise ValueError(f"Experts compute in one of {names}, not in {dtype}.")
         options = {
             "subfolder": subfolder,
             "revision": revision,
             "token": token,
             "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
         }
         adapter = open_adapter(pretrained_model_name_or_path, weight_name, options)
         own = self.transformer.dtype
@@ -81,123 +199,40 @@ class PRWLoaderMixin:
         """As in FluxPipeline: a LoRA of the base, beside the adapter.
 
         Raises:
-            prw.CheckpointError: If it is an adapter.
+            prw.CheckpointError: If it is an adapter, or an expert inside one.
         """
         given = pretrained_model_name_or_path_or_dict
-        if isinstance(given, (str, os.PathLike)) and is_adapter(Path(given)):
-            raise CheckpointError(
-                f"{given} is a PRW adapter, not a LoRA: use pipe.load_prw_weights(...)."
-            )
+        if isinstance(given, (str, os.PathLike)):
+            inner = (kwargs.get("subfolder"), kwargs.get("weight_name"))
+            require_lora(Path(given, *(name for name in inner if name)))
         super().load_lora_weights(given, *args, **kwargs)  # type: ignore[misc]
 
 
-def open_adapter(
-    location: str | os.PathLike[str], weight_name: str | None, options: dict[str, Any]
-) -> PRWAdapter:
-    """The adapter at a folder, in a file or on the Hub; arguments as in `load_prw_weights`."""
-    path = Path(location)
-    if path.is_dir() and weight_name is None:
-        inner = adapter_place(path / (options.get("subfolder") or ""))
-        adapter: PRWAdapter = PRWAdapter.from_pretrained(inner)
-        return adapter
-    if path.is_file() or path.suffix == ".safetensors" or weight_name is not None:
-        return _of_file(_local_file(path, weight_name, options))
-    adapter = PRWAdapter.from_pretrained(location, **options)
-    return adapter
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether a local path is a PRW adapter: a folder, a run or a file."""
-    if path.is_dir():
-        return is_run(path) or ((path / "prw.json").is_file() and (path / "config.json").is_file())
-    return path.is_file() and _kind(path) == "adapter"
-
-
-def adapter_place(folder: Path) -> Path:
-    """The folder of an adapter: this one, or the one in this run.
+def _pipeline(given: str | os.PathLike[str]) -> str:
+    """Folder or Hub id of a pipeline.
 
     Raises:
-        CheckpointError: If it holds a LoRA, or an adapter as one file.
-        FileNotFoundError: If there is no adapter.
+        FileNotFoundError: If it is a folder of something else, or can only be one that is missing.
     """
-    if is_run(folder) and not (folder / "config.json").is_file():
-        folder = folder / "adapter"
-    _require_adapter_folder(folder)
-    return folder
-
-
-def adapter_file(path: Path) -> Path:
-    """`path`, if it is the file of an adapter.
-
-    Raises:
-        CheckpointError: If it is something else.
-        FileNotFoundError: If there is no such file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}: check the name.")
-    kind = _kind(path)
-    if kind != "adapter":
-        raise CheckpointError(_not_an_adapter(path, kind))
-    return path
-
-
-def _require_adapter_folder(folder: Path) -> None:
-    if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{folder} is a PEFT LoRA (one expert of an adapter, or a LoRA of its own), not a PRW "
-            "adapter: give the adapter's own folder, or use pipe.load_lora_weights(...)."
+    text = os.fspath(given)
+    folder = Path(text)
+    if text == EMBEDDED:
+        return resolve_base(EMBEDDED)
+    require_place(text)
+    if not folder.is_dir() or (folder / "model_index.json").is_file():
+        return text
+    if is_adapter(folder):
+        raise FileNotFoundError(
+            f"{folder} is an adapter without its base: load the base, then call "
+            "pipe.load_prw_weights(...) with it."
         )
-    if (folder / "config.json").is_file() and (folder / "prw.json").is_file():
-        return
-    for file in sorted(folder.glob("*.safetensors")):
-        kind = _kind(file)
-        if kind == "lora":
-            raise CheckpointError(_not_an_adapter(file, kind))
-        if kind == "adapter":
-            raise CheckpointError(
-                f"{folder} holds an adapter as one file: add weight_name={file.name!r}."
-            )
     raise FileNotFoundError(
-        f"{folder} is not a PRW adapter (it has no config.json and prw.json): give a folder that "
-        "save_pretrained wrote, or a run."
+        f"{folder} is neither a pipeline (no model_index.json) nor a run (no run.json)."
     )
 
 
-def _of_file(path: Path) -> PRWAdapter:
-    return load_flat(adapter_file(path))
-
-
-def _local_file(path: Path, weight_name: str | None, options: dict[str, Any]) -> Path:
-    """The file itself, fetched from the Hub where `path` is no place here."""
-    if weight_name is not None and not path.exists():
-        from huggingface_hub import hf_hub_download
-
-        given = {k: v for k, v in options.items() if v}
-        with explained(str(path), options.get("revision")):
-            return Path(hf_hub_download(str(path), weight_name, **given))
-    if weight_name is not None:
-        path = path / (options.get("subfolder") or "") / weight_name
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}: check the name.")
-    return path
-
-
-def _kind(path: Path) -> str:
-    """ "adapter", "lora" or what else a file is, in words."""
-    if path.suffix != ".safetensors":
-        return "no safetensors file"
-    try:
-        with safe_open(path, "pt") as file:
-            header, names = file.metadata() or {}, list(file.keys())
-    except (SafetensorError, OSError):
-        return "damaged, or no safetensors file"
-    if header.get("format") == FORMAT:
-        return "adapter"
-    lora = any(word in f".{name}." for name in names for word in LORA_WORDS)
-    return "lora" if lora else "something else"
-
-
-def _not_an_adapter(path: Path, kind: str) -> str:
-    if kind == "lora":
-        return f"{path} is a LoRA, not a PRW adapter: use pipe.load_lora_weights(...)."
-    return f"{path} is not a PRW adapter ({kind}): give what save_pretrained or save_flat wrote."
+def _adapter_dtype(dtype: Any) -> torch.dtype:
+    """What diffusers' `dtype`, which may differ by component, says of the experts."""
+    if isinstance(dtype, Mapping):
+        dtype = dtype.get(FOLDER, dtype.get("default"))
+    return dtype if isinstance(dtype, torch.dtype) and dtype in WORKING else torch.float32

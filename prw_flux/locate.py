@@ -23,6 +23,18 @@ def is_hub_id(text: str) -> bool:
     return text.count("/") == 1 and not text.startswith((".", "/", "~"))
 
 
+def require_place(text: str) -> None:
+    """Raise FileNotFoundError for what is no folder or file here, and no name of a repository.
+
+    A name without an owner is left to the Hub, which has old ones.
+    """
+    if not Path(text).exists() and "/" in text and not is_hub_id(text):
+        raise FileNotFoundError(
+            f"There is no folder {text}, and a repository has the form 'owner/name': check the "
+            "name."
+        )
+
+
 def is_run(folder: Path) -> bool:
     """Whether a folder was written by training."""
     return (folder / "run.json").is_file()
@@ -69,22 +81,43 @@ def resolve_base(base: str | os.PathLike[str]) -> str:
 
 
 def adapter_folder(source: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Path:
-    """The folder of an adapter, fetched from the Hub if `source` is not a local one."""
+    """The folder of an adapter, fetched from the Hub if `source` is not a local one.
+
+    Raises:
+        FileNotFoundError: If there is none, or it holds no adapter.
+    """
+    folder = fetched_folder(source, kwargs)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is not a PRW adapter (it has no config.json).")
+    return folder
+
+
+def fetched_folder(source: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Path:
+    """A folder here, or of a repository and then fetched, whatever it holds.
+
+    Args:
+        source: Folder or Hub id.
+        kwargs: `subfolder`, `revision`, `token`, `cache_dir` and `local_files_only` count.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        CheckpointError: If a repository cannot be fetched.
+    """
     subfolder = kwargs.get("subfolder") or ""
     folder = Path(source)
     if not folder.exists() and is_hub_id(str(source)):
+        names = ("revision", "token", "cache_dir", "local_files_only")
         with explained(str(source), kwargs.get("revision")):
             folder = Path(
                 snapshot_download(
                     str(source),
                     allow_patterns=[f"{subfolder}/**" if subfolder else "**"],
-                    **{k: kwargs[k] for k in ("revision", "token", "cache_dir") if kwargs.get(k)},
+                    **{k: kwargs[k] for k in names if kwargs.get(k)},
                 )
             )
-    folder = folder / subfolder
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is not a PRW adapter (it has no config.json).")
-    return folder
+    if not (folder / subfolder).is_dir():
+        raise FileNotFoundError(f"There is no folder {folder / subfolder}: check the name.")
+    return folder / subfolder
 
 
 def base_fingerprint(transformer: FluxTransformer2DModel) -> dict[str, Any]:
@@ -113,13 +146,3 @@ def stored_settings(folder: Path) -> dict[str, Any]:
     if not isinstance(stored, dict):
         raise CheckpointError(f"{folder / 'config.json'} is damaged: it holds no settings")
     return stored
-
-
-def stored_fingerprint(folder: Path) -> dict[str, Any]:
-    """The fingerprint in a folder; empty where it cannot be read, which loading then reports."""
-    try:
-        stored = json.loads((folder / "prw.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    found = stored.get("fingerprint") if isinstance(stored, dict) else None
-    return dict(found) if isinstance(found, dict) else {}

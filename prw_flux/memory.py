@@ -141,7 +141,7 @@ def budget(
 
 @cache
 def _adapter_bytes(rank: int, experts: int) -> int:
-    """Of a trained adapter of FLUX.1, experts in bf16 and routers in float32."""
+    """Of a trained adapter of FLUX.1, experts in bf16 and routers, of every stage, in float32."""
     config = flux1().config
     inner = config.num_attention_heads * config.attention_head_dim
     with torch.device("meta"):
@@ -150,7 +150,8 @@ def _adapter_bytes(rank: int, experts: int) -> int:
             adapter.weave.unlock(f"stage{index}")
         adapter.weave.close()
     adapter.to(torch.bfloat16)
-    return sum(t.numel() * t.element_size() for t in adapter.state_dict().values())
+    tensors = (*adapter.parameters(), *adapter.buffers())  # with the routers' snapshots
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def weight_bytes(model: nn.Module, bits: float) -> int:

@@ -7,16 +7,13 @@ in FluxKontextPipeline's order; those it does not have follow, by name only.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
-    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -36,8 +33,7 @@ from prw_flux.adapter import PRWAdapter
 from prw_flux.arguments import Asked
 from prw_flux.attach import attach, attached
 from prw_flux.encode import ImageInput, sequence_length
-from prw_flux.loader import PRWLoaderMixin, is_adapter
-from prw_flux.locate import EMBEDDED, is_run, resolve_base, resolve_run
+from prw_flux.loader import PRWLoaderMixin
 from prw_flux.output import CoLoGenPipelineOutput, read_grounding
 from prw_flux.plan import Plan, caches_serve, make_plan, metas
 from prw_flux.references import Sizes
@@ -104,85 +100,6 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
             attach(transformer, prw)
         self.register_modules(prw=prw)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
-        *,
-        base: str | os.PathLike[str] | None = None,
-        **kwargs: Any,
-    ) -> Self:
-        """Load a pipeline folder or Hub id, or the folder of a training run.
-
-        Args:
-            pretrained_model_name_or_path: A folder that `save_pretrained` wrote, any FLUX.1
-                pipeline (then without adapter), "tiny-flux", or a run.
-            base: Another place for the base of a run, when it is not where the run says.
-            kwargs: As in `DiffusionPipeline.from_pretrained`. `dtype` (float32 by default) casts
-                the experts too, routers stay in float32.
-
-        Raises:
-            FileNotFoundError: If a local folder is neither, or the base of a run is missing.
-            ValueError: If `base` is given for something that is not a run.
-        """
-        folder = Path(pretrained_model_name_or_path)
-        # without a dtype diffusers loads float32 and transformers what the file has
-        kwargs.setdefault("dtype", kwargs.pop("torch_dtype", torch.float32))
-        if is_run(folder):
-            location, revision = resolve_run(folder, base)
-            adapter = PRWAdapter.from_pretrained(folder / "adapter", dtype=kwargs["dtype"])
-            if revision is not None:
-                kwargs.setdefault("revision", revision)
-            pipe: Self = super().from_pretrained(location, prw=adapter, **kwargs)
-            return pipe
-        if base is not None:
-            raise ValueError(f"{folder} is not a run (it has no run.json): leave base out.")
-        if str(folder) == EMBEDDED:
-            pretrained_model_name_or_path = resolve_base(EMBEDDED)
-        elif folder.is_dir() and not (folder / "model_index.json").is_file():
-            if is_adapter(folder):
-                raise FileNotFoundError(
-                    f"{folder} is an adapter without its base: load the base, then call "
-                    "pipe.load_prw_weights(...) with it."
-                )
-            raise FileNotFoundError(
-                f"{folder} is neither a pipeline (no model_index.json) nor a run (no run.json)."
-            )
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return pipe
-
-    @classmethod
-    def from_pipe(
-        cls, pipeline: DiffusionPipeline, prw: PRWAdapter | None = None, **components: Any
-    ) -> Self:
-        """Share the components of any FLUX.1 pipeline; nothing is copied or cast.
-
-        Args:
-            pipeline: FluxPipeline, FluxKontextPipeline, a CoLoGenPipeline and so on.
-            prw: The adapter; None keeps the one of a CoLoGenPipeline.
-            components: Instead of the pipeline's own, as in diffusers.
-
-        Raises:
-            TypeError: If it is not a FLUX.1 pipeline, `prw` is no adapter, or a component has no
-                place in this pipeline.
-            ValueError: If the adapter does not fit the transformer.
-        """
-        wanted = set(cls._get_signature_keys(cls)[0])
-        unknown = ", ".join(sorted(set(components) - wanted))
-        if unknown:
-            raise TypeError(
-                f"from_pipe has no argument {unknown}: components are {', '.join(sorted(wanted))}."
-            )
-        shared = {k: v for k, v in pipeline.components.items() if k in wanted} | components
-        if not isinstance(shared.get("transformer"), FluxTransformer2DModel):
-            raise TypeError(
-                f"{type(pipeline).__name__} has no FLUX.1 transformer: give a FluxPipeline, a "
-                "FluxKontextPipeline or another pipeline of FLUX.1."
-            )
-        if prw is not None:
-            shared["prw"] = prw
-        return cls(**shared)
-
     @torch.no_grad()
     def encode_source(
         self,
@@ -236,6 +153,7 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
         if not asked.images:
             raise ValueError("encode_source needs a source: pass image= or images=.")
         plan = self._plan(asked)
+        self._require_pooled(asked, [one.batch for one in plan.references])
         config = plan.adapter.config
         if config.source_timestep == "current":
             raise ValueError(
@@ -335,8 +253,9 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
             images: Several references of one result, one entry each; none sees another. The first
                 decides the size. Of a task that is not aligned, each lies left of the one before.
             mask_image: Of task "inpaint": white is painted grey in the source and filled.
-            source_cache: Of `encode_source`, one or a list. Beside `image` or `images`, it is used
-                where it fits and else encoded again, with a line in the log; alone, it must fit.
+            source_cache: Of `encode_source`, one or a list, of several tasks even. Beside `image`
+                or `images`, it is used where it fits and else encoded again, with a line in the
+                log; alone, it must fit.
             source_size: (height, width) at which the source is encoded, or the side of a square of
                 that area. An aligned source is stretched over the result by its positions: half the
                 side is a quarter of the cost, for an adapter that was trained so.
@@ -411,8 +330,16 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
 
         plan = self._plan(asked)
         arguments.require_numbers(image_guidance_scale=image_guidance_scale)
+        arguments.require_no_ip_adapter({k: v for k, v in flux.items() if "ip_adapter" in k})
         self.check_inputs(height=plan.size[0], width=plan.size[1], **texts)
         prompts = arguments.prompt_count(prompt, prompt_embeds)
+        arguments.require_counts(
+            prompts,
+            {k: v for k, v in texts.items() if "prompt" in k},
+            num_images_per_prompt=num_images_per_prompt,
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+        )
         self._require_match(plan, asked, prompts, prompts * num_images_per_prompt, latents)
         if asked.caches and not use_kv_cache:
             raise ValueError("use_kv_cache=False would not use the source_cache: leave one out.")
@@ -430,7 +357,7 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
                 images_per_prompt=num_images_per_prompt,
                 keep=use_kv_cache,
             )
-        with following(self.transformer, source, image_guidance_scale):
+        with following(self.transformer, source, float(image_guidance_scale)):
             (results,) = super().__call__(
                 height=plan.size[0], width=plan.size[1], return_dict=False, **flux
             )
@@ -465,10 +392,10 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
         )
         resolution = self.prw.config.resolution if self.prw is not None else None
         return Sizes(
-            height=height,
-            width=width,
-            source_size=source_size,
-            resolution=resolution if max_area is None else max_area**0.5,
+            height=arguments.plain(height),
+            width=arguments.plain(width),
+            source_size=arguments.plain(source_size),
+            resolution=resolution if max_area is None else int(max_area) ** 0.5,
             auto_resize=auto_resize,
             step=step,
         )
@@ -482,9 +409,14 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
         """Raise ValueError unless sources, prompts and given noise belong together."""
         batches = [one.batch for one in plan.references] + [one.batch for one in asked.caches]
         arguments.require_pairs(batches, prompts)
+        self._require_pooled(asked, (*batches, prompts))
         channels = self.transformer.config.in_channels
         step = 2 * self.vae_scale_factor
         arguments.require_latents(latents, plan.size, step, channels, samples)
+
+    def _require_pooled(self, asked: Asked, batches: Sequence[int]) -> None:
+        width = self.transformer.config.pooled_projection_dim
+        arguments.require_pooled(asked.pooled, width, batches)
 
     def _source_pooled(self, plan: Plan, given: Tensor | None) -> Tensor | None:
         """The pooled text of the source; None where it is that of each main pass."""

@@ -57,6 +57,7 @@ def make_plan(adapter: PRWAdapter, asked: Asked, channels: int) -> Plan:
         task = asked.caches[0].meta.task if task is None else task
         if not asked.images:
             arguments.require_encoded(asked)
+            _require_apart(adapter, asked)
     spec = adapter.task(task)
     adapter.require_trained(spec.name)
     arguments.require_mask(asked.mask_image, spec.name)
@@ -73,11 +74,28 @@ def make_plan(adapter: PRWAdapter, asked: Asked, channels: int) -> Plan:
         adapter=adapter,
         spec=spec,
         route=route,
-        scale=1.0 if asked.scale is None else asked.scale,
+        scale=1.0 if asked.scale is None else float(asked.scale),
         call=call,
         references=found,
         size=size,
     )
+
+
+def _require_apart(adapter: PRWAdapter, asked: Asked) -> None:
+    """Raise ValueError where two caches beside the result would claim the same positions."""
+    tasks = adapter.tasks
+    right = 0
+    for cache in sorted(asked.caches, key=lambda cache: cache.meta.place):
+        task = tasks.get(cache.meta.task or "")
+        if task is None or task.aligned:
+            continue
+        columns = 1 if cache.picture is None else cache.picture.shape[-1] // asked.sizes.step
+        if cache.meta.place - columns < right:
+            raise ValueError(
+                "Two of these source caches lie at the same place beside the result: encode them "
+                "together, encode_source(images=[...])."
+            )
+        right = cache.meta.place
 
 
 def _warn_of_rounding(asked: Asked, size: tuple[int, int]) -> None:

@@ -200,6 +200,11 @@ def _latent_size(latents: Tensor, sizes: Sizes) -> tuple[int, int]:
             f"Latents must be float and of even height and width, got {latents.dtype} "
             f"{list(latents.shape)}: encode an image whose sides are multiples of {sizes.step}."
         )
+    if not bool(latents.isfinite().all()):
+        raise ValueError(
+            "Latents must be finite, and these are not: half precision overflows in some "
+            "autoencoders, encode in float32 or bfloat16."
+        )
     return height * sizes.step // 2, width * sizes.step // 2
 
 
@@ -232,7 +237,7 @@ def hole_mask(mask: Any, size: tuple[int, int], batch: int) -> Tensor:
     Raises:
         ValueError, TypeError: a kind, a size or a number that cannot be, or a mask without hole.
     """
-    if isinstance(mask, (list, tuple)):
+    if isinstance(mask, (list, tuple)) and mask:
         found = torch.cat([hole_mask(one, size, 1) for one in mask])
     else:
         found = _mask_planes(mask)
@@ -252,10 +257,15 @@ def _mask_planes(mask: Any) -> Tensor:
     if isinstance(mask, Image.Image):
         mask = np.array(mask.convert("L"))
     if isinstance(mask, np.ndarray):
+        if mask.ndim == 3 and mask.shape[-1] == 1:
+            mask = mask[..., 0]
         mask = torch.from_numpy(np.ascontiguousarray(mask))
     if not isinstance(mask, Tensor):
-        raise TypeError(f"mask_image must be PIL, numpy or a tensor, got {type(mask).__name__}.")
-    if mask.ndim not in (2, 3, 4) or (mask.ndim == 4 and mask.shape[1] != 1):
+        raise TypeError(
+            f"mask_image must be PIL, numpy or a tensor, got {type(mask).__name__}: open a file "
+            "first, diffusers.utils.load_image(...)."
+        )
+    if mask.ndim not in (2, 3, 4) or (mask.ndim == 4 and mask.shape[1] != 1) or not mask.numel():
         raise ValueError(
             f"mask_image must be [h, w], [B, h, w] or [B, 1, h, w], got {list(mask.shape)}."
         )

@@ -44,6 +44,9 @@ def test_it_checks_itself_and_reports(name: str, tmp_path: Path) -> None:
         assert "no row in both" in ran.stdout and (tmp_path / "plot.png").stat().st_size > 1e4
     if name == "pipeline":
         assert_pipeline(told)
+    if name == "loading":
+        names = {name.partition(",")[0] for name in told["variants"]}
+        assert names == {"read", "plain", "folder", "file"}
     if name == "timestep":
         assert set(told["variants"]) == {"zero", "current"}
         moved = told["variants"]["zero"]["changes"]["control"]

@@ -44,8 +44,8 @@ def converted(source: Path, target: Path) -> None:
         ConfigError: A folder would become something else than a .safetensors file.
     """
     from prw.errors import CheckpointError, ConfigError
+    from prw_flux.adapter_files import adapter_file, adapter_place
     from prw_flux.flat_file import pack, unpack
-    from prw_flux.loader import adapter_file, adapter_place
 
     if source.is_dir():
         if target.suffix != ".safetensors":

@@ -172,7 +172,7 @@ def test_a_cast_adapter_runs(make_transformer: Any, make_adapter: Any, make_batc
 def test_a_missing_or_damaged_folder_says_so(
     make_transformer: Any, make_adapter: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(FileNotFoundError, match="not a PRW adapter"):
+    with pytest.raises(FileNotFoundError, match="There is no folder .*nowhere"):
         PRWAdapter.from_pretrained(tmp_path / "nowhere")
     make_adapter(make_transformer()).save_pretrained(tmp_path / "adapter")
     file = tmp_path / "adapter/config.json"
@@ -213,6 +213,14 @@ def test_routes(make_transformer: Any, make_adapter: Any) -> None:
             adapter.route(wrong)
     with pytest.raises(ValueError, match=r"known: stage0, stage1\."):
         adapter.route("expert:zzz")
+
+
+def test_the_only_task_needs_no_name(make_transformer: Any, make_adapter: Any) -> None:
+    adapter = make_adapter(make_transformer(), tasks=None, trained=["edit"])
+    assert adapter.task(None).name == "edit" and adapter.task("ground").name == "ground"
+    adapter.note_trained("control")
+    with pytest.raises(ValueError, match=r"Choose a task: this adapter knows edit, control\."):
+        adapter.task(None)
 
 
 def test_the_identity_changes_with_every_write(make_transformer: Any, make_adapter: Any) -> None:

@@ -50,7 +50,7 @@ def test_images(idle: Any, photo: Any) -> None:
     refused(idle, "image= .* or images= .*not both", image=photo(), images=[photo()], **edit)
     refused(idle, "images= is a list with one entry per reference", images=photo(), **edit)
     refused(idle, "images= is a list", images=[], **edit)
-    refused(idle, "2 source images do not pair with 1 prompts", image=[photo()] * 2, **edit)
+    refused(idle, "2 source images do not pair with 1 prompt:", image=[photo()] * 2, **edit)
     refused(idle, "3 source images .* 2 prompts", prompt=["a", "b"], image=[photo()] * 3, **edit)
     refused(idle, "differ in size", prompt=["a", "b"], image=[photo(), photo(16)], **edit)
     refused(idle, "mode 'I;16'", image=photo().convert("I;16"), **edit)
@@ -76,6 +76,39 @@ def test_sizes_and_numbers(idle: Any, photo: Any) -> None:
     refused(idle, "image_guidance_scale must be finite", image_guidance_scale=float("nan"), **edit)
     latents = torch.zeros(1, 16, 64)
     refused(idle, r"packed noise \[1, 4, 64\].*got \[1, 16, 64\].*height=", latents=latents, **edit)
+    refused(idle, "packed noise .* got list", latents=[1], **edit)
+    for given in (torch.zeros(1, 5), torch.zeros(3, 16), torch.zeros(16), [0.0]):
+        refused(idle, r"source_pooled_embeds must be \[1, 16\]", source_pooled_embeds=given, **edit)
+
+
+def test_numbers_of_things(idle: Any, photo: Any) -> None:
+    edit = {"image": photo(), "task": "edit"}
+    two = {"prompt": ["a", "blue"], "true_cfg_scale": 2.0}
+    refused(idle, "negative_prompt has 3 entries for 2 prompts", negative_prompt=["a"] * 3, **two,
+            **edit)  # fmt: skip
+    refused(idle, "prompt_2 has 2 entries for 1 prompt:", prompt_2=["a", "b"], **edit)
+    refused(idle, "list of prompts is empty", prompt=[], **edit)
+    refused(idle, "num_images_per_prompt must be .* at least 1, got 0", num_images_per_prompt=0,
+            **edit)  # fmt: skip
+    refused(idle, "num_inference_steps must be .* got 2.5", num_inference_steps=2.5, **edit)
+    several = [torch.Generator()] * 3
+    refused(idle, "3 generators .* noise of 4 results", generator=several, num_images_per_prompt=2,
+            prompt=["a", "b"], **edit)  # fmt: skip
+
+
+def test_numbers_of_other_libraries(make_pipe: Any, photo: Any, run: Any) -> None:
+    """What numpy measured is a number, too."""
+    pipe = make_pipe()
+    side = np.int64(48)
+    call = {"height": side, "width": side, "source_size": (np.int32(32), side), "max_area": side}
+    out = run(pipe, "a", image=photo(), task="edit", source_scale=np.float32(0.5),
+              image_guidance_scale=np.float64(2.0), **call)  # fmt: skip
+    call = {"height": 48, "width": 48, "source_size": (32, 48)}
+    wanted = run(pipe, "a", image=photo(), task="edit", source_scale=0.5, image_guidance_scale=2.0,
+                 **call)  # fmt: skip
+    assert torch.equal(out, wanted)
+    cache = pipe.encode_source(photo(), task="edit", source_scale=np.float32(0.5), height=side)
+    assert type(cache.meta.scale) is float and type(cache.meta.height) is int
 
 
 def test_tasks_routes_and_masks(idle: Any, photo: Any) -> None:
@@ -91,6 +124,7 @@ def test_tasks_routes_and_masks(idle: Any, photo: Any) -> None:
     refused(idle, "mask_image= and source_size= act on a source", mask_image=mask, source_size=16)
     refused(idle, "task= acts on a source", task="edit")
     idle.prw.register_to_config(trained=[])
+    refused(idle, "Choose a task: this adapter knows inpaint, ground", image=photo())
     idle.prw.note_trained("ground")
     refused(idle, "not trained for 'edit', only for ground: choose one", image=photo(), task="edit")
 
@@ -103,6 +137,10 @@ def test_other_arguments(idle: Any, photo: Any) -> None:
     refused(idle, "got an empty list", source_cache=[])
     kwargs = {"prw": 1}
     refused(idle, "is set by the pipeline: leave it out", joint_attention_kwargs=kwargs, **edit)
+    refused(idle, "must be a dict, got list", joint_attention_kwargs=[1], **edit)
+    refused(idle, "got int: a file is read", source_cache=3)
+    for name in ("ip_adapter_image", "negative_ip_adapter_image_embeds"):
+        refused(idle, f"{name}= belongs to an IP-Adapter, which cannot", **{name: [1]}, **edit)
     with pytest.raises(ValueError, match="Provide either `prompt` or `prompt_embeds`"):
         idle(**edit)
     with pytest.raises(ValueError, match="needs a source: pass image= or images="):

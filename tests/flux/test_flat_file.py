@@ -68,6 +68,21 @@ def test_a_file_of_the_object_is_the_file_of_its_folder(folder: Path, tmp_path: 
     assert same(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
 
 
+def test_loading_writes_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gigabyte is read once, and neither copied to another file nor read from there."""
+    pack(folder, tmp_path / "one.safetensors")
+    monkeypatch.setattr("tempfile.TemporaryDirectory", None)
+    monkeypatch.setattr("prw_flux.flat_file.save_file", None)
+    found, wanted = load_flat(tmp_path / "one.safetensors"), PRWAdapter.from_pretrained(folder)
+    for (name, tensor), other in zip(
+        found.state_dict().items(), wanted.state_dict().values(), strict=True
+    ):
+        assert torch.equal(tensor, other), name
+    assert found.weave.fingerprint == wanted.weave.fingerprint and not found.training
+
+
 def test_other_front_ends_can_tell_what_it_is(folder: Path, tmp_path: Path) -> None:
     """The header says so, and no key is one that LoRA loaders look for."""
     pack(folder, tmp_path / "flat.safetensors")

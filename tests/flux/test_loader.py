@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxPipeline
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
@@ -73,7 +78,7 @@ def test_repositories(saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def snapshot(repo: str, **options: Any) -> str:
         asked.append((repo, options))
-        return str(tmp_path)
+        return str(tmp_path / "run" if repo.endswith("run") else tmp_path)
 
     def one_file(repo: str, name: str, **options: Any) -> str:
         asked.append((repo, name, options))
@@ -84,12 +89,14 @@ def test_repositories(saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     pipe.load_prw_weights("someone/some-adapter", subfolder="adapter", revision="v1")
     pipe.load_prw_weights("someone/some-adapter", weight_name="adapter.safetensors")
     pipe.load_prw_weights("someone/FLUX.1-adapter", subfolder="adapter")  # no file's ending
-    with pytest.raises(FileNotFoundError, match="is not a PRW adapter"):
+    pipe.load_prw_weights("someone/a-run", local_files_only=True)  # the adapter of a run
+    with pytest.raises(FileNotFoundError, match="There is no folder ~/adapter"):
         pipe.load_prw_weights("~/adapter")
     assert asked == [
         ("someone/some-adapter", {"allow_patterns": ["adapter/**"], "revision": "v1"}),
         ("someone/some-adapter", "adapter.safetensors", {}),
         ("someone/FLUX.1-adapter", {"allow_patterns": ["adapter/**"]}),
+        ("someone/a-run", {"allow_patterns": ["**"], "local_files_only": True}),
     ]
 
 
@@ -188,3 +195,131 @@ def test_files_that_cannot_be_read(saved: Any, tmp_path: Path) -> None:
     save_file({"../../escape/a": torch.ones(1)}, path, metadata=header)
     with pytest.raises(CheckpointError, match="names a path outside its folder"):
         load_flat(path)
+
+
+class Hub:
+    """One repository, holding a folder; what is asked for lands in a snapshot, and only that."""
+
+    def __init__(self, folder: Path, snapshot: Path) -> None:
+        self.folder, self.snapshot = folder, snapshot
+
+    def model_info(self, repo: str, **_: Any) -> Any:
+        found = [p for p in self.folder.rglob("*") if p.is_file()]
+        names = [p.relative_to(self.folder).as_posix() for p in found]
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+
+    def hf_hub_download(self, repo: str, filename: str, **_: Any) -> str:
+        target = self.snapshot / filename
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return str(shutil.copy(self.folder / filename, target))
+
+    def snapshot_download(
+        self, repo: str, *, allow_patterns: Any, ignore_patterns: Any = None, **_: Any
+    ) -> str:
+        names = [one.rfilename for one in self.model_info(repo).siblings]
+        asked = filter_repo_objects(
+            names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
+        for name in asked:
+            self.hf_hub_download(repo, name)
+        return str(self.snapshot)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("place", ["folder", "repository"])
+def test_a_pipeline_travels_with_its_adapter(
+    make_pipe: Any, photo: Any, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    place: str, variant: str | None,
+) -> None:  # fmt: skip
+    """diffusers fetches files whose names it knows, and looks for variants in every component."""
+    pipe = make_pipe()
+    edit = {"prompt": "a", "image": photo(), "task": "edit"}
+    wanted = run(pipe, **edit)
+    folder = tmp_path / "saved"
+    pipe.save_pretrained(folder, variant=variant)
+    location = str(folder)
+    if place == "repository":
+        hub = Hub(folder, tmp_path / "snapshot")
+        for function in ("model_info", "hf_hub_download", "snapshot_download"):
+            name = f"diffusers.pipelines.pipeline_utils.{function}"
+            monkeypatch.setattr(name, getattr(hub, function))
+        monkeypatch.setattr("diffusers.configuration_utils.hf_hub_download", hub.hf_hub_download)
+        monkeypatch.setattr("prw_flux.locate.snapshot_download", hub.snapshot_download)
+        location = "someone/pipeline"
+    again = CoLoGenPipeline.from_pretrained(location, variant=variant)
+    assert_close(run(again, **edit), wanted, **EXACT)
+    without = CoLoGenPipeline.from_pretrained(location, variant=variant, prw=None)
+    assert without.prw is None
+    assert type(FluxPipeline.from_pretrained(location, variant=variant)) is FluxPipeline
+
+
+def test_an_adapter_that_was_unloaded_is_not_saved(make_pipe: Any, tmp_path: Path) -> None:
+    pipe = make_pipe()
+    pipe.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text("utf-8"))["_prw"] == "prw"
+    pipe.unload_prw_weights()
+    pipe.save_pretrained(tmp_path)  # over the first, whose adapter's files are still there
+    assert CoLoGenPipeline.from_pretrained(tmp_path).prw is None
+
+
+def test_dtypes_and_devices_of_a_load(make_pipe: Any, tmp_path: Path) -> None:
+    make_pipe().save_pretrained(tmp_path)
+
+    def experts(**options: Any) -> Any:
+        pipe = CoLoGenPipeline.from_pretrained(tmp_path, **options)
+        return {p.dtype for p in pipe.prw.pools[0].experts.parameters()}
+
+    assert experts() == {torch.float32}
+    assert experts(dtype=torch.bfloat16, device_map="cpu") == {torch.bfloat16}
+    both = {"default": torch.bfloat16, "prw": torch.float16}
+    assert experts(dtype=both) == {torch.float16}
+    assert experts(dtype={"default": torch.bfloat16}) == {torch.bfloat16}
+    pipe = CoLoGenPipeline.from_pretrained(tmp_path)
+    half = CoLoGenPipeline.from_pipe(pipe, dtype=torch.bfloat16)
+    assert half.transformer is pipe.transformer and half.vae.dtype == torch.bfloat16
+    assert {p.dtype for p in half.prw.pools[0].experts.parameters()} == {torch.bfloat16}
+
+
+def test_a_device_map_places_the_adapter(
+    make_pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers puts the components it loads on devices, and the adapter is not one of them."""
+    make_pipe().save_pretrained(tmp_path)
+    place = "prw_flux.loader.get_module_execution_device"
+    monkeypatch.setattr(place, lambda _: torch.device("meta"))
+    pipe = CoLoGenPipeline.from_pretrained(tmp_path, device_map="cpu")
+    assert {p.device.type for p in pipe.prw.parameters()} == {"meta"}
+    pipe = CoLoGenPipeline.from_pretrained(tmp_path)
+    assert {p.device.type for p in pipe.prw.parameters()} == {"cpu"}
+
+
+def test_mistakes_of_a_load(saved: Any, tmp_path: Path) -> None:
+    pipe, adapter = saved
+    with pytest.raises(ValueError, match=r"one PRW adapter at a time.*route=.*from_pipe"):
+        pipe.load_prw_weights(tmp_path / "adapter", adapter_name="edit")
+    with pytest.raises(TypeError, match="got PRWAdapter: .*from_pipe"):
+        pipe.load_prw_weights(adapter)
+    for dtype in (torch.float8_e4m3fn, "bf16"):
+        with pytest.raises(ValueError, match="compute in one of float32.*not in"):
+            pipe.load_prw_weights(tmp_path / "adapter", dtype=dtype)
+    with pytest.raises(FileNotFoundError, match="There is no folder .*nothing: check"):
+        pipe.load_prw_weights(tmp_path / "nothing")
+    assert pipe.prw is None
+    for text in ("./nothing", "/nothing/at/all"):
+        with pytest.raises(FileNotFoundError, match=f"There is no folder {text}"):
+            CoLoGenPipeline.from_pretrained(text)
+    with pytest.raises(TypeError, match="loaded pipeline, got 'tiny-flux'"):
+        CoLoGenPipeline.from_pipe("tiny-flux")
+
+
+def test_an_adapter_is_no_lora_by_any_name(saved: Any, tmp_path: Path) -> None:
+    pipe, _ = saved
+    with pytest.raises(CheckpointError, match="PRW adapter, not a LoRA"):
+        pipe.load_lora_weights(tmp_path / "file", weight_name="adapter.safetensors")
+    with pytest.raises(CheckpointError, match="PRW adapter, not a LoRA"):
+        pipe.load_lora_weights(tmp_path, subfolder="adapter")
+    expert = "experts/0-stage0"
+    weights = {"subfolder": expert, "weight_name": "adapter_model.safetensors"}
+    for place, options in ((tmp_path / "adapter" / expert, {}), (tmp_path / "adapter", weights)):
+        with pytest.raises(CheckpointError, match=r"one expert of the PRW adapter .*route="):
+            pipe.load_lora_weights(place, **options)

@@ -108,11 +108,14 @@ def test_masks_that_cannot_be(photo: Any) -> None:
     refused("has no hole: paint white", np.zeros((32, 32), bool))
     refused("1 x 32 x 16 .*the source 1 x 32 x 32: give one mask", np.ones((16, 32), bool))
     refused("2 x 32 x 32", [np.ones((32, 32), bool)] * 2, batch=3)
-    refused("must be PIL, numpy or a tensor, got str", "mask.png")
+    refused(r"got str: open a file first, diffusers\.utils\.load_image", "mask.png")
+    refused(r"got \[0, 32, 32\]", torch.ones(0, 32, 32))
+    refused("got list", [])
     refused(r"\[h, w\].*got \[1, 3, 32, 32\]", torch.ones(1, 3, 32, 32))
     refused("bool, uint8, or float in", torch.full((32, 32), 2.0))
     refused("bool, uint8, or float in", torch.full((32, 32), float("nan")))
     assert len(hole_mask([np.ones((32, 32), bool)] * 3, (32, 32), 3)) == 3
+    assert hole_mask(np.ones((32, 32, 1), bool), (32, 32), 1).shape == (1, 1, 32, 32)
 
 
 def test_a_batch_has_one_size(photo: Any) -> None:
@@ -136,3 +139,5 @@ def test_images_that_cannot_be(photo: Any) -> None:
     refused("uint8 or float in", np.zeros((32, 32, 3), np.int64))
     refused("no pixels", np.zeros((0, 32, 3), np.uint8))
     refused("list of images is empty", [])
+    refused(r"latents \[B, C, H, W\] that are not packed, got \[1, 4, 64\]", torch.zeros(1, 4, 64))
+    refused("Latents must be finite", torch.full((1, 16, 4, 4), float("nan")))

@@ -100,6 +100,10 @@ def test_several_references_are_recorded_alone(make_pipe: Any, photo: Any, run: 
     # softmax over the same keys in another order: rounding of values near 1
     swapped = run(pipe, "a", source_cache=caches[::-1], height=32, width=32)
     assert_close(swapped, both, rtol=0.0, atol=1e-4)
+    apart = [pipe.encode_source(one, task="customise", height=32, width=32) for one in pair]
+    for pair_ in ([caches[1], caches[1]], apart):
+        with pytest.raises(ValueError, match=r"at the same place .* encode_source\(images="):
+            run(pipe, "a", source_cache=pair_, height=32, width=32)
     assert (both - run(pipe, "a", source_cache=caches[:1], height=32, width=32)).abs().max() > 1e-3
 
 
