@@ -55,8 +55,7 @@ def held_out(protocol: Protocol) -> Held:
     """Draw the items and load the base in fp32, as `prw-flux evaluate` does."""
     source = ShapeWeave(size=protocol.config(0).size, seed=protocol.held_seed, split="heldout")
     samples = {}
-    for task in ORDER:
-        count = protocol.edits if task == FINAL else protocol.others
+    for task, count in zip(ORDER, protocol.items, strict=True):
         drawn = draw_samples(source, load_task(task), count, protocol.held_seed, unusable)
         samples[task] = drawn.samples
     base = CoLoGenPipeline.from_pretrained(tiny.path(), dtype=torch.float32)

@@ -35,22 +35,21 @@ class Protocol:
         rank: of an expert; its alpha is twice the rank.
         balance: weight of the load balance loss where experts train together.
         samples: encoded per task; a longer stage sees them again, in another order.
-        edits, others: held-out items of the last task, and of every other.
+        items: held-out items of each task, in the same order.
         sampling: denoising steps.
         held_seed: of the held-out items and of their noise; the same for all training seeds.
     """
 
     version: int = 1
-    steps: tuple[int, ...] = (200, 200, 200, 200, 400)
-    batch_size: int = 32
-    lr: float = 1e-2
+    steps: tuple[int, ...] = (180, 180, 180, 180, 180)
+    batch_size: int = 16
+    lr: float = 7e-3
     rank: int = 16
     density: float = 0.8
     weight: float = 0.5
     balance: float = 0.01
-    samples: int = 2000
-    edits: int = 512
-    others: int = 128
+    samples: int = 1000
+    items: tuple[int, ...] = (64, 128, 64, 128, 512)
     sampling: int = 12
     held_seed: int = 0
 
@@ -80,7 +79,7 @@ class Protocol:
 
 
 QUICK: Final = Protocol(
-    steps=(1, 1, 1, 1, 2), batch_size=5, samples=8, edits=4, others=2, sampling=2, rank=4
+    steps=(1, 1, 1, 1, 2), batch_size=5, samples=8, items=(2, 2, 2, 2, 4), sampling=2, rank=4
 )
 
 
@@ -92,7 +91,6 @@ class Phase:
         stage: its name, steps, batch size, rate, density and weight.
         tasks: one, or those whose samples are mixed.
         opens: stages unlocked before it; none goes on with the open one.
-        share: of several tasks: "equal", or to each as many samples as its own stage has.
         learns: the newest expert, or all.
         balance: weight of the load balance loss.
     """
@@ -100,7 +98,6 @@ class Phase:
     stage: Stage
     tasks: tuple[str, ...]
     opens: tuple[str, ...]
-    share: Literal["own", "equal"] = "own"
     learns: Literal["newest", "all"] = "newest"
     balance: float = 0.0
 
@@ -157,31 +154,26 @@ def progressive(
     )  # fmt: skip
 
 
-def mixed(
-    protocol: Protocol, tasks: tuple[str, ...], steps: int, experts: int, share: str = "equal"
-) -> Phase:
-    """Several tasks at once, with all experts open and learning."""
+def mixed(protocol: Protocol, tasks: tuple[str, ...], experts: int) -> Phase:
+    """The stages of several tasks at once: all their samples shuffled, all experts learning."""
     return Phase(
         stage=Stage(
-            task=tasks[0], name="mixed", steps=steps, batch_size=protocol.batch_size,
-            lr=protocol.lr, density=1.0, weight=0.0,
+            task=tasks[0], name="mixed", steps=sum(map(protocol.length, tasks)),
+            batch_size=protocol.batch_size, lr=protocol.lr, density=1.0, weight=0.0,
         ),
         tasks=tasks, opens=tuple(f"expert-{k}" for k in range(experts)), learns="all",
-        share="own" if share == "own" else "equal",
         balance=protocol.balance if experts > 1 else 0.0,
     )  # fmt: skip
 
 
 def arms(protocol: Protocol) -> dict[str, Arm]:
     """All arms by name, in the order in which they are run."""
-    total, last = sum(protocol.steps), protocol.length(FINAL)
-    experts = len(ORDER)
-    together = mixed(protocol, ORDER, total, experts)
-    earlier = mixed(protocol, ORDER[:-1], total - last, experts, "own")
+    last, experts = protocol.length(FINAL), len(ORDER)
+    together = mixed(protocol, ORDER, experts)
+    earlier = mixed(protocol, ORDER[:-1], experts)
     alone = Stage(task=FINAL, steps=last, batch_size=protocol.batch_size, lr=protocol.lr,
                   density=1.0, weight=0.0)  # fmt: skip
     finetuned = Phase(stage=alone, tasks=(FINAL,), opens=(), learns="all", balance=earlier.balance)
-    lengthened = replace(together, stage=replace(together.stage, steps=experts * last))
 
     found: dict[str, Arm] = {}
 
@@ -194,18 +186,17 @@ def arms(protocol: Protocol) -> dict[str, Arm]:
         )
 
     add("cologen", "CoLoGen: 0, 1, 2, 3, 4", "main", progressive(protocol))
-    add("cotrain-total", "co-training, as many samples in total", "main", (together,))
+    add("cotrain", "co-training on the same samples", "main", (together,))
     add("baseline", "baseline: 3, 4", "main", progressive(protocol, ORDER[3:]))
     add("rl-only", "R_l only: 1, 2, 3, 4", "main", progressive(protocol, ORDER[1:]))
     add("rc-only", "R_c only: 0, 2, 3, 4", "main", progressive(protocol, (ORDER[0], *ORDER[2:])))
-    add("cotrain-final", "co-training, as many edits", "main", (lengthened,))
+    add("joint-finetune", "co-training on 0 to 3, then 4", "main", (earlier, finetuned))
 
     add("references", "no training: copy, text, zero-delta, ceiling", "controls", ())
     add("no-freeze", "CoLoGen, veterans train on", "controls", progressive(protocol, learns="all"))
     add("no-veteran-loss", "CoLoGen, weight 0", "controls", progressive(protocol, weight=0.0))
-    add("joint-finetune", "joint on 0 to 3, then edits", "controls", (earlier, finetuned))
     add("one-lora", "one LoRA of five times the rank, mixed", "controls",
-        (mixed(protocol, ORDER, total, 1),), rank=experts * protocol.rank)  # fmt: skip
+        (mixed(protocol, ORDER, 1),), rank=experts * protocol.rank)  # fmt: skip
     add("swapped", "1, 0, 2, 3, 4", "controls",
         progressive(protocol, (ORDER[1], ORDER[0], *ORDER[2:])))  # fmt: skip
     add("with-control", "2, 3, 4", "controls", progressive(protocol, ORDER[2:]))
@@ -228,15 +219,12 @@ def arms(protocol: Protocol) -> dict[str, Arm]:
 def picks(phase: Phase, protocol: Protocol, seed: int) -> list[list[PICK]] | None:
     """Which samples make up every step of a mixed phase; None for one task, in its own order.
 
-    With share "own" these are exactly the samples of the tasks' own stages.
+    All together they are exactly the samples of the tasks' own stages, each as often as there.
     """
     if len(phase.tasks) == 1:
         return None
-    size, count = phase.stage.batch_size, len(phase.tasks)
-    wanted = phase.stage.steps * size
-    numbers = [wanted // count + (k < wanted % count) for k in range(count)]
-    if phase.share == "own":
-        numbers = [protocol.length(task) * size for task in phase.tasks]
+    size = phase.stage.batch_size
+    numbers = [protocol.length(task) * size for task in phase.tasks]
     flat = [(task, p) for task, n in zip(phase.tasks, numbers, strict=True) for p in range(n)]
     rng = np.random.default_rng(stable_hash(seed, "ablation", phase.stage.name, *phase.tasks))
     order = rng.permutation(len(flat))

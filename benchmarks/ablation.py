@@ -41,7 +41,7 @@ HERE: Final = Path(__file__).parent
 RESULTS: Final = HERE / "results" / "2026-11-21-ablation.jsonl"
 PAGE: Final = HERE.parent / "docs" / "pages" / "findings.md"
 GROUPS: Final = ("main", "controls", "sweeps")
-IN_QUICK: Final = ("cologen", "cotrain-total", "references")
+IN_QUICK: Final = ("cologen", "cotrain", "references")
 
 
 def main(arguments: list[str] | None = None) -> int:

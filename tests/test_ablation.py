@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
