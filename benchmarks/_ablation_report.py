@@ -1,21 +1,39 @@
-"""What the rows of `benchmarks.ablation` say: tables, paired intervals, verdicts."""
+"""What the rows of `benchmarks.ablation` say, as tables of the findings page."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 
 from benchmarks._ablation_plan import FINAL, ORDER, Arm, Protocol
-from prw_flux.evaluation.statistics import Interval, bootstrap
+from benchmarks._ablation_statistics import (
+    NONE,
+    UNMEASURED,
+    Row,
+    Rows,
+    average,
+    hypotheses,
+    kept,
+)
+from prw_flux.rundir import write_atomically
 
-Row: TypeAlias = dict[str, Any]
 EDITS: Final = ("C", "L", "S", "K", "changed", "headline")
 CUSTOM: Final = {"bits": "glyph bits", "subject L": "its L", "S": "S", "other C": "C of the other"}
-NONE: Final = "no difference shown"
-UNMEASURED: Final = "not measured"
+WHOLE: Final = ("cologen", "no-freeze", "consolidated")
+BEGIN: Final = "<!-- ablation: begin -->"
+END: Final = "<!-- ablation: end -->"
+KEPT: Final = (
+    "Headline of every task when its own stage ended, then under the final router; * where the "
+    "interval of the paired difference does not contain zero."
+)
+BESIDE: Final = (
+    "Other data, other metrics, another base: the paper's columns play the role of C, S and L, no "
+    "number of one table can be compared with one of the other. The paper gives neither seeds nor "
+    "intervals."
+)
 PAPER: Final = {
     "baseline": (0.260, 0.889, 0.901, 0.300, 0.808, 0.683),
     "rl-only": (0.279, 0.922, 0.927, 0.310, 0.829, 0.707),
@@ -24,131 +42,6 @@ PAPER: Final = {
     "cologen": (0.301, 0.931, 0.932, 0.315, 0.825, 0.714),
 }
 """CoLoGen, Table 5: CLIP-T, CLIP-I, DINO on MagicBrush, then on DreamBench."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Finished rows by arm and seed."""
-
-    rows: Sequence[Row]
-
-    def of(self, arm: str) -> dict[int, Row]:
-        """Rows of an arm by seed."""
-        return {row["seed"]: row for row in self.rows if row["arm"] == arm}
-
-    def per_seed(self, arm: str, task: str, part: str) -> dict[int, list[float | None]]:
-        """Items of a part, by seed; empty where the part was not measured."""
-        found = {seed: row.get("items", {}).get(task, {}) for seed, row in self.of(arm).items()}
-        return {seed: items[part] for seed, items in found.items() if part in items}
-
-    def mean(self, arm: str, task: str, part: str) -> tuple[float, list[float]] | None:
-        """Mean over seeds and items, and the means of the seeds."""
-        seeds = [average(items) for _, items in sorted(self.per_seed(arm, task, part).items())]
-        return (float(np.mean(seeds)), seeds) if seeds else None
-
-    def difference(self, plus: Terms, minus: Terms) -> Difference | None:
-        """Of sums of per-item values, over the seeds that all of them have.
-
-        Args:
-            plus, minus: (arm, task, part) whose items are added and subtracted.
-        """
-        terms = [(1.0, self.per_seed(*t)) for t in plus] + [(-1.0, self.per_seed(*t))
-                                                           for t in minus]  # fmt: skip
-        shared = sorted(set.intersection(*(set(found) for _, found in terms)))
-        if not shared:
-            return None
-        by_seed = []
-        for seed in shared:
-            values = [sign * as_numbers(found[seed]) for sign, found in terms]
-            by_seed.append(np.sum(values, axis=0))
-        return paired(by_seed, shared)
-
-
-Terms: TypeAlias = Sequence[tuple[str, str, str]]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A paired difference: the interval over items, and the means of single seeds."""
-
-    interval: Interval
-    seeds: Mapping[int, float]
-
-    @property
-    def verdict(self) -> str:
-        """Whether the interval says anything."""
-        if self.interval.low <= 0.0 <= self.interval.high:
-            return NONE
-        return "higher" if self.interval.mean > 0 else "lower"
-
-    def __str__(self) -> str:
-        told = f"{self.interval.mean:+.3f} [{self.interval.low:+.3f}, {self.interval.high:+.3f}]"
-        return told if self.verdict != NONE else f"{told}, {NONE}"
-
-    @property
-    def single(self) -> str:
-        """The seeds one by one."""
-        return ", ".join(f"{value:+.3f}" for value in self.seeds.values())
-
-
-def paired(by_seed: Sequence[Any], seeds: Sequence[int]) -> Difference:
-    """Items averaged over seeds, then bootstrapped; items that one seed lacks are left out."""
-    items = np.mean(by_seed, axis=0)
-    kept = items[np.isfinite(items)]
-    singles = {s: float(np.nanmean(x)) for s, x in zip(seeds, by_seed, strict=True)}
-    return Difference(bootstrap(kept.tolist()), singles)
-
-
-def as_numbers(items: Iterable[float | None]) -> Any:
-    """Items as an array, NaN where a part does not apply."""
-    return np.array([np.nan if value is None else value for value in items], float)
-
-
-def average(items: Iterable[float | None]) -> float:
-    """Mean of the items that there are."""
-    return float(np.nanmean(as_numbers(items)))
-
-
-# Hypotheses ----------------------------------------------------------------------------------
-
-
-def hypotheses(rows: Rows) -> list[tuple[str, str, Difference | None, str]]:
-    """(name, what is measured, the difference, verdict) of H1 to H4."""
-    found = []
-    for other in ("cotrain", "joint-finetune"):
-        for part in ("C", "L"):
-            d = rows.difference([("cologen", FINAL, part)], [(other, FINAL, part)])
-            found.append(("H1", f"{part}: `cologen` minus `{other}`", d, judged(d)))
-    for name, arm, up, down in (("H2", "rl-only", "L", "C"), ("H3", "rc-only", "C", "L")):
-        d = rows.difference([(arm, FINAL, up), ("baseline", FINAL, down)],
-                            [("baseline", FINAL, up), (arm, FINAL, down)])  # fmt: skip
-        what = f"`{arm}` over `baseline`: {up} gained minus {down} gained"
-        found.append((name, what, d, judged(d)))
-    d = kept(rows, "cologen", "ground")
-    verdict = UNMEASURED
-    if d is not None:
-        low, high = d.interval.low, d.interval.high
-        verdict = "supported" if low > -0.05 else "contradicted" if high < -0.05 else "undecided"
-    found.append(("H4", "Acc@0.5 of grounding, after stage 4 minus after stage 1", d, verdict))
-    return found
-
-
-def judged(difference: Difference | None) -> str:
-    """What a hypothesis that expects a positive difference gets."""
-    if difference is None:
-        return UNMEASURED
-    return {"higher": "supported", "lower": "contradicted"}.get(difference.verdict, NONE)
-
-
-def kept(rows: Rows, arm: str, task: str) -> Difference | None:
-    """Headline of a task under the final router, minus what it was when its stage ended."""
-    by_seed, seeds = [], []
-    for seed, row in sorted(rows.of(arm).items()):
-        if task in row.get("stages", []):
-            before = as_numbers(row["matrix"][row["stages"].index(task)][task])
-            by_seed.append(as_numbers(row["matrix"][-1][task]) - before)
-            seeds.append(seed)
-    return paired(by_seed, seeds) if by_seed else None
 
 
 # Tables --------------------------------------------------------------------------------------
@@ -229,17 +122,36 @@ def forgetting(rows: Rows, arm: str) -> list[str]:
     if not found or len(found[0].get("stages", [])) < 2:
         return []
     tasks = [task for task in ORDER if task in found[0]["matrix"][-1]]
-    body = []
-    for number, stage in enumerate(found[0]["stages"]):
-        cells = [[average(r["matrix"][number][t]) for r in found] if t in r0 else None
-                 for r0 in [found[0]["matrix"][number]] for t in tasks]  # fmt: skip
-        body.append([stage, *("" if c is None else f"{np.mean(c):.2f}" for c in cells)])
-    pinned = found[0]["at_stage"]
-    if pinned:
-        body.append(["each at its own stage",
-                     *(f"{np.mean([average(r['at_stage'][t]) for r in found]):.2f}"
-                       for t in tasks)])  # fmt: skip
+
+    def line(name: str, cells: Sequence[Mapping[str, Any]]) -> list[str]:
+        return [name, *(f"{np.mean([average(c[t]) for c in cells]):.2f}" if t in cells[0] else ""
+                        for t in tasks)]  # fmt: skip
+
+    body = [line(stage, [row["matrix"][number] for row in found])
+            for number, stage in enumerate(found[0]["stages"])]  # fmt: skip
+    if found[0]["at_stage"]:
+        body.append(line("each at its own stage", [row["at_stage"] for row in found]))
     return table(["after", *tasks], body)
+
+
+def kept_table(rows: Rows, known: Mapping[str, Arm]) -> list[str]:
+    """Per arm and task: the headline when its stage ended, and under the final router."""
+    body = []
+    for name in known:
+        found = list(rows.of(name).values())
+        if not found or "matrix" not in found[0]:
+            continue
+        cells = []
+        for task in ORDER:
+            last = [average(row["matrix"][-1][task]) for row in found if task in row["matrix"][-1]]
+            change = kept(rows, name, task)
+            told = f"{np.mean(last):.2f}" if last else ""
+            if change is not None and task != FINAL:
+                told = f"{np.mean(last) - change.interval.mean:.2f} to {told}"
+                told += "" if change.verdict == NONE else " *"
+            cells.append(told)
+        body.append([f"`{name}`", *cells])
+    return table(["arm", *ORDER], body)
 
 
 def routes_table(rows: Rows, arm: str) -> list[str]:
@@ -335,7 +247,6 @@ def origins(rows: Sequence[Row], protocol: Protocol) -> str:
 def text(rows: Sequence[Row], known: Mapping[str, Arm], protocol: Protocol) -> str:
     """All tables, as they stand on the findings page."""
     found = Rows(rows)
-    seen = [name for name in known if found.of(name)]
     parts: list[list[str]] = [
         [origins(rows, protocol)],
         ["### Hypotheses"], hypotheses_table(found),
@@ -348,12 +259,24 @@ def text(rows: Sequence[Row], known: Mapping[str, Arm], protocol: Protocol) -> s
         ["### Usage of the newest expert at the end of each stage, in training"],
         usage_table(found, known),
     ]  # fmt: skip
-    for name in seen:
+    for name in WHOLE:
         matrix = forgetting(found, name)
         if matrix:
-            parts += [[f"### Forgetting: `{name}`"], matrix]
-    for name in seen:
-        if known[name].phases:
-            parts += [[f"### Final routes: `{name}`"], routes_table(found, name)]
-    parts += [["### The paper beside it (Table 5)"], paper_table()]
+            parts += [[f"### After every stage: `{name}`"], matrix,
+                      ["Where its final router sends each task, share of blocks and items:"],
+                      routes_table(found, name)]  # fmt: skip
+    parts += [
+        ["### What later stages cost the earlier ones"], [KEPT], kept_table(found, known),
+        ["### The paper beside it (Table 5)"], [BESIDE], paper_table(),
+    ]  # fmt: skip
     return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def write(page: Path, tables: str, figures: Sequence[tuple[str, str]]) -> None:
+    """Put tables and figures between the marks of the findings page."""
+    before, mark, rest = page.read_text("utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not mark or not end:
+        raise ValueError(f"{page} has no {BEGIN} ... {END} to write between")
+    shown = "\n\n".join(f"![{words}](assets/{name})" for name, words in figures)
+    write_atomically(page, f"{before}{BEGIN}\n{tables}\n\n{shown}\n{END}{after}")

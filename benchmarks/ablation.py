@@ -32,10 +32,14 @@ import torch
 from PIL import Image
 
 from benchmarks import _ablation_report as report
-from benchmarks._ablation_measure import Held, held_out, measure, references
-from benchmarks._ablation_plan import QUICK, Arm, Protocol, arms
+from benchmarks._ablation_measure import SHOWN, Held, held_out, measure, references
+from benchmarks._ablation_plan import FINAL, QUICK, Arm, Protocol, arms
+from benchmarks._ablation_statistics import Rows
 from benchmarks._ablation_train import Store
 from benchmarks._common import machine, parser
+from prw_flux.evaluation import draw_samples, unusable
+from prw_flux.shapeweave import ShapeWeave
+from prw_flux.tasks import load_task
 
 HERE: Final = Path(__file__).parent
 RESULTS: Final = HERE / "results" / "2026-11-21-ablation.jsonl"
@@ -62,9 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
     rows = own(read(args.results), protocol)
     result = {"benchmark": "ablation", **machine(args.device), "protocol": protocol.digest,
               "variants": report.summary(rows, known)}  # fmt: skip
-    print(report.text(rows, known, protocol))
+    tables = report.text(rows, known, protocol)
+    print(tables)
     if args.report:
-        report.write(PAGE, rows, known, protocol, args.results)
+        publish(args.page, tables, rows, known, protocol, args.results)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     return 0
@@ -77,6 +82,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     found.add_argument("--steps-scale", type=float, default=1.0, help="of all lengths")
     found.add_argument("--results", type=Path, default=None, help="finished arms as JSON lines")
     found.add_argument("--report", action="store_true", help="tables and figures, no training")
+    found.add_argument("--page", type=Path, default=PAGE, help="where --report writes its tables")
     args = found.parse_args(arguments)
     if args.quick:
         args.arms = args.arms if args.arms != "main" else ",".join(IN_QUICK)
@@ -135,6 +141,25 @@ def one(
 def pictures_of(results: Path, protocol: Protocol) -> Path:
     """Where the pictures of the first seed lie."""
     return results.with_name(f"{results.stem}-{protocol.digest}")
+
+
+def publish(
+    page: Path, tables: str, rows: list[dict[str, Any]], known: dict[str, Arm],
+    protocol: Protocol, results: Path,
+) -> None:  # fmt: skip
+    """Figures into assets/ beside the page, the tables into the page."""
+    from benchmarks._ablation_figures import draw
+
+    place = pictures_of(results, protocol)
+    if place.is_dir():
+        source = ShapeWeave(size=protocol.config(0).size, seed=protocol.held_seed, split="heldout")
+        count = min(SHOWN, protocol.items[-1])
+        drawn = draw_samples(source, load_task(FINAL), count, protocol.held_seed, unusable)
+        save_strip(place / "source.png", [s.triple.source for s in drawn.samples])
+        save_strip(place / "truth.png", [s.triple.target for s in drawn.samples])
+    assets = page.parent / "assets"
+    assets.mkdir(exist_ok=True)
+    report.write(page, tables, draw(assets, Rows(rows), known, place))
 
 
 def save_strip(path: Path, pictures: list[Any]) -> None:
