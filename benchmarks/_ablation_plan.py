@@ -200,6 +200,9 @@ def arms(protocol: Protocol) -> dict[str, Arm]:
     add("swapped", "1, 0, 2, 3, 4", "controls",
         progressive(protocol, (ORDER[1], ORDER[0], *ORDER[2:])))  # fmt: skip
     add("with-control", "2, 3, 4", "controls", progressive(protocol, ORDER[2:]))
+    add(
+        "no-noise", "CoLoGen, routers without noise", "controls", progressive(protocol), noise=False
+    )
     add("consolidated", "CoLoGen, routers consolidated", "controls", progressive(protocol), 128)
 
     for density in (0.5, 1.0):

@@ -29,6 +29,10 @@ KEPT: Final = (
     "Headline of every task when its own stage ended, then under the final router; * where the "
     "interval of the paired difference does not contain zero."
 )
+USAGE: Final = (
+    "In training, with router noise, at the end of each stage; last, on held-out edits as pictures "
+    "are made, without noise."
+)
 BESIDE: Final = (
     "Other data, other metrics, another base: the paper's columns play the role of C, S and L, no "
     "number of one table can be compared with one of the other. The paper gives neither seeds nor "
@@ -174,7 +178,10 @@ def shares(row: Row, task: str) -> Any:
 
 
 def usage_table(rows: Rows, known: Mapping[str, Arm]) -> list[str]:
-    """Usage of the newest expert at the end of every stage in training, beside its density."""
+    """Usage of the newest expert at the end of every stage in training, beside its density.
+
+    The last column is the share of blocks and edits that it gets when pictures are made.
+    """
     body = []
     for name, arm in known.items():
         found = list(rows.of(name).values())
@@ -186,9 +193,10 @@ def usage_table(rows: Rows, known: Mapping[str, Arm]) -> list[str]:
             for k, phase in enumerate(found[0]["phases"])
         }
         told = [f"{ends[task]:.2f}" if task in ends else "" for task in ORDER]
-        body.append([f"`{name}`", f"{stages[-1].stage.density:g}",
-                     f"{stages[-1].stage.weight:g}", *told])  # fmt: skip
-    return table(["arm", "density", "weight", *ORDER], body)
+        drawn = np.mean([shares(row, FINAL)[:, -1].mean() for row in found])
+        last = stages[-1].stage
+        body.append([f"`{name}`", f"{last.density:g}", f"{last.weight:g}", *told, f"{drawn:.2f}"])
+    return table(["arm", "density", "weight", *ORDER, "edits, without noise"], body)
 
 
 def hypotheses_table(rows: Rows) -> list[str]:
@@ -256,7 +264,7 @@ def text(rows: Sequence[Row], known: Mapping[str, Arm], protocol: Protocol) -> s
         ["### Sweeps of `cologen`"], arms_table(found, known, "sweeps"),
         ["### Paired differences"], pairs_table(found, known),
         ["### The customised task, final router"], custom_table(found, known),
-        ["### Usage of the newest expert at the end of each stage, in training"],
+        ["### Usage of the newest expert"], [USAGE],
         usage_table(found, known),
     ]  # fmt: skip
     for name in WHOLE:
