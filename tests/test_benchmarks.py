@@ -35,7 +35,7 @@ def test_it_checks_itself_and_reports(name: str, tmp_path: Path) -> None:
     told = json.loads(report.read_text())
     assert {"device", "torch", "commit", "variants"} <= set(told)
     timed = [v for v in told["variants"].values() if "median_ms" in v]
-    assert timed or name in ("continual", "flip_rate", "timestep")
+    assert timed or name in ("ablation", "continual", "flip_rate", "timestep")
     assert all(v["p20_ms"] <= v["median_ms"] <= v["p80_ms"] for v in timed)
     if name == "kernels":
         assert all(row["error"] < 3e-2 and row["base_ms"] > 0 for row in told["rows"])
@@ -51,6 +51,9 @@ def test_it_checks_itself_and_reports(name: str, tmp_path: Path) -> None:
         assert set(told["variants"]) == {"zero", "current"}
         moved = told["variants"]["zero"]["changes"]["control"]
         assert moved["0.9"]["keys"]["mean"] > moved["0.1"]["keys"]["mean"] > 0.0
+    if name == "ablation":
+        assert set(told["variants"]) == {"cologen", "cotrain", "references"}
+        assert 0.0 <= told["variants"]["cotrain"]["edit"]["C"] <= 1.0
     if name == "continual":
         assert told["variants"]["at stage"]["forgetting"]["mean"] == 0.0
 
