@@ -120,11 +120,16 @@ class SegmentationModel(MapModel):
     """
 
     def __init__(self, where: str, device: str = "cpu") -> None:
-        from transformers import AutoModelForUniversalSegmentation, AutoProcessor
+        from transformers import (
+            AutoImageProcessor,
+            AutoModelForUniversalSegmentation,
+            OneFormerProcessor,
+        )
 
         self.kind, self.name, self._device = found_type(where), named(where), device
         self._model = load_quietly(where, AutoModelForUniversalSegmentation).to(device)
-        self._processor = load_quietly(where, AutoProcessor)
+        worded = self.kind == "oneformer"  # it is told what to segment
+        self._processor = load_quietly(where, OneFormerProcessor if worded else AutoImageProcessor)
 
     @torch.no_grad()
     def __call__(self, image: Image) -> Map:

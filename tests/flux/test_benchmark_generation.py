@@ -27,7 +27,7 @@ from prw_flux.evaluation.benchmarks import (
     produce,
     score_folder,
 )
-from prw_flux.evaluation.benchmarks.produce import RECORD, seed_of
+from prw_flux.evaluation.benchmarks.making import RECORD, seed_of
 from prw_flux.interrupt import Interrupted
 from prw_flux.share import Share, gathering
 

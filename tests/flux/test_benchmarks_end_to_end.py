@@ -191,6 +191,7 @@ def start(run: Path, results: Path, **environment: str) -> subprocess.Popen[str]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_killed_generation_and_one_of_two_ranks_make_what_one_process_makes(
     run: Path, tmp_path: Path
 ) -> None:

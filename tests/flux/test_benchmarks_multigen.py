@@ -288,6 +288,38 @@ def test_a_depth_model_of_transformers(tmp_path: Path) -> None:
     np.testing.assert_allclose(ours(picture(0)), expected.numpy(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_segmentation_model_of_transformers(tmp_path: Path) -> None:
+    from transformers import (
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+        Mask2FormerImageProcessorPil,
+        SwinConfig,
+    )
+
+    backbone = SwinConfig(
+        image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=2,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = Mask2FormerConfig(
+        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32,
+        encoder_feedforward_dim=8, encoder_layers=1, decoder_layers=2, num_attention_heads=2,
+        dim_feedforward=8, num_queries=4, num_labels=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Mask2FormerForUniversalSegmentation(config).eval()
+    processor = Mask2FormerImageProcessorPil(size={"height": 64, "width": 64}, num_labels=3)
+    model.save_pretrained(tmp_path / "m2f")
+    processor.save_pretrained(tmp_path / "m2f")
+    ours = SegmentationModel(str(tmp_path / "m2f"))
+    assert ours.kind == "mask2former"
+    found = ours(picture(0, side=128))
+    with torch.no_grad():
+        outputs = model(**processor(images=Image.fromarray(picture(0, 128)), return_tensors="pt"))
+    (expected,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[(128, 128)])
+    np.testing.assert_array_equal(found, expected.numpy())
+    assert found.shape == (128, 128) and set(np.unique(found)) <= {0, 1, 2}
+
+
 def test_models_that_are_not_there_are_one_sentence(tmp_path: Path) -> None:
     for build in (DepthModel, SegmentationModel):
         with pytest.raises(EncoderError, match="There is no encoder at"):

@@ -250,6 +250,17 @@ def test_routing_counts_every_source_once_per_block(pipe: CoLoGenPipeline) -> No
     for task in samples:
         assert found["tasks"][task]["n"] == 5
         assert all(sum(counts) == 5 for counts in found["tasks"][task]["counts"])
+        (once,) = found["tasks"][task]["times"]
+        assert once == {"time": 0.0, "counts": found["tasks"][task]["counts"]}
+
+
+def test_routing_that_follows_the_timestep_is_counted_by_time(make_pipe: Any) -> None:
+    pipe = make_pipe(source_timestep="current")
+    found = count_experts(pipe, {"edit": held_out("edit", 3, 64)})["tasks"]["edit"]
+    times = found["times"]
+    assert [one["time"] for one in times] == [1.0, 0.75, 0.5, 0.25] and found["n"] == 4 * 3
+    assert all(sum(counts) == 3 for one in times for counts in one["counts"])
+    assert np.sum([one["counts"] for one in times], axis=0).tolist() == found["counts"]
 
 
 def test_evaluate_run_writes_what_the_report_reads(run: RunFolder, pipe: CoLoGenPipeline) -> None:
@@ -272,7 +283,9 @@ def test_evaluate_run_writes_what_the_report_reads(run: RunFolder, pipe: CoLoGen
     ]  # fmt: skip
     assert history["at_stage"][1][0] == history["at_stage"][0][0] == history["router"][0][0]
     samples = json.loads((run.path / "samples" / "samples.json").read_text())["samples"]
-    assert {s["domain"] for s in samples} == {"scenes", "photos"}
+    assert {s["domain"] for s in samples} == {"scenes", "photos", "worst"}
+    worst = [s["headline"] for s in samples if s["domain"] == "worst" and s["task"] == "ground"]
+    assert len(worst) == 3 and worst == sorted(worst)
     assert all((run.path / "samples" / s["output"]).is_file() for s in samples)
     assert json.loads((run.path / "routing.json").read_text())["tasks"]["ground"]["n"] == 3
     assert all(done <= total for _, done, total in told)

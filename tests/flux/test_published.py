@@ -73,6 +73,31 @@ def test_a_number_of_another_protocol_is_refused(
     assert any(said in note for note in shown.notes)
 
 
+@pytest.mark.parametrize(
+    ("table", "metric", "protocol", "theirs"),
+    [
+        ("magicbrush", "L1", "split=test;reference=source;turns=single", "reference=target"),
+        ("magicbrush", "DINO", "split=test;reference=source;dino=dino:x", "split=dev"),
+        ("magicbrush_ablation", "CLIP-T", "split=test;clip=clip:x", "clip=own:x"),
+        ("emu_edit", "CLIP-T", "split=test;reference=source;clip=clip:x", "split=validation"),
+        ("dreambench", "DINO", "against=all photos;dino=dino:x", "dino=dinov2:x"),
+        ("dreambench_ablation", "CLIP-I", "against=the reference;clip=clip:x", "items=8 of 750"),
+        ("dreambench_data", "CLIP-T", "clip=clip:x", "clip=own:x"),
+        ("multigen", "depth RMSE", "groups=4;depth maps=dpt:x", "depth maps=own:x"),
+        ("gedit", "G_O", "set=full;language=en;judge=x;questions=viescore", "set=intersection"),
+    ],
+)
+def test_every_benchmark_takes_its_own_protocol_and_no_other(
+    table: str, metric: str, protocol: str, theirs: str
+) -> None:
+    found = load(table)
+    ours = {"bench": found.rows[0].protocol["bench"], "items": "all", **parse(protocol)}
+    place = found.metrics.index(metric) + 1
+    assert compare(found, "mine", {metric: 0.5}, ours).rows[-1][place] == "0.500"
+    shown = compare(found, "mine", {metric: 0.5}, {**ours, **parse(theirs)})
+    assert shown.rows[-1][place] == "refused" and shown.notes[0].startswith(f"{metric} refused: ")
+
+
 def test_what_is_open_is_named_and_what_differs_is_not() -> None:
     assert disagreement("L1", {"a": "1"}, {"a": "?", "b": "2"}) == ((), ("a", "b"))
     assert disagreement("L1", {"clip": "x"}, {"clip": "y"}) == ((), ())  # L1 needs no CLIP

@@ -248,6 +248,104 @@ def test_large_pictures_are_scaled_down(tmp_path: Path) -> None:
     assert data_uri(tmp_path / "absent.png") == ""
 
 
+def scored(run: RunFolder, bench: str, rows: list[dict[str, Any]], **line: Any) -> Path:
+    """A benchmark's scores as `score_folder` writes them."""
+    home = run.path / "benchmarks" / bench
+    made = {"label": "a line", "metrics": {}, "protocol": {"bench": bench}, "n": len(rows), **line}
+    file = {
+        "version": 1,
+        "benchmark": bench,
+        "results": str(home / "pictures"),
+        "lines": [made],
+        "notes": ["<b>half</b> of it"],
+        "problems": ["x.png: no such file"],
+        "items": rows,
+    }
+    home.mkdir(parents=True)
+    (home / "scores.json").write_text(json.dumps(file))
+    return home
+
+
+def test_benchmarks_show_rows_failures_and_what_is_refused(tmp_path: Path) -> None:
+    from PIL import Image
+
+    run = fabricate(tmp_path / "demo", stages=1, pictures=1)
+    rows = [
+        {
+            "key": f"k{i}",
+            "output": f"{i}.png",
+            "text": f"edit {i}",
+            "given": None,
+            "n": 3,
+            "L1": i / 20,
+            "DINO": i / 20,
+            "CLIP-T of the target": 0.1,
+        }
+        for i in range(15)
+    ]
+    home = scored(
+        run,
+        "emu_edit",
+        rows,
+        metrics={"L1": 0.0712, "DINO": 0.8},
+        protocol={"bench": "emu_edit", "split": "test", "items": "15 of 15"},
+    )
+    (home / "pictures").mkdir()
+    Image.fromarray(np.zeros((300, 200, 3), np.uint8)).save(home / "pictures/0.png")
+    (run.path / "benchmarks/old").mkdir()
+    (run.path / "benchmarks/old/scores.json").write_text('{"version": 99, "lines": [1]}')
+    text = write_report(run.path).read_text("utf-8")
+    page = Page(text)
+    assert "benchmarks" in page.ids and not page.open
+    assert "&lt;b&gt;half" in text and "1 pictures have no score, the first: x.png" in text
+    assert "0.0712" in text and "refused: items is 15 of 15 here" in text and "CoLoGen" in text
+    assert "Worst 10 of 15 by L1" in text and "Worst 10 of 15 by DINO" in text
+    assert "by CLIP-T of the target" not in text and "by n<" not in text
+    by_l1 = text.split("Worst 10 of 15 by L1")[1].split("</details>")[0]
+    by_dino = text.split("Worst 10 of 15 by DINO")[1].split("</details>")[0]
+    assert re.findall(r"edit (\d+)", by_l1) == [str(i) for i in range(14, 4, -1)]
+    assert re.findall(r"edit (\d+)", by_dino) == [str(i) for i in range(10)]
+    assert by_dino.count("data:image/jpeg;base64,") == 1  # the others cannot be read
+
+
+def test_worst_of_tasks_are_kept_apart() -> None:
+    from prw_flux.report.benchmarks import worst
+
+    rows = [
+        {"task": task, "headline": value, "C": 0.5}
+        for task, value in (("edit", 0.3), ("ground", 0.1), ("edit", 0.2))
+    ]
+    found = dict(worst(rows))
+    assert list(found) == [
+        "Worst 2 of 2 by Editing, headline",
+        "Worst 1 of 1 by Grounding, headline",
+    ]
+    assert [value for _, value in found["Worst 2 of 2 by Editing, headline"]] == [0.2, 0.3]
+
+
+def test_failures_are_shown_worst_first(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "demo", stages=1, pictures=2)
+    samples = draw_samples(ShapeWeave(size=96, split="heldout"), TASKS["inpaint"], 2).samples
+    rows = [(s, s.triple.target, value) for s, value in zip(samples, (0.1, 0.7), strict=True)]
+    write_sheets(run.path / "samples", {"inpaint": rows}, {}, [], {"inpaint": rows})
+    text = write_report(run.path).read_text("utf-8")
+    part = text.split('id="failures"')[1].split("</section>")[0]
+    assert re.findall(r'class="score">([\d.]+)', part) == ["0.10", "0.70"]
+    assert text.count("<figure") == 4
+
+
+def test_routing_is_shown_by_time_where_it_depends_on_it(tmp_path: Path) -> None:
+    run = fabricate(tmp_path / "demo", stages=1, pictures=1)
+    text = write_report(run.path).read_text("utf-8")
+    assert "does not change with the timestep" in text and "time 1<" not in text
+    routing = json.loads((run.path / "routing.json").read_text())
+    one = routing["tasks"]["inpaint"]
+    one["times"] = [{"time": t, "counts": one["counts"]} for t in (1.0, 0.5)]
+    (run.path / "routing.json").write_text(json.dumps(routing))
+    text = write_report(run.path).read_text("utf-8")
+    assert "<h4>time 1</h4>" in text and "<h4>time 0.5</h4>" in text and not Page(text).open
+
+
 def test_axis_ticks_are_round_and_enclose() -> None:
     assert axis_ticks(0.0, 1.0) == [0.0, 0.5, 1.0]
     for low, high in ((0.31, 0.78), (-3.0, 12000.0), (5.0, 5.0), (0.0, 1e-7)):
