@@ -28,14 +28,8 @@ def cpu(
     scaling: Sequence[Sequence[float]],
     expert: Tensor,
     gate: Tensor | None,
-    *,
-    weights: Sequence[Tensor] = (),
-    biases: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """``delta_p = B_pe (A_pe x) * scaling_pe * gate`` for ``e = expert``, at the cost of one LoRA.
-
-    With weights the outputs are ``x W_p^T + b_p + delta_p``: the product adds itself to the
-    residual (``delta.addmm_(x, W^T)``), forward and for dx, which spares a pass over each.
 
     Args:
         x: contiguous ``[..., D]`` in the dtype of the factors.
@@ -44,8 +38,6 @@ def cpu(
         scaling: per projection and expert.
         expert: int64, shaped like ``x.shape[:-1]`` or like a prefix of it.
         gate: shaped like ``expert``; None means 1.
-        weights: per projection ``[O_p, D]``, frozen, in the dtype of x; or empty.
-        biases: per projection ``[O_p]``, frozen; or empty.
 
     Returns:
         Per projection ``[..., O_p]``, none of them a view.
@@ -53,8 +45,7 @@ def cpu(
     weight = torch.ones_like(expert, dtype=x.dtype) if gate is None else gate
     factors = [factor for side in (A, B) for factors_p in side for factor in factors_p]
     flat = [float(s) for scaling_p in scaling for s in scaling_p]
-    base = [*weights, *biases]
-    return list(_Routed.apply(x, expert, weight, flat, len(A), len(base), *base, *factors))  # type: ignore[no-untyped-call]
+    return list(_Routed.apply(x, expert, weight, flat, len(A), *factors))  # type: ignore[no-untyped-call]
 
 
 def _way(x: Tensor, A: Sequence[Sequence[Tensor]]) -> ModuleType:
@@ -70,26 +61,19 @@ def forward(
     gate: Tensor,
     scaling: Sequence[float],
     count: int,
-    base: Sequence[Tensor],
     factors: Sequence[Tensor],
 ) -> list[Tensor]:
-    """The output of each projection, then what the backward needs besides these arguments.
+    """The residual of each projection, then what the backward needs besides these arguments.
 
     Args:
         x, expert, gate: as in `cpu`.
         scaling: by projection, then by expert.
         count: how many projections.
-        base: the weights of all projections, then their biases; none of both, or only of biases.
         factors: all A, then all B, each by projection, then by expert.
     """
     problem = Problem.of(x, expert, gate, scaling, count, factors)
     deltas = [x.new_empty(*x.shape[:-1], B_p[0].shape[0]) for B_p in problem.B]
     saved = _way(x, problem.A).forward(problem, [units(delta, expert) for delta in deltas])
-    for p, W_OD in enumerate(base[:count]):
-        y_NO = deltas[p].view(-1, W_OD.shape[0])
-        if len(base) > count:
-            y_NO.add_(base[count + p])  # first, as F.linear does: a delta of zeros keeps its bits
-        y_NO.addmm_(x.view(-1, W_OD.shape[1]), W_OD.T)
     return [*deltas, *saved]
 
 
@@ -99,7 +83,6 @@ def backward(
     expert: Tensor,
     gate: Tensor,
     scaling: Sequence[float],
-    weights: Sequence[Tensor],
     factors: Sequence[Tensor],
     saved: Sequence[Tensor],
     needs: Sequence[bool],
@@ -115,9 +98,6 @@ def backward(
     way = _way(x, problem.A)
     with torch.autocast("cpu", enabled=False):
         dx, d_gate, d_A, d_B = way.backward(problem, dy, list(saved), wanted)
-        if dx is not None:
-            for dy_ULO, W_OD in zip(dy, weights, strict=False):
-                dx.view(-1, W_OD.shape[1]).addmm_(dy_ULO.flatten(0, 1), W_OD)
     found = [] if dx is None else [dx.view(x.shape)]
     found += [] if d_gate is None else [d_gate.view(gate.shape).to(gate.dtype)]
     return found + [grad for side in (d_A, d_B) for of in side for grad in of if grad is not None]
@@ -130,11 +110,10 @@ def _forward_op(
     gate: Tensor,
     scaling: list[float],
     count: int,
-    base: list[Tensor],
     factors: list[Tensor],
 ) -> list[Tensor]:
     check_pool(expert, len(scaling) // count)  # nobody looked while the graph was made
-    return forward(x, expert, gate, scaling, count, base, factors)
+    return forward(x, expert, gate, scaling, count, factors)
 
 
 @_forward_op.register_fake
@@ -144,7 +123,6 @@ def _(
     gate: Tensor,
     scaling: list[float],
     count: int,
-    base: list[Tensor],
     factors: list[Tensor],
 ) -> list[Tensor]:
     A = by_projection(factors[: len(scaling)], count)
@@ -160,12 +138,11 @@ def _backward_op(
     expert: Tensor,
     gate: Tensor,
     scaling: list[float],
-    weights: list[Tensor],
     factors: list[Tensor],
     saved: list[Tensor],
     needs: list[bool],
 ) -> list[Tensor]:
-    return backward(grads, x, expert, gate, scaling, weights, factors, saved, needs)
+    return backward(grads, x, expert, gate, scaling, factors, saved, needs)
 
 
 @_backward_op.register_fake
@@ -175,7 +152,6 @@ def _(
     expert: Tensor,
     gate: Tensor,
     scaling: list[float],
-    weights: list[Tensor],
     factors: list[Tensor],
     saved: list[Tensor],
     needs: list[bool],
@@ -200,26 +176,24 @@ class _Routed(torch.autograd.Function):
         gate: Tensor,
         scaling: list[float],
         count: int,
-        frozen: int,
-        *tensors: Tensor,
+        *factors: Tensor,
     ) -> tuple[Tensor, ...]:
-        base, factors = list(tensors[:frozen]), list(tensors[frozen:])
         run = _forward_op if torch.compiler.is_compiling() else forward
-        found = run(x, expert, gate, scaling, count, base, factors)
-        ctx.scaling, ctx.frozen, ctx.weights = scaling, frozen, len(base[:count])
-        ctx.save_for_backward(x, expert, gate, *base[:count], *factors, *found[count:])
+        found = run(x, expert, gate, scaling, count, list(factors))
+        ctx.scaling, ctx.count = scaling, count
+        ctx.save_for_backward(x, expert, gate, *factors, *found[count:])
         return tuple(found[:count])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         check_once()
         x, expert, gate, *rest = ctx.saved_tensors
-        weights, rest = rest[: ctx.weights], rest[ctx.weights :]
         size = 2 * len(ctx.scaling)
-        x_needs, _, gate_needs, _, _, _, *others = ctx.needs_input_grad
-        needs = [x_needs, gate_needs, *others[ctx.frozen :]]
+        x_needs, _, gate_needs, _, _, *factors_need = ctx.needs_input_grad
+        needs = [x_needs, gate_needs, *factors_need]
         run = _backward_op if torch.compiler.is_compiling() else backward
-        given = list(grads), x, expert, gate, ctx.scaling, weights, rest[:size], rest[size:]
-        found = iter(run(*given, needs))
+        found = iter(
+            run(list(grads), x, expert, gate, ctx.scaling, rest[:size], rest[size:], needs)
+        )
         dx, d_gate, *d_factors = [next(found) if need else None for need in needs]
-        return dx, None, d_gate, None, None, None, *[None] * ctx.frozen, *d_factors
+        return dx, None, d_gate, None, None, *d_factors

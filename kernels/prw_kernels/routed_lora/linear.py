@@ -11,14 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prw_kernels.routed_lora.backends import Backend, Case, Run, choose
+from prw_kernels.routed_lora.backends import Backend, Case, choose
 from prw_kernels.routed_lora.checks import check
-from prw_kernels.routed_lora.cpu import cpu
 from prw_kernels.routed_lora.op import routed_lora
 from prw_kernels.routed_lora.tiled import tiled, why_not_tiled
-
-FOLDED_ON_A_CPU = (torch.float32, torch.float64)
-"""In half precision oneDNN adds to what is there more slowly than a pass of its own."""
 
 
 def routed_linear(
@@ -42,8 +38,7 @@ def routed_linear(
     outputs are not read and written once more, and x is shared by one autograd node. That takes
     weights that are plain (not quantised, not subclasses), frozen, contiguous and in the dtype of
     x, and no autocast; then the residual is computed in that dtype too, and the factors are cast.
-    On a CPU the same happens in fp32 and fp64, where the factors have the dtype of x. Everything
-    else is ``F.linear`` followed by `routed_lora`. A residual of zeros leaves the base's bits.
+    Everything else is ``F.linear`` followed by `routed_lora`.
 
     Args:
         x: ``[..., D]``, at least two axes.
@@ -64,33 +59,25 @@ def routed_linear(
     """
     _check_weights(x, weights, biases, len(A))
     case = Case(x, A, scaling, expert)
-    folded = _folded(backend, case) if _plain(x, weights, biases) else None
-    if folded is None:
-        results = [F.linear(x, W, b) for W, b in zip(weights, biases, strict=True)]
-        return routed_lora(results, x, A, B, scaling, expert, gate, backend=backend)
-    # Stand-ins for the results, of which only the shape is looked at.
-    like = [x.new_empty(()).expand(*x.shape[:-1], W.shape[0]) for W in weights]
-    check(like, x, A, B, scaling, expert, gate)
-    choose(backend, case)  # says in the log what "auto" picks
-    A = [[a.to(x.dtype) for a in A_p] for A_p in A]
-    B = [[b.to(x.dtype) for b in B_p] for B_p in B]
-    given = [] if all(b is None for b in biases) else _filled(weights, biases)
-    inputs = x.contiguous()
-    return tuple(folded(inputs, A, B, scaling, expert, gate, weights=weights, biases=given))
+    if _folds(backend, case) and _plain(x, weights, biases):
+        # Stand-ins for the results, of which only the shape is looked at.
+        like = [x.new_empty(()).expand(*x.shape[:-1], W.shape[0]) for W in weights]
+        check(like, x, A, B, scaling, expert, gate)
+        choose(backend, case)  # says in the log what "auto" picks
+        A = [[a.to(x.dtype) for a in A_p] for A_p in A]
+        B = [[b.to(x.dtype) for b in B_p] for B_p in B]
+        given = [] if all(b is None for b in biases) else _filled(weights, biases)
+        inputs = x.contiguous()
+        return tiled(inputs, A, B, scaling, expert, gate, weights=weights, biases=given)
+    results = [F.linear(x, W, b) for W, b in zip(weights, biases, strict=True)]
+    return routed_lora(results, x, A, B, scaling, expert, gate, backend=backend)
 
 
-def _folded(backend: Backend, case: Case) -> Run | None:
-    """What computes base and residual together: what is asked for, by name or by the rule of
-    `choose`, where it can and where that is faster; None if nothing does.
-    """
-    x = case.x
-    if x.numel() == 0:
-        return None
-    if backend == "triton" or (backend == "auto" and x.is_cuda and not case.plain):
-        return None if why_not_tiled(x) else tiled
-    here = backend in ("auto", "cpu") and x.device.type == "cpu" and not case.plain
-    alike = all(a.dtype == x.dtype for A_p in case.A for a in A_p)
-    return cpu if here and alike and x.dtype in FOLDED_ON_A_CPU else None
+def _folds(backend: Backend, case: Case) -> bool:
+    """Whether the kernels are asked for, by name or by the rule of `choose`, and can run."""
+    if backend not in ("auto", "triton") or case.x.numel() == 0 or why_not_tiled(case.x):
+        return False
+    return backend == "triton" or (case.x.is_cuda and not case.plain)
 
 
 def _check_weights(
