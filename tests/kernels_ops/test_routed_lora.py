@@ -469,6 +469,18 @@ def test_mistakes_about_weights_are_named() -> None:
         routed_linear(case.x, [wide, wide], [None, None], *rest)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_cpu_a_linear_has_the_bits_of_its_base_plus_the_residual(dtype: torch.dtype) -> None:
+    """So a hook on a layer, or PEFT's wrapper around it, which take the base apart, move no bit."""
+    case = Aligned((3, 21), rank=4).lowered(dtype)
+    weights = [torch.randn(size, 16, dtype=dtype) for size in (8, 12)]
+    biases = [torch.randn(8, dtype=dtype), None]
+    case.results = [F.linear(case.x, W, b) for W, b in zip(weights, biases, strict=True)]
+    rest = case.A, case.B, case.scaling, case.expert, case.gate
+    found = routed_linear(case.x, weights, biases, *rest)
+    assert all(map(torch.equal, found, case.run("auto")))
+
+
 def test_a_folded_linear_says_once_what_it_picked(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
