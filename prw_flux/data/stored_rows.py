@@ -9,7 +9,7 @@ from typing import Any, Final, Protocol, final
 import numpy as np
 
 from prw_flux.data.build import MANIFEST, Manifest, parse_manifest
-from prw_flux.data.remote import Place, below, exists, read_text
+from prw_flux.data.remote import Place, below, read_text
 from prw_flux.data.rows import DataError, Row, features
 from prw_flux.data.shard_cache import ShardCache
 
@@ -33,7 +33,7 @@ def manifest_at(folder: Place) -> Manifest:
         DataError: there is no data set, or it is not finished.
     """
     path = below(folder, MANIFEST)
-    if not exists(path):
+    if isinstance(path, Path) and not path.is_file():
         raise DataError(f"{folder} has no {MANIFEST}: it was not made by `prw-flux data build`")
     manifest = parse_manifest(read_text(path), str(path))
     if not manifest.done:

@@ -207,7 +207,7 @@ def test_truncated_and_missing_shards_are_named(memory: Any, tmp_path: Path) -> 
     with pytest.raises(DataError, match="train-00001.parquet has .* bytes, not the .* truncated"):
         OnDisk(str(local), 48, cache=tmp_path / "arrow")
     memory.rm("/bucket/d/build.json")
-    with pytest.raises(DataError, match="has no build.json"):
+    with pytest.raises(DataError, match="there is no memory:///bucket/d/build.json"):
         OnDisk(url, 48, cache=tmp_path / "cache")
     whole = make(tmp_path / "e", "edit", 6) / "data" / "train-00001.parquet"
     data_of = bytearray(whole.read_bytes())
