@@ -263,10 +263,8 @@ def _judge(manifest: Manifest, max_rejected: float, *, last: bool = False) -> No
             f"{manifest.told()}; mend the data, or raise --max-rejected"
         )
     if last and not manifest.kept and not manifest.sizes:
-        none = (
-            f"no record can be used: {manifest.told()}" if manifest.read else "there is no record"
-        )
-        raise DataError(none)
+        told = f"no record can be used: {manifest.told()}" if manifest.read else ""
+        raise DataError(told or "there are no records")
 
 
 def _weight(row: Row) -> int:

@@ -1,8 +1,8 @@
 """From a record to a row: every picture decoded, converted where it must be, or refused by reason.
 
 Reasons: those of `open_image`; "empty caption", "missing picture", "no boxes", "no conditions",
-"zero-area box", "box outside", "mask of another size", "map of another size", "empty mask", "empty phrase",
-"damaged text".
+"zero-area box", "box outside", "mask of another size", "map of another size", "empty mask",
+"empty phrase", "damaged text".
 """
 
 from __future__ import annotations
