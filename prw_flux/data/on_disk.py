@@ -123,6 +123,7 @@ class OnDisk:
         picks = self._order[task].at([index])
         number, sample, epoch = (int(x[0]) for x in (picks.part_N, picks.sample_N, picks.epoch_N))
         opened = self._of[task][number]
+        self._prepare(task, index)
         row = opened.rows[opened.first + sample]
         key = f"{opened.part.name}:{row['key']}" + (f"#{epoch}" if epoch else "")
         try:
@@ -130,6 +131,14 @@ class OnDisk:
         except ImageError as problem:
             log.warning("left out: %s", problem)
             raise TaskReject(f"{problem.reason} picture") from None
+
+    def _prepare(self, task: str, index: int) -> None:
+        """Begin to fetch the shard that will be needed as many samples later as a shard has."""
+        ahead = max(one.rows.ahead for one in self._of[task])
+        if ahead:
+            picks = self._order[task].at([index + ahead])
+            opened = self._of[task][int(picks.part_N[0])]
+            opened.rows.prepare(opened.first + int(picks.sample_N[0]))
 
 
 def _named(folders: str) -> Iterator[tuple[Place, float]]:
