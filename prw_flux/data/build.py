@@ -22,7 +22,7 @@ from typing import Any, Final, final
 
 from PIL import Image as PILImage
 
-from prw import atomic
+from prw import ConfigError, atomic
 from prw_flux.data.extractors import Extractor
 from prw_flux.data.remote import fingerprint
 from prw_flux.data.row_checks import RowMaker
@@ -133,11 +133,17 @@ def build(
         tick: told how many of how many records are done.
 
     Raises:
+        ConfigError: a number is out of range.
         DataError: the folder holds something else, too many records are left out, or none is
             usable. Shards that are done stay, so that another `max_rejected` can go on from them.
     """
     if task not in REQUIRED:
         raise DataError(f"there is no task {task!r}; there are {', '.join(REQUIRED)}")
+    if not 0 <= max_rejected <= 1:
+        raise ConfigError(f"max_rejected must be a share from 0 to 1, got {max_rejected}")
+    if min(shard_rows, shard_bytes, workers) < 1:
+        given = f"shards of {shard_rows} rows or {shard_bytes} bytes and {workers} workers"
+        raise ConfigError(f"shards and workers must be at least 1, got {given}")
     made_from = json.loads(json.dumps(made_from))
     made_from |= {"fingerprint": fingerprint(reader.inputs), "records": len(reader)}
     made_from |= {f"method of {one.condition}": one.method for one in extractors}
@@ -257,7 +263,8 @@ def _judge(manifest: Manifest, max_rejected: float, *, last: bool = False) -> No
             f"{manifest.told()}; mend the data, or raise --max-rejected"
         )
     if last and not manifest.kept and not manifest.sizes:
-        raise DataError("there are no records")
+        told = f"no record can be used: {manifest.told()}" if manifest.read else ""
+        raise DataError(told or "there are no records")
 
 
 def _weight(row: Row) -> int:

@@ -120,9 +120,18 @@ class OnDisk:
         picks = self._order[task].at([index])
         number, sample, epoch = (int(x[0]) for x in (picks.part_N, picks.sample_N, picks.epoch_N))
         opened = self._of[task][number]
+        self._prepare(task, index)
         row = opened.rows[opened.first + sample]
         key = f"{opened.part.name}:{row['key']}" + (f"#{epoch}" if epoch else "")
         return _example(row, key, self.size)
+
+    def _prepare(self, task: str, index: int) -> None:
+        """Begin to fetch the shard that will be needed as many samples later as a shard has."""
+        ahead = max(one.rows.ahead for one in self._of[task])
+        if ahead:
+            picks = self._order[task].at([index + ahead])
+            opened = self._of[task][int(picks.part_N[0])]
+            opened.rows.prepare(opened.first + int(picks.sample_N[0]))
 
 
 def _named(folders: str) -> Iterator[tuple[Place, float]]:

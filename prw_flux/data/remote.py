@@ -150,19 +150,6 @@ def read_text(place: Place) -> str:
         return file.read().decode("utf-8")
 
 
-def exists(place: Place) -> bool:
-    """Whether there is such a file.
-
-    Raises:
-        DataError: the file system cannot be reached.
-    """
-    if isinstance(place, Path):
-        return place.is_file()
-    fs, path = filesystem(place)
-    with reaching(place):
-        return bool(fs.isfile(path))
-
-
 def below(folder: Place, name: str) -> Place:
     """A file in a folder."""
     return folder / name if isinstance(folder, Path) else f"{folder.rstrip('/')}/{name}"

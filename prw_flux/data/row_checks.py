@@ -1,7 +1,8 @@
 """From a record to a row: every picture decoded, converted where it must be, or refused by reason.
 
 Reasons: those of `open_image`; "empty caption", "missing picture", "no boxes", "no conditions",
-"zero-area box", "box outside", "mask of another size", "map of another size", "empty mask".
+"zero-area box", "box outside", "mask of another size", "map of another size", "empty mask",
+"empty phrase", "damaged text".
 """
 
 from __future__ import annotations
@@ -158,6 +159,8 @@ class RowMaker:
         rows, refusal = [], None
         for thing in record.boxes:
             try:
+                if self.task == "ground" and not thing.phrase.strip():
+                    raise Reject("empty phrase", f"{record.where}: no words for {thing.box}")
                 rows.append(_boxed(thing, size))
             except Reject as problem:
                 refusal = problem

@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, final
@@ -126,7 +127,10 @@ class ShardCache:
                 f"({self.limit / 2**30:.1f} GiB); raise {LIMIT}"
             )
         shards = [one for one in self.folder.iterdir() if len(one.name) == 64]
-        held = {one: one.stat() for one in shards}
+        held = {}
+        for one in shards:
+            with suppress(FileNotFoundError):  # another process was faster
+                held[one] = one.stat()
         total = sum(stat.st_size for stat in held.values())
         for one in sorted(held, key=lambda one: held[one].st_mtime):
             if total + size <= self.limit:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
+from threading import Lock, Thread
 from typing import Any, Final, Protocol, final
 
 import numpy as np
 
 from prw_flux.data.build import MANIFEST, Manifest, parse_manifest
-from prw_flux.data.remote import Place, below, exists, read_text
+from prw_flux.data.remote import Place, below, read_text
 from prw_flux.data.rows import DataError, Row, features
-from prw_flux.data.shard_cache import ShardCache
+from prw_flux.data.shard_cache import LIMIT, TRIES, ShardCache
 
 WINDOW: Final = 4
 """Shards that a data set which is elsewhere is shuffled in at a time."""
@@ -21,6 +23,12 @@ BATCH: Final = 100
 
 class StoredRows(Protocol):
     """Rows by number."""
+
+    ahead: int
+    """How many samples before a row is needed it should be asked for; 0 where there is no need."""
+
+    def prepare(self, number: int) -> None:
+        """Begin to fetch what row `number` needs, and return at once."""
 
     def __getitem__(self, number: int) -> Row:
         """The row; pictures as ``{"bytes", "path"}``."""
@@ -33,7 +41,7 @@ def manifest_at(folder: Place) -> Manifest:
         DataError: there is no data set, or it is not finished.
     """
     path = below(folder, MANIFEST)
-    if not exists(path):
+    if isinstance(path, Path) and not path.is_file():
         raise DataError(f"{folder} has no {MANIFEST}: it was not made by `prw-flux data build`")
     manifest = parse_manifest(read_text(path), str(path))
     if not manifest.done:
@@ -53,6 +61,8 @@ class LocalRows:
     Raises:
         DataError: a shard is missing, truncated or damaged.
     """
+
+    ahead = 0
 
     def __init__(self, folder: Path, manifest: Manifest, cache: str | Path | None) -> None:
         features()
@@ -78,6 +88,9 @@ class LocalRows:
             ) from problem
         self._rows = found.with_format("arrow")
 
+    def prepare(self, number: int) -> None:
+        """Nothing: the rows are here."""
+
     def __getitem__(self, number: int) -> Row:
         row: Row = self._rows[number].to_pylist()[0]
         return row
@@ -85,7 +98,7 @@ class LocalRows:
 
 @final
 class RemoteRows:
-    """Shards that are elsewhere, each copied as it is needed and compared with its sha256.
+    """Shards that are elsewhere, each copied before it is needed and compared with its sha256.
 
     Args:
         folder: URL of the data set.
@@ -95,8 +108,21 @@ class RemoteRows:
 
     def __init__(self, folder: str, manifest: Manifest, cache: ShardCache) -> None:
         self._folder, self._shards, self._cache = folder, manifest.shards, cache
-        self._ends = np.cumsum([shard["rows"] for shard in manifest.shards])
+        sizes = [int(shard["rows"]) for shard in manifest.shards]
+        self.ahead = max(sizes, default=0)
+        self._ends = np.cumsum(sizes)
         self._open: OrderedDict[int, Any] = OrderedDict()
+        self._fetching: dict[int, Thread] = {}
+        self._one = Lock()
+
+    def prepare(self, number: int) -> None:
+        """Fetch the shard of a row in the background; what fails is tried again when needed."""
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        if shard not in self._open and shard not in self._fetching:
+            # A daemon: a process that is told to stop does not wait for a copy.
+            thread = Thread(target=self._try_fetch, args=(shard,), daemon=True)
+            self._fetching[shard] = thread
+            thread.start()
 
     def __getitem__(self, number: int) -> Row:
         shard = int(np.searchsorted(self._ends, number, side="right"))
@@ -106,17 +132,35 @@ class RemoteRows:
 
     def _of(self, shard: int) -> Any:
         if shard not in self._open:
-            from datasets import Dataset
-
-            entry = self._shards[shard]
-            path = self._cache.local(
-                below(self._folder, entry["file"]), sha256=entry["sha256"], convert=_to_arrow
-            )
-            self._open[shard] = Dataset.from_file(str(path)).with_format("arrow")
+            begun = self._fetching.pop(shard, None)
+            if begun is not None:
+                begun.join()
+            self._open[shard] = self._mapped(shard)
             if len(self._open) > OPEN:
                 self._open.popitem(last=False)
         self._open.move_to_end(shard)
         return self._open[shard]
+
+    def _mapped(self, shard: int) -> Any:
+        from datasets import Dataset
+
+        for _ in range(TRIES):
+            try:
+                return Dataset.from_file(str(self._fetch(shard))).with_format("arrow")
+            except FileNotFoundError:  # another process needed its place
+                continue
+        raise DataError(
+            f"the shards of {self._folder} throw each other out of the cache; raise {LIMIT}"
+        )
+
+    def _try_fetch(self, shard: int) -> None:
+        with self._one, suppress(DataError, OSError):
+            self._fetch(shard)
+
+    def _fetch(self, shard: int) -> Path:
+        entry = self._shards[shard]
+        place = below(self._folder, entry["file"])
+        return self._cache.local(place, sha256=entry["sha256"], convert=_to_arrow)
 
 
 def _to_arrow(source: Path, new: Path) -> None:

@@ -243,3 +243,11 @@ def test_every_strange_picture_is_converted_or_counted(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"57\.7% of the records cannot be used, above the limit"):
         reader = open_reader(Origin(kind="photos", path=str(tmp_path)), "inpaint")
         build(reader, "inpaint", tmp_path / "again", made_from={}, max_rejected=0.5)
+
+
+def test_things_without_words_are_no_ground_truth(tmp_path: Path) -> None:
+    pictures(tmp_path)
+    told = {**COCO, "categories": [{"id": 5, "name": " "}]}
+    (tmp_path / "instances.json").write_text(json.dumps(told))
+    with pytest.raises(DataError, match="no record can be used: 0 of 2 .* 2 empty phrase"):
+        run(tmp_path, {"kind": "coco", "images": "{0}"}, "instances.json", "ground")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-from prw import atomic
+from prw import ConfigError, atomic
 from prw_flux.data import build as building
 from prw_flux.data.build import build, read_manifest
 from prw_flux.data.edit_pairs import EditPairs
@@ -140,6 +140,17 @@ def test_too_many_rejects_stop_the_build(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"12\.5% of the records.*limit of 5\.0%.*1 empty caption"):
         run(tmp_path / "in", tmp_path / "out")
     assert run(tmp_path / "in", tmp_path / "out", max_rejected=0.2).kept == 7
+
+
+@pytest.mark.parametrize(
+    "change", [{"max_rejected": 2.0}, {"max_rejected": float("nan")}, {"workers": 0},
+               {"shard_rows": 0}],
+)  # fmt: skip
+def test_numbers_out_of_range_are_named(tmp_path: Path, change: dict[str, Any]) -> None:
+    pair_folder(tmp_path / "in", 2)
+    with pytest.raises(ConfigError, match="must be"):
+        run(tmp_path / "in", tmp_path / "out", **change)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("moment", range(14))

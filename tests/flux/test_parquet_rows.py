@@ -175,3 +175,27 @@ def test_maps_that_are_wrong() -> None:
         ParquetRows(Path(__file__), "control", column_map(["target=a", "text=b"]))
     with pytest.raises(ConfigError, match="needs boxes"):
         ParquetRows(Path(__file__), "ground", column_map(["source=a", "text=b"]))
+
+
+def test_rows_of_a_damaged_row_group_are_counted_and_the_others_kept(tmp_path: Path) -> None:
+    import pyarrow.parquet as parquet
+
+    schema = {"before": ImageFeature(), "after": ImageFeature(), "caption": Value("string")}
+    rows = [{"before": picture(i), "after": picture(i + 9), "caption": f"c{i}"} for i in range(9)]
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "x.parquet"
+    write(path, rows, schema)
+    parquet.write_table(parquet.read_table(path), path, row_group_size=3, compression="gzip")
+    column = parquet.ParquetFile(path).metadata.row_group(1).column(0)
+    data = bytearray(path.read_bytes())
+    start = column.data_page_offset
+    data[start : start + column.total_compressed_size // 2] = bytes(
+        column.total_compressed_size // 2
+    )
+    path.write_bytes(data)
+    names = column_map(["source=before", "target=after", "text=caption"])
+    reader = ParquetRows(tmp_path / "in", "edit", names)
+    assert [one.where for one in reader.records(4)][0] == "x.parquet row 4"
+    manifest = build(reader, "edit", tmp_path / "out", made_from={}, max_rejected=0.5)
+    assert manifest.rejected == {"damaged shard": 3} and manifest.kept == 6
+    assert "x.parquet row 3 cannot be read" in manifest.examples["damaged shard"][0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,14 @@ def test_the_cache_is_bounded_and_forgets_what_was_not_used(memory: Any, tmp_pat
     assert cache.local(tmp_path / "local") == tmp_path / "local"
 
 
+def test_many_threads_fetch_a_shard_once(memory: Any, tmp_path: Path) -> None:
+    memory.pipe_file("/bucket/a", b"content")
+    caches = [ShardCache(tmp_path, 100) for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(lambda cache: cache.local("memory://bucket/a"), caches))
+    assert len(set(paths)) == 1 and sum(cache.fetched for cache in caches) == 1
+
+
 def test_a_shard_that_changes_is_fetched_again(memory: Any, tmp_path: Path) -> None:
     memory.pipe_file("/bucket/a", b"old")
     assert ShardCache(tmp_path, 100).local("memory://bucket/a").read_bytes() == b"old"
@@ -178,6 +187,26 @@ def test_a_data_set_trains_from_a_url(memory: Any, tmp_path: Path) -> None:
     assert [held.example("edit", 0).key] == ["d:k21"]
 
 
+def test_the_next_shards_are_fetched_before_they_are_needed(
+    memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = upload(memory, make(tmp_path / "d", "edit", 41), "/bucket/d")  # ten shards
+    data = OnDisk(url, 48, cache=tmp_path / "cache")
+    (opened,) = data._of["edit"]
+    waited: list[int] = []
+    real = opened.rows._mapped  # type: ignore[attr-defined]
+
+    def mapped(shard: int) -> Any:
+        entry = opened.rows._shards[shard]  # type: ignore[attr-defined]
+        waited.append(not (tmp_path / "cache" / entry["sha256"]).is_file())
+        return real(shard)
+
+    monkeypatch.setattr(opened.rows, "_mapped", mapped)
+    keys = {data.example("edit", i).key for i in range(40)}
+    assert len(keys) == 40 and len(waited) == 10
+    assert sum(waited[4:]) == 0  # only the first window has nobody to wait for it
+
+
 def test_the_order_of_a_url_does_not_depend_on_the_cache(
     memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,7 +236,7 @@ def test_truncated_and_missing_shards_are_named(memory: Any, tmp_path: Path) -> 
     with pytest.raises(DataError, match="train-00001.parquet has .* bytes, not the .* truncated"):
         OnDisk(str(local), 48, cache=tmp_path / "arrow")
     memory.rm("/bucket/d/build.json")
-    with pytest.raises(DataError, match="has no build.json"):
+    with pytest.raises(DataError, match="there is no memory:///bucket/d/build.json"):
         OnDisk(url, 48, cache=tmp_path / "cache")
     whole = make(tmp_path / "e", "edit", 6) / "data" / "train-00001.parquet"
     data_of = bytearray(whole.read_bytes())
