@@ -6,6 +6,8 @@ import errno
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -209,6 +211,26 @@ def test_ranks_share_the_work_and_write_files_of_their_own(
     finally:
         for name in monkey:
             del os.environ[name]
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_build_one_cache(short_config: RunConfig, tmp_path: Path) -> None:
+    config = short_config.with_settings(["data.samples=300"])
+    config = replace(config, stages=config.stages[:1])
+    run = RunFolder.create(tmp_path / "run", config)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
+               "-m", "prw_flux.cli", "cache", "build", str(run.path),
+               "--out", str(tmp_path / "cache")]  # fmt: skip
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert ran.returncode == 0, ran.stderr
+    assert "rank 0 of 2: 256 samples, 256 of them" in ran.stdout
+    assert "rank 1 of 2: 44 samples, 44 of them" in ran.stdout
+    ran = subprocess.run(
+        [sys.executable, "-m", "prw_flux.cli", "cache", "check", str(tmp_path / "cache")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0 and "300 samples, all as they were" in ran.stdout, ran.stdout
 
 
 @pytest.mark.parametrize(
