@@ -12,6 +12,7 @@ import torch
 from prw import CheckpointError, ConfigError
 from prw.checkpoint import read
 from prw.fingerprint import TOLERANCE, drift
+from prw_flux import sharding
 from prw_flux.adapter import PRWAdapter
 from prw_flux.config import RunConfig
 from prw_flux.coredi.encoders import FeatureEncoder, load_encoder
@@ -77,13 +78,15 @@ def open_session(config: RunConfig, adapter: Path | None = None) -> Session:
             beside it, in ``coredi/``, goes on with it.
 
     Raises:
-        ConfigError: a task or encoder that does not exist, or settings that the adapter was not
-            made with.
+        ConfigError: a task or encoder that does not exist, settings that the adapter was not
+            made with, or a base that cannot be quantised or sharded as asked.
         CheckpointError: the adapter is damaged, or was made for another base.
         CacheError: the cache lacks samples of the run.
         FileNotFoundError: there is no such base.
     """
     tasks = tuple(load_task(stage.task) for stage in config.stages)
+    if sharding.is_asked_for():
+        sharding.require_shardable(config)
     tables: Mapping[str, Table] = {}
     if config.data.cache is not None:
         finished = {s.name for s in read(adapter).ledger.stages if not s.open} if adapter else set()
@@ -106,6 +109,8 @@ def open_session(config: RunConfig, adapter: Path | None = None) -> Session:
     narrow(pipe.transformer, config.base.quantisation, _compute(config))
     if config.checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
+    if sharding.is_asked_for():
+        sharding.shard(pipe.transformer)
     if not config.coredi.enabled:
         return Session(pipe, passes, tasks, tables=tables)
     encoder = load_encoder(config.coredi.encoder, pipe.transformer.device)
