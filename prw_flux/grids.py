@@ -38,7 +38,7 @@ class Grids:
     def __init__(
         self, config: RunConfig, session: Session, data: DataSource, task: Task, folder: Path
     ) -> None:
-        self.folder = folder
+        self.session, self.folder = session, folder
         self.samples = draw_samples(data, task, COLUMNS, config.seed).samples
         self.sampling = Sampling(
             steps=config.evaluation.steps, batch_size=COLUMNS, precision=config.precision
@@ -47,7 +47,8 @@ class Grids:
 
     def draw(self) -> Image:
         """The grid, from the same noise every time; uint8 [H, W, 3]."""
-        made = generate(self.pipe, self.samples, self.sampling)
+        with self.session.awake():
+            made = generate(self.pipe, self.samples, self.sampling)
         triples = [sample.triple for sample in self.samples]
         return tiled([[t.source for t in triples], made, [t.target for t in triples]])
 

@@ -123,10 +123,10 @@ def budget(
         vae = AutoencoderKL(**_VAE)
     one = source_bytes(transformer, size, size, CACHES[cache])
     return Budget(
-        transformer=_weights(transformer, BITS[base]),
-        t5=_weights(t5, BITS[base]),
-        clip=_weights(clip, 16),
-        vae=_weights(vae, 16),
+        transformer=weights(transformer, BITS[base]),
+        t5=weights(t5, BITS[base]),
+        clip=weights(clip, 16),
+        vae=weights(vae, 16),
         adapter=_adapter_bytes(rank, experts),
         sources=one * references,
     )
@@ -146,8 +146,8 @@ def _adapter_bytes(rank: int, experts: int) -> int:
     return sum(t.numel() * t.element_size() for t in adapter.state_dict().values())
 
 
-def _weights(model: nn.Module, bits: float) -> int:
-    """Bytes with the weights of linear layers in `bits`, everything else in 16."""
+def weights(model: nn.Module, bits: float) -> int:
+    """Bytes of a model with the weights of linear layers in `bits`, everything else in 16."""
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     every = sum(parameter.numel() for parameter in model.parameters())
     return int((linear * bits + (every - linear) * 16) / 8)

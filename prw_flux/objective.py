@@ -208,6 +208,11 @@ class Objective:
 
     # Between steps ----------------------------------------------------------------------------
 
+    def know_sentence(self, samples: Samples) -> None:
+        """Encode what modulates the source, while the text encoders are there."""
+        with self.arithmetic():
+            self._source_pooled(samples)
+
     def quiet(self, samples: Samples, stage: Stage, step: int) -> prw.Record:
         """Routings of this rank's part of a batch without router noise, as generation routes."""
         share = self.ranks.share(stage.batch_size)

@@ -1,8 +1,9 @@
 """Recipes: functions that return a complete `RunConfig`.
 
 ``demo``: five stages on the embedded base in minutes · ``shapes``: the same, long enough for real
-quality · ``photos``: the tasks that plain photos can feed · ``paper``: CoLoGen, Table 1 ·
-``package.module:function``: the user's own.
+quality · ``photos``: the tasks that plain photos can feed · ``photos_24gb``: the same on FLUX.1-dev
+and a card of 24 GB · ``one_h200``: the paper's curriculum, a fiftieth of it · ``paper``: CoLoGen,
+Table 1 · ``package.module:function``: the user's own.
 """
 
 from __future__ import annotations
@@ -84,6 +85,54 @@ def photos() -> RunConfig:
     )
 
 
+def photos_24gb() -> RunConfig:
+    """Photos without annotations on FLUX.1-dev, on one card of 24 GB: an nf4 base, one at a time.
+
+    Samples are encoded before their stage, and the encoders then leave the card.
+    """
+    return RunConfig(
+        recipe="photos_24gb",
+        stages=tuple(
+            replace(stage, steps=2000, batch_size=8)
+            for stage in PAPER
+            if stage.name in ("inpaint", "control", "edit")
+        ),
+        size=512,
+        base=BaseConfig(path="black-forest-labs/FLUX.1-dev", quantisation="nf4"),
+        data=DataConfig(source="photos", samples=2000),
+        adapter=AdapterConfig(rank=32, alpha=64),
+        optimizer=OptimizerConfig(warmup=100),
+        accumulate=8,
+        checkpointing=True,
+        remember=64,
+        evaluation=EvaluationConfig(per_task=16, history=0, steps=28),
+        log_every=20,
+        save_every=200,
+    )
+
+
+def one_h200() -> RunConfig:
+    """The paper's five steps on FLUX.1-dev and one card of 141 GB: a fiftieth of its steps.
+
+    With ``--set data.source=disk:DIR`` for all five tasks; photos alone feed three of them.
+    """
+    return RunConfig(
+        recipe="one_h200",
+        stages=scaled(PAPER, 0.02, batch_size=32),
+        size=512,
+        base=BaseConfig(path="black-forest-labs/FLUX.1-dev"),
+        data=DataConfig(source="photos", samples=8000),
+        adapter=AdapterConfig(rank=128, alpha=256),
+        optimizer=OptimizerConfig(warmup=100),
+        accumulate=2,
+        checkpointing=True,
+        remember=128,
+        evaluation=EvaluationConfig(per_task=64, history=32, steps=28),
+        log_every=20,
+        save_every=500,
+    )
+
+
 def paper() -> RunConfig:
     """CoLoGen as published (arXiv 2602.22150): FLUX.1-dev, rank 128, 512 pixels, Table 1."""
     return RunConfig(
@@ -103,7 +152,7 @@ def paper() -> RunConfig:
 
 
 RECIPES: Final[Mapping[str, Recipe]] = MappingProxyType(
-    {recipe.__name__: recipe for recipe in (demo, shapes, photos, paper)}
+    {recipe.__name__: recipe for recipe in (demo, shapes, photos, photos_24gb, one_h200, paper)}
 )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,23 @@ class Session:
         """Where the transformer is."""
         device: torch.device = self.passes.transformer.device
         return device
+
+    def rest(self, resting: bool) -> None:
+        """Let the encoders leave the device while nothing is encoded, or come back."""
+        where = torch.device("cpu") if resting else self.device
+        for part in (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.vae):
+            if part.device != where:
+                part.to(where)
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Inside, the encoders are on the device; afterwards they are where they were."""
+        resting = self.pipe.vae.device != self.device
+        self.rest(False)
+        try:
+            yield
+        finally:
+            self.rest(resting)
 
 
 def open_session(config: RunConfig, adapter: Path | None = None) -> Session:
@@ -120,6 +139,8 @@ def _load_base(config: RunConfig) -> CoLoGenPipeline:
     )
     pipe.to(device)
     pipe.vae.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+    if config.size > 256:  # 32 large pictures at once would be the peak of the whole run
+        pipe.vae.enable_slicing()
     return pipe
 
 

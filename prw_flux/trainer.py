@@ -249,7 +249,11 @@ class Trainer:
                 self._leave(position)
             self.progress.encoded(done, config.data.samples or 0)
 
+        self.session.rest(False)
         samples.prepare(tick)
+        if samples.count is not None:
+            self.objective.know_sentence(samples)
+            self.session.rest(True)
         return samples
 
     @contextmanager

@@ -20,10 +20,14 @@ def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
     demo = verbs.add_parser(
         "demo", parents=[common], help="train the demo, generate, and write a report"
     )
-    demo.set_defaults(run=run_demo, recipe="demo", resume=None, parent=None, stages=[], only=[])
+    demo.set_defaults(
+        run=run_demo, recipe="demo", resume=None, parent=None, stages=[], only=[], dry_run=False
+    )
     train = verbs.add_parser("train", parents=[common], help="train a recipe, resume or extend one")
     train.add_argument(
-        "recipe", nargs="?", help="demo, shapes, photos, paper, or package.module:function"
+        "recipe",
+        nargs="?",
+        help="demo, shapes, photos, photos_24gb, one_h200, paper, or package.module:function",
     )
     train.add_argument(
         "--resume", nargs="?", const="", metavar="RUN",
@@ -40,6 +44,9 @@ def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
         "--only", action="append", default=[], metavar="NAME",
         help="of the recipe's stages train this one; may be repeated",
     )  # fmt: skip
+    train.add_argument(
+        "--dry-run", action="store_true", help="print the run and what it takes; nothing runs"
+    )
     train.set_defaults(run=run_train)
     for parser in (demo, train):
         _add_common(parser)
@@ -71,6 +78,8 @@ def run_train(args: argparse.Namespace) -> int:
     """Train, resume or extend; then, unless told otherwise, evaluate and report."""
     from prw_flux.ranks import join, leave
 
+    if args.dry_run:
+        return _tell_plan(args)
     show.quiet_loading()
     ranks = join()
     path = _begin(args, ranks) if args.resume is None else _resume(args, ranks)
@@ -239,6 +248,35 @@ def _tell(args: argparse.Namespace, facts: dict[str, Any]) -> int:
     console.print(f"run     {facts['run']}")
     if "report" in facts:
         console.print(f"report  {facts['report']}")
+    return 0
+
+
+def _tell_plan(args: argparse.Namespace) -> int:
+    """The configuration and its estimate."""
+    from prw_flux.estimate import estimate, told
+    from prw_flux.rundir import RunFolder
+
+    config = configured(args, RunFolder.open(args.parent) if args.parent else None)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    facts = told(config, estimate(config, ranks))
+    if args.json:
+        show.answer({"config": config.to_dict(), **facts})
+        return 0
+    console = show.human()
+    console.print(f"[bold]{config.recipe}[/bold]  {config.base.path}, {config.size} px, "
+                  f"{config.precision}, base.quantisation {config.base.quantisation}, "
+                  f"{ranks} rank(s)")  # fmt: skip
+    columns = dict.fromkeys(("steps", "batch", "lr", "PFLOP", "hours at 400 TFLOP/s"), "right")
+    table = show.table("", {"stage": "left", "task": "left", **columns})
+    for stage in config.stages:
+        work = facts["TFLOP"][stage.name]
+        table.add_row(stage.name, stage.task, f"{stage.steps:,}", str(stage.batch_size),
+                      f"{stage.lr:g}", f"{work / 1e3:,.3g}",
+                      f"{work / 400 / 3600:,.3g}")  # fmt: skip
+    console.print(table)
+    for name, size in facts["GiB"].items():
+        console.print(f"{name:>12}  {size:,.2f} GiB", markup=False)
+    console.print("device: the sum of what stands before it, of one rank, without what CUDA takes")
     return 0
 
 

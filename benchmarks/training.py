@@ -1,0 +1,244 @@
+"""What the trainer costs beside a bare loop, and how long its steps wait for data.
+
+    python -m benchmarks.training [--quick] [--json FILE] [--pairs N]
+
+The recipe `demo` on the embedded base: its second stage, so that there is a veteran. After every
+step of `prw_flux.trainer.train` a bare loop does its forward and backward on the same batch, in
+another copy of the model: both passes, flow matching, the veteran gate, and nothing else. The time
+of a trainer's step is all that happens between two bare ones: drawing, losses, the check for what
+is not finite, clipping, the optimizer, the log.
+
+``overhead``    median over pairs of (trainer's step / bare step) - 1
+``with_log``    the same of the sums, so with the steps that write a line of the log
+``waiting``     share of the trainer's time that is spent in making its batches, where all samples
+                were encoded before, and where each batch is encoded when it is needed
+
+Nothing is told unless the bare loop's first loss is the first one of the log, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import prw
+from benchmarks._common import machine, parser, spread, synchronise
+from prw_flux.arithmetic import arithmetic
+from prw_flux.config import RunConfig
+from prw_flux.curriculum import Stage
+from prw_flux.flow import flow_loss, interpolate, resolution_shift, sample_times
+from prw_flux.progress import Quiet
+from prw_flux.recipes import demo
+from prw_flux.rundir import RunFolder
+from prw_flux.samples import Samples, stable_hash
+from prw_flux.session import Session, open_session
+from prw_flux.trainer import open_training_data, train
+
+
+def config_of(steps: int, quick: bool, samples: str) -> RunConfig:
+    """The demo's first two stages; the first is only there to make a veteran."""
+    settings = [f"data.samples={samples}", "stages.inpaint.steps=1", f"stages.ground.steps={steps}",
+                "remember=0"]  # fmt: skip
+    settings += ["stages.*.batch_size=4", "adapter.rank=8", "adapter.alpha=16"] if quick else []
+    base = demo()
+    return replace(base, stages=base.stages[:2]).with_settings(settings)
+
+
+@dataclass(eq=False)
+class Bare:
+    """A loop of one's own: what a step trains on is ready, only forward and backward are left."""
+
+    config: RunConfig
+    session: Session
+    samples: Samples
+
+    @classmethod
+    def of(cls, config: RunConfig, stage: Stage) -> Bare:
+        """With weights and samples of its own, the trainer's at its second stage's beginning."""
+        session = open_session(config)
+        data = open_training_data(config, session)
+        samples = Samples(data, session.tasks[1], session.pipe, stage=stage.name, seed=config.seed,
+                          batch_size=stage.batch_size, count=config.data.samples)  # fmt: skip
+        samples.prepare()
+        return cls(config, session, samples)
+
+    def adopt(self, run: RunFolder, stage: Stage) -> None:
+        """Begin the stage as the trainer did."""
+        weave = self.session.adapter.weave
+        weave.load_state(run.adapter)
+        torch.manual_seed(stable_hash(self.config.seed, stage.name, "initialisation"))
+        weave.unlock(stage.name)
+
+    def ready(self, stage: Stage, step: int) -> Callable[[], Tensor]:
+        """The step, on the trainer's batch, times and noise."""
+        config, device = self.config, self.session.device
+        draw = torch.Generator().manual_seed(stable_hash(config.seed, stage.name, "step", step))
+        dropped = torch.rand(stage.batch_size, generator=draw) < config.caption_dropout
+        batch = self.samples.batch(step, dropped.tolist())
+        clean = batch.target_BTC
+        shift = config.time_shift or resolution_shift(clean.shape[1])
+        times = sample_times(len(clean), draw, shift=shift).to(device)
+        noise = torch.randn(clean.shape, generator=draw).to(device)
+        clean = clean.to(device)
+        texts = self.samples.texts
+        with arithmetic(device.type, config.precision):  # where the trainer first asks for it
+            pooled = texts.gather(texts.rows([self.samples.task.sentence]))[1].to(device)
+        guidance = torch.full((len(clean),), config.guidance, device=device)
+        given = [x.to(device) for x in (batch.target_ids_T3, batch.text_BLE, batch.pooled_BP)]
+        source = [x.to(device) for x in (batch.source_BSC, batch.source_ids_S3)]
+        weave = self.session.adapter.weave
+        key = stable_hash(config.seed, stage.name, "router", step)
+
+        def run() -> Tensor:
+            with arithmetic(device.type, config.precision), weave.record(key=key) as record:
+                velocity = self.session.passes(
+                    interpolate(clean, noise, times), *given, times, *source, pooled, guidance,
+                    record,
+                )  # fmt: skip
+            loss = flow_loss(velocity, clean, noise)
+            total = loss + prw.veteran_gate_loss(record, stage.density, stage.weight)
+            with arithmetic(device.type, config.precision):
+                total.backward()
+            for parameter in weave.parameters():
+                parameter.grad = None
+            return loss.detach()
+
+        return run
+
+
+class Pairs(Quiet):
+    """After each of the trainer's steps, times it and a bare one."""
+
+    def __init__(self, bare: Bare | None, run: RunFolder, warmup: int) -> None:
+        self.bare, self.run, self.warmup = bare, run, warmup
+        self.trainer: list[float] = []
+        self.alone: list[float] = []
+        self.first: float | None = None
+        self._stage: Stage | None = None
+        self._since: float | None = None
+
+    def begin(self, number: int, total: int, stage: Stage) -> None:
+        self._stage = stage if number == 1 else None
+        if number == 1 and self.bare is not None:
+            self.bare.adopt(self.run, stage)
+
+    def stepped(self, done: int) -> None:
+        if self._stage is None:
+            return
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        synchronise(device)
+        now = time.perf_counter()
+        if self._since is not None and done > self.warmup:
+            self.trainer.append(now - self._since)
+        if self.bare is not None:
+            step = self.bare.ready(self._stage, done - 1)
+            synchronise(device)
+            started = time.perf_counter()
+            loss = step()
+            synchronise(device)
+            if done > self.warmup:
+                self.alone.append(time.perf_counter() - started)
+            if self.first is None:
+                self.first = float(loss)
+        self._since = time.perf_counter()
+
+
+def measure(pairs: int, quick: bool, samples: str, *, beside: bool) -> tuple[Pairs, float, float]:
+    """The pairs of one training, the seconds it waited for batches, and its first loss.
+
+    Args:
+        pairs: how many, after a warm-up.
+        quick: a smaller adapter and batch.
+        samples: ``data.samples``.
+        beside: whether a bare loop runs beside it.
+    """
+    warmup = 1 if quick else 3
+    config = config_of(pairs + warmup, quick, samples)
+    waited: list[float] = []
+    original = Samples.batch
+
+    def timed(self: Samples, *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        batch = original(self, *args, **kwargs)
+        if self in mine:
+            waited.append(time.perf_counter() - started)
+        return batch
+
+    mine: list[Samples] = []
+    bare = Bare.of(config, config.stages[1]) if beside else None
+    session = open_session(config)
+    data = open_training_data(config, session)
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunFolder.create(Path(folder) / "run", config)
+        watched = Pairs(bare, run, warmup)
+        made = Samples.prepare
+
+        def prepared(self: Samples, *args: Any) -> None:
+            made(self, *args)
+            mine[:] = [self]
+            waited.clear()
+
+        Samples.batch, Samples.prepare = timed, prepared  # type: ignore[method-assign]
+        try:
+            train(run, session, data, progress=watched)
+        finally:
+            Samples.batch, Samples.prepare = original, made  # type: ignore[method-assign]
+        second = [line for line in run.read_log() if line["stage"] == config.stages[1].name]
+    return watched, sum(waited[warmup:]), second[0]["loss"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train, check, measure, print; 1 where the check fails."""
+    given = parser("training", __doc__ or "")
+    given.add_argument("--pairs", type=int, default=30, help="of steps that are compared")
+    args = given.parse_args(arguments)
+    pairs = 3 if args.quick else args.pairs
+    count = "8" if args.quick else "256"
+    found, waited, logged = measure(pairs, args.quick, count, beside=True)
+    if found.first != logged:
+        print(f"no times: the bare loop's first loss is {found.first}, the trainer's {logged}",
+              file=sys.stderr)  # fmt: skip
+        return 1
+    alone, encoding, _ = measure(max(3, pairs // 3), args.quick, "none", beside=False)
+    ratios = [ours / bare for ours, bare in zip(found.trainer, found.alone, strict=True)]
+    result = {
+        "benchmark": "training",
+        **machine(args.device),
+        "pairs": len(ratios),
+        "variants": {"bare": spread(found.alone), "trainer": spread(found.trainer)},
+        "overhead": round(statistics.median(ratios) - 1, 4),
+        "with_log": round(sum(found.trainer) / sum(found.alone) - 1, 4),
+        "waiting": {
+            "encoded before": round(waited / sum(found.trainer), 4),
+            "encoded when needed": round(encoding / sum(alone.trainer), 4),
+        },
+    }
+    tell(result)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    return 0
+
+
+def tell(result: dict[str, Any]) -> None:
+    """For people."""
+    print("  ".join(f"{name} {result[name]}" for name in
+                    ("device", "threads", "torch", "commit", "pairs")))  # fmt: skip
+    for name, row in result["variants"].items():
+        print(f"{name:>8}  {row['median_ms']:.1f} ms  ({row['p20_ms']:.1f} to {row['p80_ms']:.1f})")
+    print(f"overhead {result['overhead']:.1%}, with the log {result['with_log']:.1%}")
+    for name, share in result["waiting"].items():
+        print(f"waiting for batches that are {name}: {share:.1%}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
