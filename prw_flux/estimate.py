@@ -106,7 +106,7 @@ def step_tflop(model: FluxTransformer2DModel, config: RunConfig, stage: Stage) -
 def _forward(model: FluxTransformer2DModel, queries: int, keys: int) -> float:
     """Operations of one forward of one sample."""
     attention = 4.0 * _layers(model) * queries * keys * model.inner_dim
-    return 2.0 * _weights_per_token(model) * queries + attention
+    return float(2.0 * _weights_per_token(model) * queries + attention)
 
 
 def _weights_per_token(model: FluxTransformer2DModel) -> int:

@@ -13,6 +13,7 @@ import torch
 from prw import CheckpointError, ConfigError
 from prw.checkpoint import read
 from prw.fingerprint import TOLERANCE, drift
+from prw_flux import sharding
 from prw_flux.adapter import PRWAdapter
 from prw_flux.config import RunConfig
 from prw_flux.coredi.encoders import FeatureEncoder, load_encoder
@@ -81,12 +82,14 @@ def open_session(config: RunConfig, adapter: Path | None = None) -> Session:
             beside it, in ``coredi/``, goes on with it.
 
     Raises:
-        ConfigError: a task or encoder that does not exist, or settings that the adapter was not
-            made with.
+        ConfigError: a task or encoder that does not exist, settings that the adapter was not
+            made with, or a base that cannot be quantised or sharded as asked.
         CheckpointError: the adapter is damaged, or was made for another base.
         FileNotFoundError: there is no such base.
     """
     tasks = tuple(load_task(stage.task) for stage in config.stages)
+    if sharding.is_asked_for():
+        sharding.require_shardable(config)
     pipe = _load_base(config)
     woven = PRWAdapter.for_transformer(
         pipe.transformer,
@@ -105,6 +108,8 @@ def open_session(config: RunConfig, adapter: Path | None = None) -> Session:
     narrow(pipe.transformer, config.base.quantisation, _compute(config))
     if config.checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
+    if sharding.is_asked_for():
+        sharding.shard(pipe.transformer)
     if not config.coredi.enabled:
         return Session(pipe, passes, tasks)
     encoder = load_encoder(config.coredi.encoder, pipe.transformer.device)

@@ -125,3 +125,24 @@ def test_what_is_not_installed_is_named(
 def test_a_feature_stream_needs_whole_batches(short_config: RunConfig) -> None:
     with pytest.raises(ConfigError, match="accumulate=2 cannot be had with a feature stream"):
         short_config.with_settings(["coredi.enabled=true", "accumulate=2"])
+
+
+@pytest.mark.parametrize(
+    "version, settings, said",
+    [
+        ("1", ["checkpointing=true"], "FSDP2 only: launch with --fsdp_version 2"),
+        ("2", ["checkpointing=true", "base.quantisation=fp8"], "=fp8 cannot be sharded"),
+        ("2", [], "needs --set checkpointing=true"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(
+    short_config: RunConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    settings: list[str],
+    said: str,
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", version)
+    with pytest.raises(ConfigError, match=said):
+        open_session(short_config.with_settings(settings))

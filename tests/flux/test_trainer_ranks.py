@@ -65,10 +65,22 @@ def folder(short_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", ["gradients", "resumed"])
+@pytest.mark.parametrize("scenario", ["gradients", "resumed", "sharded"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_ranks_train_as_one_process(folder: Path, scenario: str, rank: int) -> None:
     require_quiet(folder, scenario, rank)
+
+
+@pytest.mark.slow
+def test_a_run_on_a_sharded_base_is_the_run(
+    folder: Path, short_config: RunConfig, tmp_path: Path
+) -> None:
+    run = RunFolder.open(folder / "sharded")
+    assert run.finished and list(run.adapter.rglob("adapter_model.safetensors"))
+    whole = RunFolder.create(tmp_path / "whole", config_of(short_config))
+    go(whole)
+    for mine, wanted in zip(run.read_log(), whole.read_log(), strict=True):
+        assert mine["loss"] == pytest.approx(wanted["loss"], rel=1e-4), (mine, wanted)
 
 
 @pytest.mark.slow

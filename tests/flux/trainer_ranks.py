@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 from two_processes import report
 
@@ -91,6 +92,29 @@ def resumed(ranks: Ranks, folder: Path) -> None:
     assert ours == theirs, "the ranks' weights differ"
 
 
+def sharded(ranks: Ranks, folder: Path) -> None:
+    """The base spread over both ranks by FSDP2; a stage then ends with the same routers on both."""
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    config = RunConfig.from_json((folder / "config.json").read_text())
+    split = config.with_settings(["checkpointing=true", "accumulate=2"])
+    wanted = load_file(folder / "wanted.safetensors")
+    found = gradients_of(split, ranks, folder / "gradients")
+    for name, value in wanted.items():
+        assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    run = ranks.once(lambda: RunFolder.create(folder / "sharded", split).path)
+    session = open_session(split)
+    base = list(session.passes.transformer.parameters())
+    assert all(isinstance(p, DTensor) for p in base)
+    here = sum(p.to_local().numel() for p in base)
+    assert here < 0.55 * sum(p.numel() for p in base)
+    train(RunFolder.open(run), session, open_training_data(split, session), ranks=ranks)
+    mine = {name: p.detach().sum().item() for name, p in session.adapter.named_parameters()}
+    theirs, ours = ranks.gathered(mine)
+    assert ours == theirs, "the ranks' weights differ"
+    memory = [p.columns.memory(2) for p in session.adapter.weave.pools.values()]
+    assert all(len(rows) == 6 for rows in memory)
+
+
 def with_ranks(check: Any) -> Any:
     """A scenario that is given the ranks."""
 
@@ -101,4 +125,5 @@ def with_ranks(check: Any) -> Any:
 
 
 if __name__ == "__main__":
-    report({"gradients": with_ranks(gradients), "resumed": with_ranks(resumed)})
+    checks = {"gradients": gradients, "resumed": resumed, "sharded": sharded}
+    report({name: with_ranks(check) for name, check in checks.items()})
