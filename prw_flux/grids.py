@@ -43,7 +43,9 @@ class Grids:
         self.sampling = Sampling(
             steps=config.evaluation.steps, batch_size=COLUMNS, precision=config.precision
         )
-        self.pipe = CoLoGenPipeline.from_pipe(session.pipe, prw=session.adapter)
+        self.pipe = CoLoGenPipeline.from_pipe(session.pipe)
+        # attached already, to a transformer that may have been sharded since: nothing to compare
+        self.pipe.register_modules(prw=session.adapter)
 
     def draw(self) -> Image:
         """The grid, from the same noise every time; uint8 [H, W, 3]."""
