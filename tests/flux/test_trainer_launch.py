@@ -108,11 +108,12 @@ def test_ranks_told_to_stop_exit_143(words: list[str], tmp_path: Path) -> None:
     assert read_position(RunFolder.open(run)).step == len(RunFolder.open(run).read_log())
 
 
-def test_accelerate_launches_a_whole_run(tiny_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [["--multi_gpu"], ["--use_fsdp", "--fsdp_version=2"]])
+def test_accelerate_launches_a_whole_run(tiny_base: Path, tmp_path: Path, kind: list[str]) -> None:
     run = tmp_path / "run"
-    settings = [f"base.path={tiny_base}", *SMALL, "stages.*.steps=2"]
+    settings = [f"base.path={tiny_base}", *SMALL, "stages.*.steps=2", "checkpointing=true"]
     launched = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2",
+        [sys.executable, "-m", "accelerate.commands.launch", *kind, "--num_processes=2",
          "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "-m", "prw_flux.cli",
          "train", "demo", "--only", "edit", "--out", str(run), "--no-evaluation",
          *(a for s in settings for a in ("--set", s))],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flux.trainer_ranks import STOP_AT, gradients_of
+from flux.trainer_ranks import FEATURES, STOP_AT, gradients_of
 from safetensors.torch import save_file
 from two_processes import require_quiet, run_two
 
@@ -58,6 +58,8 @@ def folder(short_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) ->
     config = config_of(short_config)
     (made / "config.json").write_text(config.to_json())
     save_file(gradients_of(config, Ranks(), made / "gradients"), made / "wanted.safetensors")
+    with_features = gradients_of(config.with_settings(FEATURES), Ranks(), made / "features")
+    save_file(with_features, made / "wanted-features.safetensors")
     run = RunFolder.create(made / "run", config)
     with pytest.raises(Interrupted):
         go(run, After("inpaint", 2))
@@ -66,7 +68,7 @@ def folder(short_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", ["gradients", "resumed", "sharded"])
+@pytest.mark.parametrize("scenario", ["gradients", "features", "resumed", "sharded"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_ranks_train_as_one_process(folder: Path, scenario: str, rank: int) -> None:
     require_quiet(folder, scenario, rank)

@@ -11,13 +11,16 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 from two_processes import report
 
 from prw_flux.config import RunConfig
+from prw_flux.coredi import FunctionEncoder
 from prw_flux.interrupt import Interrupted, Stop
 from prw_flux.progress import Quiet
 from prw_flux.ranks import Ranks
@@ -27,6 +30,19 @@ from prw_flux.session import open_session
 from prw_flux.trainer import Trainer, open_training_data, train
 
 STOP_AT = ("control", 1)
+FEATURES = ["coredi.enabled=true", "coredi.encoder=flux.trainer_ranks:encoder",
+            "coredi.channels=3", "coredi.drop=0.3", "coredi.similarity=0.2"]  # fmt: skip
+
+
+def encoder() -> FunctionEncoder:
+    """Ten fixed functions of the colours of a place."""
+
+    def maps(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+        pooled = torch.nn.functional.adaptive_avg_pool2d(pixels, grid)
+        weight = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
+        return torch.einsum("dc,bcrk->bdrk", weight, pooled).sin()
+
+    return FunctionEncoder(maps, 10)
 
 
 def gradients_of(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, Any]:
@@ -40,9 +56,14 @@ def gradients_of(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, Any
     for name, parameter in session.adapter.weave.named_parameters():
         parameter.data.add_(0.1 * len(name) ** -0.5)  # no B and no column stays zero
     samples = trainer._samples(1, Position())
+    learning = dict(session.adapter.weave.named_parameters())
+    if session.coredi is not None:
+        trainer._begin_features(samples)
+        trainer._share_weights()
+        learning |= {n: p for n, p in session.coredi.named_parameters() if p.requires_grad}
     loss = trainer._gradients(samples, config.stages[1], 0)
-    found = {n: p.grad.clone() for n, p in session.adapter.weave.named_parameters()
-             if p.grad is not None}  # fmt: skip
+    found = {name: p.grad.clone() for name, p in learning.items() if p.grad is not None}
+    assert found.keys() == learning.keys()
     usage = loss.total.new_tensor(trainer.objective.usage(loss.records))
     quiet = trainer.objective.usage([trainer.objective.quiet(samples, config.stages[1], 0)])
     return found | {"loss": loss.flow, "gate": loss.gate, "total": loss.total, "usage": usage,
@@ -59,6 +80,16 @@ def gradients(ranks: Ranks, folder: Path) -> None:
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():
             assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=f"{name}, {accumulate}")
+
+
+def features(ranks: Ranks, folder: Path) -> None:
+    """With a feature stream, whose statistics are those of the whole batch."""
+    config = RunConfig.from_json((folder / "config.json").read_text()).with_settings(FEATURES)
+    wanted = load_file(folder / "wanted-features.safetensors")
+    found = gradients_of(config, ranks, folder / "features")
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 class Signals(Quiet):
@@ -125,5 +156,5 @@ def with_ranks(check: Any) -> Any:
 
 
 if __name__ == "__main__":
-    checks = {"gradients": gradients, "resumed": resumed, "sharded": sharded}
+    checks = {"gradients": gradients, "features": features, "resumed": resumed, "sharded": sharded}
     report({name: with_ranks(check) for name, check in checks.items()})
