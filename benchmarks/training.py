@@ -48,7 +48,7 @@ from prw_flux.trainer import open_training_data, train
 def config_of(steps: int, quick: bool, samples: str) -> RunConfig:
     """The demo's first two stages; the first is only there to make a veteran."""
     settings = [f"data.samples={samples}", "stages.inpaint.steps=1", f"stages.ground.steps={steps}",
-                "remember=0"]  # fmt: skip
+                "remember=0", "held_out.samples=0"]  # fmt: skip
     settings += ["stages.*.batch_size=4", "adapter.rank=8", "adapter.alpha=16"] if quick else []
     base = demo()
     return replace(base, stages=base.stages[:2]).with_settings(settings)

@@ -38,16 +38,19 @@ class Grids:
     def __init__(
         self, config: RunConfig, session: Session, data: DataSource, task: Task, folder: Path
     ) -> None:
-        self.folder = folder
+        self.session, self.folder = session, folder
         self.samples = draw_samples(data, task, COLUMNS, config.seed).samples
         self.sampling = Sampling(
             steps=config.evaluation.steps, batch_size=COLUMNS, precision=config.precision
         )
-        self.pipe = CoLoGenPipeline.from_pipe(session.pipe, prw=session.adapter)
+        self.pipe = CoLoGenPipeline.from_pipe(session.pipe)
+        # attached already, to a transformer that may have been sharded since: nothing to compare
+        self.pipe.register_modules(prw=session.adapter)
 
     def draw(self) -> Image:
         """The grid, from the same noise every time; uint8 [H, W, 3]."""
-        made = generate(self.pipe, self.samples, self.sampling)
+        with self.session.awake():
+            made = generate(self.pipe, self.samples, self.sampling)
         triples = [sample.triple for sample in self.samples]
         return tiled([[t.source for t in triples], made, [t.target for t in triples]])
 

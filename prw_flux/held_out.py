@@ -83,7 +83,9 @@ class HeldOut:
     def __init__(
         self, samples: Samples, objective: Objective, *, seed: int, stage: str, size: int
     ) -> None:
-        samples.prepare()
+        with objective.session.awake():
+            samples.prepare()
+            objective.know_sentence(samples)
         self.samples, self.objective, self.size = samples, objective, size
         self.seed, self.stage = seed, stage
 

@@ -76,7 +76,7 @@ class Monitor:
             return
         if self.config.held_out.samples:
             self._held_out = self._open(number)
-        if self.config.sample_every and self.writes:
+        if self.config.sample_every:
             session, folder = self.objective.session, self.run.grids
             self._grids = Grids(self.config, session, self.data, task, folder)
 
@@ -169,8 +169,9 @@ class Monitor:
                 picture = self._grids.draw()
         else:
             picture = self._grids.draw()
-        self._grids.write(picture, stage.name, step)
-        self.trackers.picture(f"{stage.name}/samples", picture, done)
+        if self.writes:
+            self._grids.write(picture, stage.name, step)
+            self.trackers.picture(f"{stage.name}/samples", picture, done)
 
     def close(self) -> None:
         """Write what trackers still hold."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -67,6 +68,16 @@ class Session:
         for part in (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.vae):
             if part is not None and part.device != where:
                 part.to(where)
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Inside, the encoders are on the device; afterwards they are where they were."""
+        resting = self.pipe.vae.device != self.device
+        self.rest(False)
+        try:
+            yield
+        finally:
+            self.rest(resting)
 
 
 def open_session(config: RunConfig, adapter: Path | None = None) -> Session:

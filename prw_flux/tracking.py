@@ -105,8 +105,10 @@ class Trackers:
 
 
 def _start(name: str, run: RunFolder, step: int) -> Any:
+    from accelerate import PartialState
     from accelerate.tracking import TensorBoardTracker, WandBTracker
 
+    PartialState()  # accelerate's trackers log, which it refuses to do without
     if name == "tensorboard":
         tracker = TensorBoardTracker("tensorboard", run.path, purge_step=step + 1)
     elif name == "wandb":

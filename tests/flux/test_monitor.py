@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import math
 import sys
@@ -26,7 +27,7 @@ from prw_flux.rundir import RunFolder
 from prw_flux.samples import Samples
 from prw_flux.session import open_session
 from prw_flux.tasks import Example
-from prw_flux.tracking import require_trackers, tracked
+from prw_flux.tracking import Trackers, require_trackers, tracked
 from prw_flux.trainer import open_training_data, train
 
 
@@ -283,3 +284,38 @@ def test_a_grid_takes_pictures_of_any_size() -> None:
     assert grid.shape == (36, 68, 3)
     assert (grid[:8, :16] == 8).all() and (grid[8:16, :16] == 255).all()
     assert (grid[:16, 36:] == 16).all() and (grid[20:, :32] == 16).all()
+
+
+def test_wandb_goes_on_under_the_id_of_the_run(
+    short_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What wandb is told, by a stand-in for the package; `wandb` itself needs an account."""
+    begun: list[dict[str, Any]] = []
+    logged: list[tuple[int, list[str]]] = []
+
+    class Run:
+        def log(self, values: dict[str, Any], step: int) -> None:
+            logged.append((step, sorted(values)))
+
+        def finish(self) -> None:
+            logged.append((-1, []))
+
+    def init(**told: Any) -> Run:
+        begun.append(told)
+        return Run()
+
+    module = type(sys)("wandb")
+    module.init, module.Image = init, np.asarray  # type: ignore[attr-defined]
+    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    config = short_config.with_settings(['trackers=["wandb"]'])
+    path = RunFolder.create(tmp_path / "run", config).path
+    for step in (0, 3):
+        trackers = Trackers.open(RunFolder.open(path), step)
+        trackers.log({"edit/loss": 0.5}, step + 1)
+        trackers.picture("edit/samples", np.zeros((4, 4, 3), np.uint8), step + 1)
+        trackers.close()
+    first, second = begun
+    assert first == second and first["resume"] == "allow" and first["project"] == "prw-flux"
+    assert first["id"] == RunFolder.open(path).index["wandb"] and len(first["id"]) == 12
+    assert [step for step, _ in logged] == [0, 1, 1, -1, 4, 4, -1]

@@ -196,14 +196,14 @@ def test_report_of_a_run_that_has_only_begun(tmp_path: Path) -> None:
 def test_the_held_out_loss_has_a_line_where_it_was_measured(tmp_path: Path) -> None:
     run = fabricate(tmp_path / "run", stages=2, measured=False)
     page = write_report(run.path).read_text()
-    assert "held-out samples" not in page
+    assert "same held-out samples" not in page
     lines = page.count('class="line second"')
     for step in (100, 200):
         line = {"stage": "ground", "task": "ground", "step": step, "loss": 0.4, "usage_noisy": 1.0,
                 "usage_deterministic": 1.0, "held_out_loss": 0.3}  # fmt: skip
         run.log(line)
     page = write_report(run.path).read_text()
-    assert "held-out samples" in page and page.count('class="line second"') == lines + 1
+    assert "same held-out samples" in page and page.count('class="line second"') == lines + 1
 
 
 def test_prompts_are_escaped(tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ def config_of(short_config: RunConfig) -> RunConfig:
     """With everything that is random in a step."""
     return short_config.with_settings(
         ["stages.*.batch_size=4", "draws=2", "source_dropout=0.3", "caption_dropout=0.3",
-         "log_every=1", "remember=6", "data.samples=10"]
+         "log_every=1", "remember=6", "data.samples=10", "ema=0.9", "held_out.samples=4",
+         "held_out.every=2", "sample_every=2", "evaluation.steps=2"]
     )  # fmt: skip
 
 
@@ -98,7 +99,10 @@ def test_one_two_and_one_rank_see_the_data_of_one(
     assert [(x["stage"], x["step"]) for x in ours] == [(x["stage"], x["step"]) for x in theirs]
     for mine, wanted in zip(ours, theirs, strict=True):
         # float32, and nine steps of Adam between what two ranks round and what one rounds
-        for name in ("loss", "gate_loss", "usage_noisy", "usage_deterministic"):
+        names = ["loss", "gate_loss", "usage_noisy", "usage_deterministic"]
+        held = [name for name in wanted if name.startswith("held_out_loss")]
+        assert len(held) == 2 * (mine["step"] > 1)
+        for name in names + held:
             assert mine[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-5), (mine, wanted)
 
 
