@@ -11,9 +11,10 @@ needs twice their size:
 ``file``    `load_flat` of the same adapter as one file
 
 Every page of what was loaded is touched, as a copy to a GPU would. Ours verify the sha256 of every
-file. Cold asks the system to forget the files before each; warm has read all of them. Interleaved medians, by
-the clock on the wall and by that of the process, which does not wait for the disk. ``--quick`` has
-rank 4. What was loaded must be what was saved, bit for bit: a wrong result has no speed.
+file. Cold asks the system to forget the files before each; warm has read all of them. Interleaved
+medians, by the clock on the wall and by that of the process, which does not wait for the disk.
+``--quick`` has rank 4. What was loaded must be what was saved, bit for bit: a wrong result has no
+speed.
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ class Expert(nn.Module):
         ranks: R of each projection.
         scaling: ``alpha / R``, the same for all of them.
         like: a tensor with the device and dtype of the new parameters, which are zero.
+        memory: False makes them views of one zero, for `put` to replace: a checkpoint of a
+            gigabyte is then loaded without two of zeros being written first.
     """
 
     def __init__(
@@ -32,12 +34,17 @@ class Expert(nn.Module):
         ranks: Mapping[str, int],
         scaling: float,
         like: Tensor,
+        memory: bool = True,
     ) -> None:
         super().__init__()
+
+        def zeros(*shape: int) -> Tensor:
+            return like.new_zeros(shape) if memory else like.new_zeros(()).expand(shape)
+
         # Lists in the order of the projections: a dict refuses layers called "keys" or "values".
         self.order = {name: index for index, name in enumerate(projections)}
-        self.A = nn.ParameterList(like.new_zeros(ranks[p], in_features) for p in projections)
-        self.B = nn.ParameterList(like.new_zeros(o, ranks[p]) for p, o in projections.items())
+        self.A = nn.ParameterList(zeros(ranks[p], in_features) for p in projections)
+        self.B = nn.ParameterList(zeros(o, ranks[p]) for p, o in projections.items())
         self._alphas = [scaling * ranks[p] for p in projections]
 
     def rank(self, projection: str) -> int:

@@ -122,7 +122,7 @@ class Pool(nn.Module):
         Args:
             ledger: the stages to have.
             fresh: draw the factors of new experts and begin their router columns as configured;
-                False leaves both zero, to be filled.
+                False leaves both zero, to be filled, the experts by `Expert.put`.
         """
         closing = self.ledger.newest
         if closing is not None and ledger.stages[closing.index : closing.index + 1]:
@@ -137,6 +137,7 @@ class Pool(nn.Module):
                 self.ranks,
                 self.config.scaling,
                 self.columns.anchor,
+                memory=fresh,
             )
             if fresh:
                 expert.draw()

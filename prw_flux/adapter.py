@@ -374,7 +374,7 @@ class PRWAdapter(ModelMixin, ConfigMixin):
         return self
 
 
-# model_index.json records this name: the class may move to another file, the name may not
+# diffusers records this name with a pipeline's components: the class may move, the name may not
 PRWAdapter.__module__ = "prw_flux"
 
 

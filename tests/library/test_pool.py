@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import prw
+from prw import Config, Pool
+from prw.ledger import Ledger
 
 WIDTH, SIZES = 8, {"k": 6, "v": 8}
 
@@ -225,3 +227,18 @@ def test_routing_without_an_expert_or_to_an_unknown_stage() -> None:
         pool.route(torch.zeros(2, WIDTH), prw.Call(stage="x"))
     with pytest.raises(prw.StageError, match="no stage 's3'"):
         weave.pinned(force="s3")
+
+
+def test_experts_that_will_be_filled_take_no_memory() -> None:
+    """A gigabyte of experts is loaded without two of float32 zeros being written first."""
+    pool = Pool("layer", 64, {"to_k": 32, "to_v": 16}, Config(rank=8))
+    ledger = Ledger().unlock("one")
+    pool.follow(ledger, fresh=False)
+    sizes = {p.untyped_storage().nbytes() for p in pool.experts.parameters()}
+    assert sizes == {4} and all(not p.any() for p in pool.experts.parameters())
+    filling = {p: (torch.ones(8, 64), torch.ones(o, 8)) for p, o in pool.projections.items()}
+    for projection, (A_RD, B_OR) in filling.items():
+        pool.expert(0).put(projection, A_RD, B_OR, 16.0)
+        assert pool.expert(0).pair(projection)[1].is_contiguous()
+    pool.follow(ledger.close().unlock("two"))
+    assert all(p.is_contiguous() for p in pool.expert(1).parameters())
