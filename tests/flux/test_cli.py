@@ -314,6 +314,7 @@ def test_a_damaged_expert_is_named(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # five processes, each with its imports
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_in_stage_3_then_resume_gives_the_same_bytes(
     tmp_path: Path, small: list[str], number: int, expected: int
