@@ -261,11 +261,6 @@ class RunConfig:
                 f"accumulate={self.accumulate} cannot be had with a feature stream, whose "
                 "statistics are those of whole batches: use accumulate=1, on more ranks"
             )
-        if self.data.cache is not None and (self.held_out.samples or self.sample_every):
-            raise ConfigError(
-                "held_out.samples and sample_every encode pictures, and a run with data.cache "
-                "loads no encoders: set both to 0, or data.cache to none"
-            )
         for name in ("remember", "sample_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")

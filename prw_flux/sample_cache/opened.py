@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from prw import ConfigError
 from prw_flux.config import RunConfig
 from prw_flux.curriculum import Stage
 from prw_flux.data.choose import open_run_data
@@ -33,6 +34,11 @@ def open_tables(
         ConfigError: the run needs the pictures themselves.
     """
     require_no_features(config)
+    if config.held_out.samples or config.sample_every:
+        raise ConfigError(
+            "held_out.samples and sample_every encode pictures, and a run with data.cache loads no "
+            "encoders: set held_out.samples=0 and sample_every=0, or data.cache=none"
+        )
     assert config.data.cache is not None
     cache = Path(config.data.cache)
     data = open_run_data(config)

@@ -219,6 +219,9 @@ class One:
     def example(self, task: str, index: int) -> Example:
         raise NotImplementedError
 
+    def fingerprint(self) -> str:
+        return "one"
+
 
 def test_a_source_without_sides_is_refused(
     short_config: RunConfig, monkeypatch: pytest.MonkeyPatch

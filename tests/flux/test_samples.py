@@ -235,7 +235,7 @@ def test_damaged_pictures_are_replaced_and_counted(pipe: Any) -> None:
 
 def test_on_demand_a_share_of_damaged_pictures_stops(pipe: Any) -> None:
     samples = make(pipe, count=None, max_rejected=0.05)
-    samples.data = Holes(4)
+    samples.draws.data = Holes(4)
     with pytest.raises(SampleError, match="of 20[01] pictures of shapeweave cannot be used"):
         for index in range(1000):
             samples.triple(index)
