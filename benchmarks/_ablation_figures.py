@@ -31,7 +31,7 @@ def draw(
          scores(rows, trained)),
         ("ablation-forgetting.png", "Headline of every task after every stage",
          matrices(rows, trained)),
-        ("ablation-routing.png", "Which expert each block chooses by the final router (yellow: for all)",
+        ("ablation-routing.png", "The expert that each block chooses at the end (yellow: always)",
          routes(rows, [n for n in trained if known[n].group == "main"])),
         ("ablation-curves.png", "Loss and usage of the newest expert over the steps",
          curves(rows, [n for n in trained if known[n].group == "main"])),
