@@ -149,7 +149,7 @@ def curves(rows: Rows, names: Sequence[str]) -> Figure | None:
         for phase in first(rows, name)["phases"]:
             steps = [offset + point["step"] for point in phase["curve"]]
             loss.plot(steps, [point["loss"] for point in phase["curve"]], color=BLUE)
-            if len(phase["tasks"]) == 1:  # experts that train together have no newest
+            if first(rows, name)["at_stage"]:  # experts that train together have no newest
                 usage.plot(steps, [point["usage"] for point in phase["curve"]], color=BLUE)
             offset += phase["steps"]
             for axis in (loss, usage):
