@@ -31,7 +31,7 @@ def draw(
          scores(rows, trained)),
         ("ablation-forgetting.png", "Headline of every task after every stage",
          matrices(rows, trained)),
-        ("ablation-routing.png", "Which expert each block chooses, per task, by the final router",
+        ("ablation-routing.png", "The expert that each block chooses at the end (yellow: always)",
          routes(rows, [n for n in trained if known[n].group == "main"])),
         ("ablation-curves.png", "Loss and usage of the newest expert over the steps",
          curves(rows, [n for n in trained if known[n].group == "main"])),
@@ -149,7 +149,8 @@ def curves(rows: Rows, names: Sequence[str]) -> Figure | None:
         for phase in first(rows, name)["phases"]:
             steps = [offset + point["step"] for point in phase["curve"]]
             loss.plot(steps, [point["loss"] for point in phase["curve"]], color=BLUE)
-            usage.plot(steps, [point["usage"] for point in phase["curve"]], color=BLUE)
+            if first(rows, name)["at_stage"]:  # experts that train together have no newest
+                usage.plot(steps, [point["usage"] for point in phase["curve"]], color=BLUE)
             offset += phase["steps"]
             for axis in (loss, usage):
                 axis.axvline(offset, color=GREY, linewidth=0.6)
