@@ -27,7 +27,7 @@ import torch
 from benchmarks._common import interleaved, machine, parser, spread
 from benchmarks._reading import opened, resumed, shuffled, written
 from prw_flux.config import RunConfig
-from prw_flux.data.choose import open_data
+from prw_flux.data.choose import open_run_data
 from prw_flux.progress import Quiet
 from prw_flux.recipes import demo
 from prw_flux.rundir import RunFolder
@@ -78,7 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_config(folder: Path, count: int) -> RunConfig:
     """The demo's editing stage alone, with a cache."""
-    config = demo().with_settings([f"data.samples={count}", f"data.cache={folder / 'cache'}"])
+    config = demo().with_settings(
+        [f"data.samples={count}", f"data.cache={folder / 'cache'}", "held_out.samples=0"]
+    )
     stages = tuple(stage for stage in config.stages if stage.name == "edit")
     return RunConfig(**{**vars(config), "stages": stages})
 
@@ -86,7 +88,7 @@ def run_config(folder: Path, count: int) -> RunConfig:
 def fill(config: RunConfig) -> None:
     """Encode the samples of a run."""
     assert config.data.cache is not None
-    data = open_data(config.data.source, size=config.size, seed=config.seed)
+    data = open_run_data(config)
     tasks = [load_task(stage.task) for stage in config.stages]
     build(Path(config.data.cache), config, data, tasks, lambda: encoders(config, Share()))
 
