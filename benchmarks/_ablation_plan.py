@@ -14,10 +14,10 @@ from typing import Final, Literal
 
 import numpy as np
 
+from prw_flux.batch_order import stable_hash
 from prw_flux.config import RunConfig
 from prw_flux.curriculum import Stage
 from prw_flux.recipes import demo
-from prw_flux.samples import stable_hash
 
 ORDER: Final = ("inpaint", "ground", "control", "customise", "edit")
 FINAL: Final = "edit"

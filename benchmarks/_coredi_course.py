@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from benchmarks._coredi_worlds import GRID, World
 from prw_flux.arithmetic import arithmetic
+from prw_flux.batch_order import stable_hash
 from prw_flux.coredi import CoReDi, CoReDiConfig, carrying
 from prw_flux.coredi.collapse import facts
 from prw_flux.coredi.stream import joined
 from prw_flux.encode import position_ids
 from prw_flux.flow import flow_loss, interpolate, resolution_shift, sample_times
-from prw_flux.samples import stable_hash
 from prw_flux.tiny.autoencoder import warmup_cosine
 
 SHOWN = (1, 4, 8)

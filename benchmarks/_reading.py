@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from prw_flux.batch_order import batch_indices
 from prw_flux.data.build import build
 from prw_flux.data.row_checks import encode
 from prw_flux.data.rows import Picture, Record
 from prw_flux.data.sample_order import Part, SampleOrder
-from prw_flux.samples import Draws, batch_indices
+from prw_flux.draws import Draws
 from prw_flux.shapeweave.source import ShapeWeave
 from prw_flux.tasks import TASKS, Example
 

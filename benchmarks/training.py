@@ -34,13 +34,14 @@ from torch import Tensor
 import prw
 from benchmarks._common import machine, parser, spread, synchronise
 from prw_flux.arithmetic import arithmetic
+from prw_flux.batch_order import stable_hash
 from prw_flux.config import RunConfig
 from prw_flux.curriculum import Stage
 from prw_flux.flow import flow_loss, interpolate, resolution_shift, sample_times
 from prw_flux.progress import Quiet
 from prw_flux.recipes import demo
 from prw_flux.rundir import RunFolder
-from prw_flux.samples import Samples, stable_hash
+from prw_flux.samples import Samples
 from prw_flux.session import Session, open_session
 from prw_flux.trainer import open_training_data, train
 

@@ -13,12 +13,13 @@ import torch
 
 import prw
 from prw import ConfigError
+from prw_flux.batch_order import stable_hash
 from prw_flux.config import RunConfig
 from prw_flux.data.choose import open_run_data
 from prw_flux.data.with_maps import WithMaps
 from prw_flux.flow import interpolate, resolution_shift, sample_times, velocity_target
 from prw_flux.objective import Objective
-from prw_flux.samples import Samples, stable_hash
+from prw_flux.samples import Samples
 from prw_flux.tasks import DataSource
 
 logger = logging.getLogger(__name__)

@@ -1,9 +1,9 @@
-"""From a data source and a task to encoded training batches.
+"""From the samples of a stage to encoded training batches.
 
-Sample i of a stage is a pure function of (seed, stage, i), and the batch of a step one of
-(seed, stage, step): a resumed run sees what an uninterrupted one would have seen. Rotary positions
-have no batch axis in FLUX.1, so a batch holds samples of one source and one target size: samples
-of several sizes are kept in buckets, one per pair of sizes.
+Sample i is a pure function of (seed, stage, i) (`prw_flux.draws`), and the batch of a step one of
+(seed, stage, step) (`prw_flux.batch_order`): a resumed run sees what an uninterrupted one would
+have seen. Rotary positions have no batch axis in FLUX.1, so a batch holds samples of one source and
+one target size: samples of several sizes are kept in buckets, one per pair of sizes.
 
 Shapes: B samples of a batch, N samples of a stage, S source and T target tokens, C packed latent
 channels, L text tokens, E and P widths of the text and pooled embeddings, R x C grid and D width of
@@ -12,23 +12,18 @@ semantic features.
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from prw import PRWError
+from prw_flux.batch_order import batch_indices, bucket_of
 from prw_flux.coredi.encoders import FeatureEncoder
-from prw_flux.data.images import ImageError
-from prw_flux.data.permutation import Permutation
+from prw_flux.draws import Draws, SampleError
 from prw_flux.encode import (
     encode_image,
     encode_prompts,
@@ -37,74 +32,12 @@ from prw_flux.encode import (
     source_offset,
     to_pixels,
 )
-from prw_flux.tasks import DataSource, Task, TaskReject, Triple
+from prw_flux.tasks import DataSource, Task, Triple
 
 if TYPE_CHECKING:
     from prw_flux.sample_cache.table import Bucket, StoredTexts, Table
 
 CHUNK: Final = 32
-TRIES: Final = 20
-JUDGED_FROM: Final = 200
-"""Drawn pictures from which on the share of unusable ones is judged."""
-LISTED: Final = 1_000_000
-STRIDE: Final = 1_000_003
-"""Distance to the example that replaces a rejected one; prime: a small source is covered."""
-
-
-class SampleError(PRWError, ValueError):
-    """A stage has no usable samples, or a batch would have several sizes."""
-
-
-def stable_hash(*parts: object) -> int:
-    """63 bits that depend on the parts alone, on every machine and in every process."""
-    text = "\0".join(map(str, parts))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-
-
-def batch_indices(seed: int, stage: str, step: int, batch_size: int, count: int) -> list[int]:
-    """Which of `count` samples make up a step: shuffled epochs, laid end to end.
-
-    From `LISTED` samples on, no list of an epoch is made, and any step costs the same.
-    """
-    start = step * batch_size
-    indices: list[int] = []
-    for epoch in range(start // count, (start + batch_size - 1) // count + 1):
-        low, high = max(start - epoch * count, 0), start + batch_size - epoch * count
-        if count >= LISTED:
-            shuffle = Permutation(count, seed, stage, "order", epoch)
-            order = shuffle(np.arange(low, min(high, count)))
-        else:
-            rng = np.random.default_rng(stable_hash(seed, stage, "order", epoch))
-            order = rng.permutation(count)[low:high]
-        indices += [int(i) for i in order]
-    return indices
-
-
-def bucket_of(seed: int, stage: str, step: int, sizes: Sequence[int]) -> tuple[int, int]:
-    """Which bucket feeds a step, and how many steps before it the bucket has fed.
-
-    As many steps in a row as there are samples make an epoch, in which a bucket of n samples feeds
-    exactly n steps, in a shuffled order: every sample is seen equally often.
-
-    Args:
-        seed, stage, step: Of the run.
-        sizes: Samples in each bucket.
-    """
-    if len(sizes) == 1:
-        return 0, step
-    epoch, position = divmod(step, sum(sizes))
-    order = _bucket_order(seed, stage, epoch, tuple(sizes))
-    bucket = int(order[position])
-    before = int((order[:position] == bucket).sum())
-    return bucket, epoch * sizes[bucket] + before
-
-
-@lru_cache(maxsize=2)
-def _bucket_order(seed: int, stage: str, epoch: int, sizes: tuple[int, ...]) -> NDArray[np.int16]:
-    """The bucket of every step of an epoch; kept, because every step asks for it."""
-    rng = np.random.default_rng(stable_hash(seed, stage, "buckets", epoch))
-    order = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
-    return order.astype(np.int16)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -233,92 +166,6 @@ class Encoded:
             *parts[0].grids,
             torch.cat(features) if features else None,
         )
-
-
-@dataclass(frozen=True)
-class Tally:
-    """What was drawn.
-
-    Attributes:
-        rejected: rejected draws by reason: of examples, and of holes within the task.
-        kinds: samples by their kind (of a hole, of an edit, a condition).
-    """
-
-    rejected: Counter[str] = field(default_factory=Counter)
-    kinds: Counter[str] = field(default_factory=Counter)
-
-    def add(self, other: Tally) -> None:
-        """Count what another counted, too."""
-        self.rejected.update(other.rejected)
-        self.kinds.update(other.kinds)
-
-
-class Draws:
-    """The samples of a stage before they are encoded.
-
-    Args:
-        data: where examples come from.
-        task: what makes samples of them.
-        stage: name of the stage; with the seed it decides everything that is random.
-        seed: of the run.
-        max_rejected: largest share of the drawn pictures that may be unusable; see `DataConfig`.
-
-    Attributes:
-        tally: what this process has drawn.
-    """
-
-    def __init__(
-        self,
-        data: DataSource,
-        task: Task,
-        *,
-        stage: str,
-        seed: int,
-        max_rejected: float = 1.0,
-    ) -> None:
-        self.data, self.task, self.stage, self.seed = data, task, stage, seed
-        self.max_rejected, self.tally = max_rejected, Tally()
-        self._drawn, self._unusable = 0, 0
-        self._example: ImageError | None = None
-
-    def triple(self, index: int) -> Triple:
-        """Sample `index`: the first usable one of a fixed sequence of examples.
-
-        Raises:
-            SampleError: none of the first 20 is usable.
-        """
-        reasons: Counter[str] = Counter()
-        for attempt in range(TRIES):
-            self._drawn += 1
-            try:
-                example = self.data.example(self.task.name, index + attempt * STRIDE)
-                triple = self.task(example, stable_hash(self.seed, self.stage, index, attempt))
-            except TaskReject as refusal:
-                reasons[refusal.reason] += 1
-                self.tally.rejected.update(refusal.counts)
-                continue
-            except ImageError as problem:
-                reasons[f"picture {problem.reason}"] += 1
-                self._unusable, self._example = self._unusable + 1, self._example or problem
-                self.judge()
-                continue
-            self.tally.rejected.update(reasons)
-            self.tally.rejected.update(triple.metadata.get("rejections", {}))
-            self.tally.kinds[str(triple.metadata["kind"])] += 1
-            return triple
-        told = ", ".join(f"{reason} ({n} x)" for reason, n in reasons.most_common())
-        raise SampleError(f"{self.data.name} gives no sample for {self.task.name!r}: {told}")
-
-    def judge(self, *, last: bool = False) -> None:
-        """Raise SampleError where too many pictures are unusable; a few, only after the last."""
-        if self._unusable <= self.max_rejected * self._drawn:
-            return
-        if last or self._drawn >= JUDGED_FROM:
-            raise SampleError(
-                f"{self._unusable} of {self._drawn} pictures of {self.data.name} cannot be used, "
-                f"above data.max_rejected={self.max_rejected:g} (the first: {self._example}): mend "
-                "them (prw-flux data check finds them in built data), or raise the limit"
-            )
 
 
 class Samples:

@@ -16,6 +16,7 @@ from prw import PRWError
 from prw.atomic import sweep
 from prw.distributed import average, broadcast
 from prw_flux.adapter import PRWAdapter
+from prw_flux.batch_order import stable_hash
 from prw_flux.config import RunConfig
 from prw_flux.coredi.collapse import Watch
 from prw_flux.curriculum import Stage
@@ -38,7 +39,7 @@ from prw_flux.resume import (
     steps_before,
 )
 from prw_flux.rundir import INDEX, RunFolder
-from prw_flux.samples import Samples, stable_hash
+from prw_flux.samples import Samples
 from prw_flux.session import Session
 from prw_flux.tasks import TASKS, DataSource
 from prw_flux.waiting import waiting

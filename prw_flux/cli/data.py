@@ -38,8 +38,8 @@ def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
 
 def run_data(args: argparse.Namespace) -> int:
     """Draw samples of every task, count their kinds and rejects, and show them."""
+    from prw_flux.batch_order import stable_hash
     from prw_flux.data.choose import open_data, require_feeds
-    from prw_flux.samples import stable_hash
     from prw_flux.tasks import TASKS, TaskReject, load_task
 
     source = args.source or ("photos" if args.photos else "shapeweave")

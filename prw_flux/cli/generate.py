@@ -38,10 +38,10 @@ def run_generate(args: argparse.Namespace) -> int:
     """Generate one image and write it."""
     import torch
 
+    from prw_flux.batch_order import stable_hash
     from prw_flux.coredi.sampling import beside
     from prw_flux.pipeline import CoLoGenPipeline
     from prw_flux.rundir import RunError, RunFolder
-    from prw_flux.samples import stable_hash
 
     show.quiet_loading()
     _check(args)

@@ -16,6 +16,7 @@ import torch
 
 from prw import ConfigError
 from prw_flux.config import RunConfig
+from prw_flux.draws import Draws, Tally
 from prw_flux.sample_cache.errors import CacheError
 from prw_flux.sample_cache.identity import Drawn, encoder_digests, identity
 from prw_flux.sample_cache.store import (
@@ -26,7 +27,7 @@ from prw_flux.sample_cache.store import (
 )
 from prw_flux.sample_cache.table import BlockRow, Table, write_block
 from prw_flux.sample_cache.writer import BlockShards, Writer
-from prw_flux.samples import CHUNK, Draws, Samples, Tally
+from prw_flux.samples import CHUNK, Samples
 from prw_flux.share import Share
 from prw_flux.tasks import DataSource, Task, Triple
 

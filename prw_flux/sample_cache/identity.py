@@ -14,8 +14,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from prw_flux.config import BaseConfig, RunConfig
 from prw_flux.curriculum import Stage
+from prw_flux.draws import Draws, Tally
 from prw_flux.locate import resolve_base
-from prw_flux.samples import Draws, Tally
 from prw_flux.tasks import Triple
 
 PARTS: Final = {

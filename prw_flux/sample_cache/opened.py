@@ -10,11 +10,11 @@ from prw import ConfigError
 from prw_flux.config import RunConfig
 from prw_flux.curriculum import Stage
 from prw_flux.data.choose import open_run_data
+from prw_flux.draws import Draws
 from prw_flux.sample_cache.build import require_no_features
 from prw_flux.sample_cache.errors import CacheError
 from prw_flux.sample_cache.identity import Identity, encoder_digests, identity
 from prw_flux.sample_cache.table import Table, tables
-from prw_flux.samples import Draws
 from prw_flux.tasks import Task
 
 

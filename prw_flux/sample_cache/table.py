@@ -24,10 +24,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prw.atomic import replace_file
+from prw_flux.draws import Tally
 from prw_flux.sample_cache.errors import CacheError
 from prw_flux.sample_cache.identity import Identity
 from prw_flux.sample_cache.store import Grid, Shards, content_hash, key_rows, write
-from prw_flux.samples import Encoded, Tally
+from prw_flux.samples import Encoded
 
 BLOCK: Final = 256
 """Samples of a block; a multiple of the 32 that are encoded together."""

@@ -25,11 +25,11 @@ from flux.failing import failing
 import prw_flux.trainer as trainer_module
 from prw import CheckpointError
 from prw_flux.config import RunConfig
+from prw_flux.draws import SampleError
 from prw_flux.interrupt import Interrupted, Stop
 from prw_flux.progress import Quiet
 from prw_flux.resume import adapter_to_continue, save_state
 from prw_flux.rundir import RunFolder
-from prw_flux.samples import SampleError
 from prw_flux.session import open_session
 from prw_flux.shapeweave.source import ShapeWeave
 from prw_flux.states import States, verified

@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prw_flux import CoLoGenPipeline
+from prw_flux.batch_order import batch_indices, bucket_of, stable_hash
 from prw_flux.data.images import ImageError
+from prw_flux.draws import SampleError
 from prw_flux.encode import position_ids
-from prw_flux.samples import SampleError, Samples, batch_indices, bucket_of, stable_hash
+from prw_flux.samples import Samples
 from prw_flux.shapeweave.source import ShapeWeave
 from prw_flux.tasks import TASKS, Example, Task, TaskReject, Triple
 
@@ -53,7 +55,7 @@ def test_so_are_those_of_which_no_list_is_made(
     seed: int, batch: int, count: int, epochs: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prw_flux.samples.LISTED", 0)
+        patch.setattr("prw_flux.batch_order.LISTED", 0)
         require_permutations(seed, batch, count, epochs)
 
 
