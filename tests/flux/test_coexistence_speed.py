@@ -248,7 +248,7 @@ def test_the_number_of_graphs_does_not_grow_with_depth(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at it
 def test_training_compiles_layer_by_layer(
-    make_transformer: Any, make_adapter: Any, make_batch: Any, monkeypatch: pytest.MonkeyPatch
+    make_transformer: Any, make_adapter: Any, make_batch: Any
 ) -> None:
     """With gradients a layer keeps its number, so dynamo needs room for each; exact as ever."""
     transformer, batch = deep(make_transformer, 5), make_batch()
@@ -262,7 +262,8 @@ def test_training_compiles_layer_by_layer(
 
     torch._dynamo.reset()
     wanted = gradients()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
-    transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
-    for found, gradient in zip(gradients(), wanted, strict=True):
+    with torch._dynamo.config.patch(recompile_limit=64):
+        transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
+        compiled = gradients()
+    for found, gradient in zip(compiled, wanted, strict=True):
         assert_close(found, gradient, rtol=1e-5, atol=1e-6)  # as compiled, sums may be reordered
