@@ -39,7 +39,7 @@ def _steps(counts: Mapping[str, int], batch_size: int, lr: float) -> tuple[Stage
 
 
 def demo() -> RunConfig:
-    """Five stages on tiny-flux and ShapeWeave, less than six minutes on two CPU cores."""
+    """Five stages on tiny-flux and ShapeWeave, less than ten minutes on two CPU cores."""
     counts = {"inpaint": 260, "ground": 260, "control": 300, "customise": 260, "edit": 320}
     return RunConfig(
         recipe="demo",
