@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,13 +18,11 @@ from benchmarks._ablation_statistics import (
     hypotheses,
     kept,
 )
-from prw_flux.rundir import write_atomically
+from benchmarks._page import table, write_between
 
 EDITS: Final = ("C", "L", "S", "K", "changed", "headline")
 CUSTOM: Final = {"bits": "glyph bits", "subject L": "its L", "S": "S", "other C": "C of the other"}
 WHOLE: Final = ("cologen", "no-freeze", "consolidated")
-BEGIN: Final = "<!-- ablation: begin -->"
-END: Final = "<!-- ablation: end -->"
 KEPT: Final = (
     "Headline of every task when its own stage ended, then under the final router; * where the "
     "interval of the paired difference does not contain zero."
@@ -49,12 +47,6 @@ PAPER: Final = {
 
 
 # Tables --------------------------------------------------------------------------------------
-
-
-def table(head: Sequence[str], body: Iterable[Sequence[str]], right: int = 1) -> list[str]:
-    """Markdown; columns from `right` on are aligned to the right."""
-    rule = ["---"] * right + ["---:"] * (len(head) - right)
-    return [f"| {' | '.join(line)} |" for line in (head, rule, *body)]
 
 
 def cell(found: tuple[float, list[float]] | None) -> str:
@@ -282,9 +274,5 @@ def text(rows: Sequence[Row], known: Mapping[str, Arm], protocol: Protocol) -> s
 
 def write(page: Path, tables: str, figures: Sequence[tuple[str, str]]) -> None:
     """Put tables and figures between the marks of the findings page."""
-    before, mark, rest = page.read_text("utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not mark or not end:
-        raise ValueError(f"{page} has no {BEGIN} ... {END} to write between")
     shown = "\n\n".join(f"![{words}](assets/{name})" for name, words in figures)
-    write_atomically(page, f"{before}{BEGIN}\n{tables}\n\n{shown}\n{END}{after}")
+    write_between(page, "ablation", f"{tables}\n\n{shown}")

@@ -36,7 +36,7 @@ from benchmarks._ablation_measure import SHOWN, Held, held_out, measure, referen
 from benchmarks._ablation_plan import FINAL, QUICK, Arm, Protocol, arms
 from benchmarks._ablation_statistics import Rows
 from benchmarks._ablation_train import Store
-from benchmarks._common import machine, parser
+from benchmarks._common import keep, machine, parser
 from prw_flux.evaluation import draw_samples, unusable
 from prw_flux.shapeweave import ShapeWeave
 from prw_flux.tasks import load_task
@@ -70,8 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(tables)
     if args.report:
         publish(args.page, tables, rows, known, protocol, args.results)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    keep(result, args.json)
     return 0
 
 

@@ -42,7 +42,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._common import machine, parser
+from benchmarks._common import head, keep, machine, parser
 from benchmarks._coredi_course import Course, Size, unchanged
 from benchmarks._coredi_overhead import overhead
 from benchmarks._coredi_worlds import WORLDS, Amount
@@ -102,8 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     result = {"benchmark": "coredi", **machine("cpu"), "size": asdict(size),
               "amount": asdict(amount), "variants": variants}  # fmt: skip
     tell(result)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    keep(result, args.json)
     if args.figure:
         draw(lines, args.figure)
     return 0
@@ -204,7 +203,7 @@ def among(values: Sequence[float]) -> dict[str, float]:
 
 def tell(result: Mapping[str, Any]) -> None:
     """For people."""
-    print("  ".join(f"{name} {result[name]}" for name in ("device", "torch", "commit")))
+    head(result)
     print(f"{'':26}{'seeds':>6}{'loss':>9}{'f. loss':>9}{'rank':>7}{'scale':>8}"
           f"{'C':>7}{'L':>7}{'FD':>8}  steps to none")  # fmt: skip
     for arm, told in result["variants"].items():

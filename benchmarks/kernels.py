@@ -23,7 +23,6 @@ Every round draws a new batch and a new routing; ratios are medians of the ratio
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -38,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import _report
 from benchmarks._ceilings import clocks, copy_rate, gemm_rate, graphed, roofline, seconds
-from benchmarks._common import interleaved, machine, new_file, parser, spread
+from benchmarks._common import interleaved, keep, machine, new_file, parser, spread
 from benchmarks._peers import ROUTED, Plain, Problem, base, error, gradients, saved_bytes, truth
 from benchmarks._shapes import Shape, suite
 
@@ -83,8 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     result["summary"] = _report.summary(result["rows"])
     if args.compare:
         _report.compare(result, args.compare)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    keep(result, args.json)
     if args.plot:
         _report.plot(result, args.plot)
     return 0
