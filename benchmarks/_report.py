@@ -12,7 +12,8 @@ from benchmarks import _common
 
 RIVALS = ("loop", "tuned", "dense", "grouped")
 LABELS = {
-    "plain": "one unrouted LoRA (PEFT)", "ours": "routed_lora", "loop": "PEFT's loop over experts",
+    "plain": "one unrouted LoRA (PEFT)", "ours": "routed_linear",
+    "loop": "PEFT's loop over experts",
     "tuned": "the loop with index_add_", "dense": "X-LoRA, every expert",
     "grouped": "sorted + grouped_mm, autograd",
 }  # fmt: skip

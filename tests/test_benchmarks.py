@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from benchmarks import _flux, _peers, _report, kernels, pipeline
+from benchmarks._kernels_page import tables
+from benchmarks._page import between
 from benchmarks._shapes import Shape
 from benchmarks.coredi import steps_to
 from prw_flux import main_pass
 
 ROOT = Path(__file__).parent.parent
+KERNELS = "benchmarks/results/2026-11-22-kernels-cpu.json"
 NAMES = sorted(file.stem for file in (ROOT / "benchmarks").glob("[a-z]*.py"))
 
 
@@ -26,8 +29,7 @@ def test_it_checks_itself_and_reports(name: str, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     size = ["--size", "tiny", "--training"] if name == "pipeline" else []
     if name == "kernels":
-        earlier = ROOT / "benchmarks" / "results" / "2026-11-21-kernels-cpu.json"
-        size = ["--compare", str(earlier), "--plot", str(tmp_path / "plot.png")]
+        size = ["--compare", str(ROOT / KERNELS), "--plot", str(tmp_path / "plot.png")]
     ran = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--quick", *size, "--json", str(report)],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
@@ -114,6 +116,14 @@ def test_a_run_is_compared_with_an_earlier_one(capsys: pytest.CaptureFixture[str
     assert told[4].startswith("2 rows in both")
 
 
+def test_the_page_tells_the_kept_result() -> None:
+    result = _report.earlier(str(ROOT / KERNELS))
+    shown = between(ROOT / "docs" / "pages" / "kernels.md", "kernels cpu")
+    means, rows = tables(result).split("### float32, forward\n", 1)
+    assert means.splitlines()[0] in shown
+    assert rows in shown
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
@@ -121,6 +131,8 @@ def test_a_run_is_compared_with_an_earlier_one(capsys: pytest.CaptureFixture[str
         ("--compare", "other.json", "other.json is no --json of this benchmark (KeyError"),
         ("--json", "absent/a.json", "cannot be written: give a file in a folder there is"),
         ("--plot", ".", "cannot be written: give a file in a folder there is"),
+        ("--page", "absent.md", "No such file or directory: 'absent.md'"),
+        ("--page", "other.json", "has no <!-- kernels cpu: begin -->"),
         ("--device", "cuda", "torch sees no CUDA device here; use --device cpu"),
     ],
 )
