@@ -13,7 +13,7 @@ import torch
 from benchmarks import ablation
 from benchmarks._ablation_plan import QUICK, Arm, Protocol, arms, picks, progressive
 from benchmarks._ablation_report import text
-from benchmarks._ablation_statistics import NONE, UNMEASURED, Rows, hypotheses
+from benchmarks._ablation_statistics import NONE, UNMEASURED, Rows, hypotheses, own
 from benchmarks._ablation_train import Course
 from benchmarks._page import between
 from prw_flux.rundir import RunFolder
@@ -107,7 +107,7 @@ def test_what_is_there_is_not_trained_again(
     with file.open("a") as cut:
         cut.write('{"arm": "baseline", "see')
     ablation.run(["cologen", "cotrain"], range(2), protocol, file)
-    rows = ablation.own(ablation.read(file), protocol)
+    rows = own(ablation.read(file), protocol)
     assert [(row["arm"], row["seed"]) for row in rows] == [
         ("cologen", 0), ("cotrain", 0), ("cologen", 1), ("cotrain", 1)
     ]  # fmt: skip
@@ -172,9 +172,9 @@ def test_grounding_is_kept_only_within_five_points(lost: int, verdict: str) -> N
 
 def test_the_page_tells_what_the_rows_say() -> None:
     protocol = Protocol()
-    rows = ablation.own(ablation.read(ablation.RESULTS), protocol)
-    assert text(rows, arms(protocol), protocol) in between(ablation.PAGE, "ablation")
-    keys = [(row["arm"], row["seed"]) for row in rows]
+    every = ablation.read(ablation.RESULTS)
+    assert text(every, arms(protocol), protocol) in between(ablation.PAGE, "ablation")
+    keys = [(row["protocol"], row["arm"], row["seed"]) for row in every]
     assert len(keys) == len(set(keys))
 
 
