@@ -95,7 +95,7 @@ class Projection(nn.Module):
         if directions < channels:
             raise ConfigError(
                 f"{int(count)} feature vectors of width {width} span {directions} directions, "
-                f"channels is {channels}: fit on more images, or ask for fewer channels"
+                f"channels is {channels}: raise coredi.fit_images, or lower coredi.channels"
             )
         top_DK = vectors[:, -channels:].flip(1).masked_fill(still_D[:, None], 0.0)
         largest_K = top_DK.gather(0, top_DK.abs().argmax(dim=0, keepdim=True))[0]
@@ -136,7 +136,7 @@ class Projection(nn.Module):
         if z_BRCK.shape[0] * ranks() < 2:
             raise ConfigError(
                 "batch normalisation needs two images or more in training, got a batch of one: "
-                "raise batch_size, or set normalise to none"
+                "raise batch_size, or set coredi.normalise=none"
             )
         mean_K, covariance_KK, count = mean_and_covariance(z_BRCK.flatten(0, -2))
         var_K = covariance_KK.diagonal()
@@ -159,5 +159,5 @@ def _constant(still_D: Tensor, count: int) -> str:
     some = ", ".join(map(str, indices[:5])) + (", ..." if len(indices) > 5 else "")
     return (
         f"{len(indices)} of the encoder's {len(still_D)} channels never vary over {count} feature "
-        f"vectors ({some}): fit on more varied images, or set constant to drop"
+        f"vectors ({some}): fit on more varied images, or set coredi.constant=drop"
     )
