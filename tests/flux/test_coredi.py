@@ -576,6 +576,9 @@ def test_encoders_that_cannot_work_are_refused(
         load_encoder("mine_coredi:b")
     with pytest.raises(ConfigError, match="cannot import 'mine_other'"):
         load_encoder("mine_other:a")
+    flat = FunctionEncoder(lambda pixels, grid: torch.zeros(2, 5), width=5)
+    with pytest.raises(ConfigError, match=r"give maps \[images, 5, 3, 3\], got \(2, 5\)"):
+        flat(torch.zeros(2, 3, 24, 24), (3, 3))
     narrow = FunctionEncoder(lambda pixels, grid: torch.zeros(len(pixels), 4, *grid), width=5)
     with pytest.raises(ConfigError, match=r"shape \(2, 3, 3, 4\), wanted \(2, 3, 3, 5\)"):
         narrow(torch.zeros(2, 3, 9, 9), (3, 3))

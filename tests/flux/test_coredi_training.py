@@ -138,6 +138,21 @@ def test_it_trains_on_a_narrow_base_and_is_averaged(config: RunConfig, tmp_path:
     assert contents(cut) == contents(whole)
 
 
+def test_redi_keeps_its_components(config: RunConfig, tmp_path: Path) -> None:
+    redi = config.with_settings(
+        ["coredi.learn_projection=false", "coredi.normalise=none", "coredi.covariance=0"]
+    )
+    run = RunFolder.create(tmp_path / "run", redi)
+    go(run)
+    saved = CoReDi.load(run.coredi)
+    now, first = saved.state_dict(), saved.snapshots["inpaint"]
+    assert torch.equal(now["projection.weight_DK"], first["projection.weight_DK"])
+    gram = now["projection.weight_DK"].mT @ now["projection.weight_DK"]
+    torch.testing.assert_close(gram, torch.eye(3), rtol=0, atol=1e-5)
+    assert not torch.equal(now["stream.embed.weight"], first["stream.embed.weight"])
+    assert all(line["feature_penalty"] == 0.0 for line in run.read_log())
+
+
 def test_without_it_nothing_changes(
     config: RunConfig, short_config: RunConfig, tmp_path: Path
 ) -> None:
