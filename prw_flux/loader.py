@@ -83,7 +83,7 @@ class PRWLoaderMixin:
             if base is not None:
                 raise ValueError(f"{folder} is not a run (it has no run.json): leave base out.")
             location = _pipeline(pretrained_model_name_or_path)
-            hub = {name: kwargs[name] for name in HUB if name in kwargs}
+            hub: dict[str, Any] = {name: kwargs[name] for name in HUB if name in kwargs}
             index = cls.load_config(location, **hub)  # type: ignore[attr-defined]
             if MARK in index and FOLDER not in kwargs:
                 kwargs[FOLDER] = PRWAdapter.from_pretrained(
