@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from prw import CheckpointError
 from prw.hub import explained
 from prw_flux.adapter import PRWAdapter
+from prw_flux.coredi.model import CoReDi
 from prw_flux.flat_file import FORMAT, load_flat
 from prw_flux.locate import fetched_folder, is_run
 
@@ -33,6 +34,17 @@ def open_adapter(
     folder = adapter_place(fetched_folder(location, options))
     adapter: PRWAdapter = PRWAdapter.from_pretrained(folder)
     return adapter
+
+
+def open_stream(
+    location: str | os.PathLike[str], weight_name: str | None, options: dict[str, Any]
+) -> CoReDi | None:
+    """The feature stream of a run whose adapter `open_adapter` has read; None where it has none."""
+    if weight_name is not None or Path(location).is_file():
+        return None
+    folder = fetched_folder(location, options)
+    place = folder / "coredi"
+    return CoReDi.load(place) if is_run(folder) and place.is_dir() else None
 
 
 def is_adapter(path: Path) -> bool:

@@ -120,6 +120,22 @@ def require_numbers(**given: float | None) -> None:
             raise ValueError(f"{name} must be finite and at least 0, got {value!r}.")
 
 
+def require_stream(there: bool, representation: float, image_guidance: float) -> None:
+    """Raise ValueError for guidance by features that there are not, or by two things at once."""
+    if representation == 1.0:
+        return
+    if not there:
+        raise ValueError(
+            f"representation_scale={representation} acts on a feature stream, and this adapter was "
+            "trained without one: leave it out."
+        )
+    if representation != 0.0 and image_guidance != 1.0:
+        raise ValueError(
+            f"representation_scale={representation} and image_guidance_scale={image_guidance} "
+            "cannot guide one picture together: leave one of them at 1."
+        )
+
+
 def require_sizes(step: int, **given: Any) -> None:
     """Raise ValueError for a size that is neither None nor a positive int (or two of them)."""
     for name, value in given.items():

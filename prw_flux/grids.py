@@ -46,6 +46,7 @@ class Grids:
         self.pipe = CoLoGenPipeline.from_pipe(session.pipe)
         # attached already, to a transformer that may have been sharded since: nothing to compare
         self.pipe.register_modules(prw=session.adapter)
+        self.pipe.coredi = session.coredi
 
     def draw(self) -> Image:
         """The grid, from the same noise every time; uint8 [H, W, 3]."""

@@ -69,7 +69,8 @@ class HeldOut:
 
     The loss of a run's stage at any step, or of two runs with one seed, can be compared as it is:
     sample i always has the time and the noise that (seed, stage, i) give. Routers have no noise,
-    captions and sources are never dropped.
+    captions and sources are never dropped. With a feature stream, the model reads noisy features of
+    the target as it does in training, and their noise is fixed as well.
 
     Args:
         samples: of the held-out side; encoded here.
@@ -99,17 +100,19 @@ class HeldOut:
             for numbers, batch in self.samples.every(self.size):
                 clean_BTC = batch.target_BTC
                 shift = objective.config.time_shift or resolution_shift(clean_BTC.shape[1])
-                times, noises = [], []
-                for number in numbers:
-                    key = stable_hash(self.seed, self.stage, "held out", number)
-                    draw = torch.Generator().manual_seed(key)
-                    times.append(sample_times(1, draw, shift=shift))
-                    noises.append(torch.randn(clean_BTC.shape[1:], generator=draw))
-                times_B, noise_BTC = torch.cat(times).to(device), torch.stack(noises).to(device)
+                draws = [self._draw(number) for number in numbers]
+                times_B = torch.cat([sample_times(1, draw, shift=shift) for draw in draws])
+                noises = [torch.randn(clean_BTC.shape[1:], generator=draw) for draw in draws]
+                times_B, noise_BTC = times_B.to(device), torch.stack(noises).to(device)
                 clean_BTC = clean_BTC.to(device)
                 noisy_BTC = interpolate(clean_BTC, noise_BTC, times_B)
-                with objective.arithmetic():
+                with objective.arithmetic(), objective.reading(batch, times_B, draws):
                     velocity = objective.velocity(batch, noisy_BTC, times_B, self.samples, record)
                 error = velocity.float() - velocity_target(clean_BTC, noise_BTC)
                 losses.append(error.square().flatten(1).mean(dim=1).cpu())
         return Measured(loss=float(torch.cat(losses).mean()), record=record)
+
+    def _draw(self, number: int) -> torch.Generator:
+        """Of the time and then the noises of a sample."""
+        key = stable_hash(self.seed, self.stage, "held out", number)
+        return torch.Generator().manual_seed(key)

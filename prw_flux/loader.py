@@ -13,9 +13,17 @@ from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from diffusers.utils.torch_utils import get_module_execution_device
 
 from prw_flux.adapter import PRWAdapter
-from prw_flux.adapter_files import is_adapter, open_adapter, require_lora
+from prw_flux.adapter_files import is_adapter, open_adapter, open_stream, require_lora
 from prw_flux.attach import attach, detach
-from prw_flux.locate import EMBEDDED, is_run, require_place, resolve_base, resolve_run
+from prw_flux.coredi.model import CoReDi
+from prw_flux.locate import (
+    EMBEDDED,
+    fetched_folder,
+    is_run,
+    require_place,
+    resolve_base,
+    resolve_run,
+)
 
 WORKING: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FOLDER: Final = "prw"
@@ -23,6 +31,9 @@ FOLDER: Final = "prw"
 MARK: Final = "_prw"
 """Says in model_index.json that there is one. Under the component's own name diffusers would look
 for its code in the repository, and for weights of its own naming in the folder."""
+STREAM: Final = "coredi"
+"""Of the feature stream, in the folder of a pipeline or a run."""
+STREAM_MARK: Final = "_coredi"
 HUB: Final = ("revision", "token", "cache_dir", "local_files_only")
 
 
@@ -31,6 +42,7 @@ class PRWLoaderMixin:
 
     transformer: FluxTransformer2DModel
     prw: Any
+    coredi: CoReDi | None = None
 
     @classmethod
     def from_pretrained(
@@ -58,25 +70,31 @@ class PRWLoaderMixin:
         # without a dtype diffusers loads float32 and transformers what the file has
         kwargs.setdefault("dtype", kwargs.pop("torch_dtype", torch.float32))
         dtype = _adapter_dtype(kwargs["dtype"])
+        stream = None
         if is_run(folder):
             location, revision = resolve_run(folder, base)
             if FOLDER not in kwargs:
                 kwargs[FOLDER] = PRWAdapter.from_pretrained(folder / "adapter", dtype=dtype)
+                if (folder / STREAM).is_dir():
+                    stream = CoReDi.load(folder / STREAM)
             if revision is not None:
                 kwargs.setdefault("revision", revision)
         else:
             if base is not None:
                 raise ValueError(f"{folder} is not a run (it has no run.json): leave base out.")
             location = _pipeline(pretrained_model_name_or_path)
-            hub = {name: kwargs[name] for name in HUB if name in kwargs}
+            hub: dict[str, Any] = {name: kwargs[name] for name in HUB if name in kwargs}
             index = cls.load_config(location, **hub)  # type: ignore[attr-defined]
             if MARK in index and FOLDER not in kwargs:
                 kwargs[FOLDER] = PRWAdapter.from_pretrained(
                     location, subfolder=FOLDER, dtype=dtype, **hub
                 )
+                if STREAM_MARK in index:
+                    stream = CoReDi.load(fetched_folder(location, {"subfolder": STREAM, **hub}))
         pipe: Self = super().from_pretrained(location, **kwargs)  # type: ignore[misc]
         if kwargs.get("device_map") is not None and pipe.prw is not None:
             pipe.prw.to(get_module_execution_device(pipe.transformer))
+        pipe.coredi = stream
         return pipe
 
     @classmethod
@@ -117,15 +135,27 @@ class PRWLoaderMixin:
         if prw is not None:
             shared["prw"] = prw
         pipe = cls(**shared)
+        if isinstance(pipeline, PRWLoaderMixin) and pipe.prw is pipeline.prw:
+            pipe.coredi = pipeline.coredi
         if dtype is not None:
             pipe.to(dtype)  # type: ignore[attr-defined]
         return pipe
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> None:
+        """As in diffusers; a feature stream goes into a folder of its own."""
+        if self.coredi is not None:
+            self.coredi.save(Path(save_directory) / STREAM)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write model_index.json, in which an adapter is a mark, see `MARK`."""
         index = json.loads(self.to_json_string())  # type: ignore[attr-defined]
         if index.pop(FOLDER, (None, None))[0] is not None:
             index[MARK] = FOLDER
+            if self.coredi is not None:
+                index[STREAM_MARK] = STREAM
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         Path(json_file_path).write_text(text, encoding="utf-8")
 
@@ -182,16 +212,19 @@ class PRWLoaderMixin:
             "local_files_only": local_files_only,
         }
         adapter = open_adapter(pretrained_model_name_or_path, weight_name, options)
+        stream = open_stream(pretrained_model_name_or_path, weight_name, options)
         own = self.transformer.dtype
         adapter.to(dtype or (own if own in WORKING else torch.bfloat16))
         adapter.to(self._execution_device)  # type: ignore[attr-defined]
         attach(self.transformer, adapter)
         self.register_modules(prw=adapter)  # type: ignore[attr-defined]
+        self.coredi = stream
 
     def unload_prw_weights(self) -> None:
         """Stock processors again; nothing is left of the adapter. Without one, nothing happens."""
         detach(self.transformer)
         self.register_modules(prw=None)  # type: ignore[attr-defined]
+        self.coredi = None
 
     def load_lora_weights(
         self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any

@@ -91,6 +91,7 @@ class Monitor:
             seed=config.seed,
             batch_size=stage.batch_size,
             count=config.held_out.samples,
+            encoder=session.encoder,
             max_rejected=config.data.max_rejected,
         )
         return HeldOut(

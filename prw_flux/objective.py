@@ -22,6 +22,7 @@ from prw.distributed import broadcast
 from prw_flux.arithmetic import arithmetic
 from prw_flux.batch_order import stable_hash
 from prw_flux.config import RunConfig
+from prw_flux.coredi.stream import joined
 from prw_flux.coredi.training import FeatureStep
 from prw_flux.curriculum import Stage
 from prw_flux.flow import flow_loss, interpolate, resolution_shift, sample_times
@@ -178,6 +179,23 @@ class Objective:
         return FeatureStep.begin(
             self.session.coredi, batch.features_BRCD, times_B, draw, part, whole
         )
+
+    def reading(
+        self, batch: Batch, times_B: Tensor, draws: Sequence[torch.Generator]
+    ) -> AbstractContextManager[Any]:
+        """While open, a forward that is not trained on reads noisy features of its targets.
+
+        Args:
+            batch: whose features, if it has any.
+            times_B: of the targets.
+            draws: of the features' noise, one per target.
+        """
+        coredi, features = self.session.coredi, batch.features_BRCD
+        if coredi is None or features is None:
+            return nullcontext()
+        rows, columns = features.shape[1:3]
+        noisy = coredi.measured(features.to(times_B.device), (rows, columns), times_B, draws)
+        return joined(self.session.passes.transformer, coredi.stream, noisy)
 
     def velocity(
         self, batch: Batch, noisy: Tensor, times: Tensor, samples: Samples, call: prw.Call

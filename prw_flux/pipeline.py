@@ -8,6 +8,7 @@ in FluxKontextPipeline's order; those it does not have follow, by name only.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from prw_flux import arguments
 from prw_flux.adapter import PRWAdapter
 from prw_flux.arguments import Asked
 from prw_flux.attach import attach, attached
+from prw_flux.coredi.sampling import Carried, Generators, beside
 from prw_flux.encode import ImageInput, sequence_length
 from prw_flux.loader import PRWLoaderMixin
 from prw_flux.output import CoLoGenPipelineOutput, read_grounding
@@ -53,6 +55,10 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
             FluxPipeline; the text encoders may be None where embeddings are given to every call.
         image_encoder, feature_extractor: As in FluxPipeline; unused with a source.
         prw: The adapter, attached to the transformer here.
+
+    Attributes:
+        coredi: The feature stream that the adapter was trained beside, or None. It comes with a run
+            or a saved pipeline that has one, and acts beside a source.
     """
 
     _optional_components = [
@@ -219,6 +225,7 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
         source_pooled_embeds: Tensor | None = None,
         use_kv_cache: bool = True,
         image_guidance_scale: float = 1.0,
+        representation_scale: float = 1.0,
     ) -> Any:
         """Generate.
 
@@ -265,6 +272,9 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
             use_kv_cache: False encodes the source again in every step, for the same bits.
             image_guidance_scale: w in v0 + w (v - v0), with v0 the velocity without a source; not 1
                 costs a text-to-image pass per step and branch.
+            representation_scale: w_r of ReDi's Eq. 13, for an adapter that was trained beside a
+                feature stream (`coredi`), whose features are then denoised with the image: 1 is as
+                trained, 0 is without features, anything else doubles the calls.
 
         Returns:
             CoLoGenPipelineOutput: `images` and, of task "ground", `grounding`, one
@@ -323,13 +333,20 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
                  "source_scale": source_scale, "source_pooled_embeds": source_pooled_embeds,
                  "max_area": max_area, "use_kv_cache": None if use_kv_cache else False,
                  "image_guidance_scale":
-                     None if image_guidance_scale == 1.0 else image_guidance_scale}
+                     None if image_guidance_scale == 1.0 else image_guidance_scale,
+                 "representation_scale":
+                     None if representation_scale == 1.0 else representation_scale}
             )  # fmt: skip
             (results,) = super().__call__(height=height, width=width, return_dict=False, **flux)
             return _returned(results, None, return_dict)
 
         plan = self._plan(asked)
-        arguments.require_numbers(image_guidance_scale=image_guidance_scale)
+        arguments.require_numbers(
+            image_guidance_scale=image_guidance_scale, representation_scale=representation_scale
+        )
+        arguments.require_stream(
+            self.coredi is not None, representation_scale, image_guidance_scale
+        )
         arguments.require_no_ip_adapter({k: v for k, v in flux.items() if "ip_adapter" in k})
         self.check_inputs(height=plan.size[0], width=plan.size[1], **texts)
         prompts = arguments.prompt_count(prompt, prompt_embeds)
@@ -357,7 +374,8 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
                 images_per_prompt=num_images_per_prompt,
                 keep=use_kv_cache,
             )
-        with following(self.transformer, source, float(image_guidance_scale)):
+        features = self._features(route or "free", generator, float(representation_scale))
+        with features, following(self.transformer, source, float(image_guidance_scale)):
             (results,) = super().__call__(
                 height=plan.size[0], width=plan.size[1], return_dict=False, **flux
             )
@@ -366,6 +384,17 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
             asks = [prompt] if isinstance(prompt, str) else prompt or [""] * prompts
             marks = _marks(plan, asked, results, asks)
         return _returned(results, marks, return_dict)
+
+    def _features(
+        self, route: str, generator: Generators, scale: float
+    ) -> AbstractContextManager[Carried | None]:
+        """While open, features are denoised beside the image, where the adapter has a stream."""
+        coredi = self.coredi
+        if coredi is not None:
+            coredi = coredi.to(self._execution_device)
+        return beside(
+            coredi, self.transformer, route=route, generator=generator, representation=scale
+        )
 
     def _attached_adapter(self) -> PRWAdapter:
         adapter: PRWAdapter | None = self.prw

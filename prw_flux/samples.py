@@ -242,11 +242,16 @@ class Samples:
             assert isinstance(largest, Encoded) and largest.features_NRCD is not None
             return largest.features_NRCD[:count].float()
         assert self.encoder is not None
-        found = []
+        found: list[Tensor] = []
+        shape: tuple[int, ...] = ()
         for start in range(0, count, CHUNK):
-            chunk = range(start, min(start + CHUNK, count))
-            images = [self.triple(index).target for index in chunk]
-            found.append(self._features(images, self.latents(images[:1])[1]))
+            with self.reading():
+                chunk = range(start, min(start + CHUNK, count))
+                images = [self.triple(index).target for index in chunk]
+            shape = shape or images[0].shape
+            alike = [image for image in images if image.shape == shape]
+            if alike:
+                found.append(self._features(alike, self.latents(alike[:1])[1]))
         return torch.cat(found).float()
 
     def batch(self, step: int, dropped: Sequence[bool] = (), share: range | None = None) -> Batch:

@@ -95,6 +95,7 @@ def open_session(config: RunConfig, adapter: Path | None = None) -> Session:
         CacheError: the cache lacks samples of the run.
         FileNotFoundError: there is no such base.
     """
+    _require_stream(config, adapter)
     tasks = tuple(load_task(stage.task) for stage in config.stages)
     if sharding.is_asked_for():
         sharding.require_shardable(config)
@@ -126,6 +127,16 @@ def open_session(config: RunConfig, adapter: Path | None = None) -> Session:
         return Session(pipe, passes, tasks, tables=tables)
     encoder = load_encoder(config.coredi.encoder, pipe.transformer.device)
     return Session(pipe, passes, tasks, encoder, _open_stream(config, pipe, encoder, adapter))
+
+
+def _require_stream(config: RunConfig, adapter: Path | None) -> None:
+    """Experts that were trained beside features do not go on without: pictures have them or not."""
+    if adapter is None or config.coredi.enabled or not adapter.with_name("coredi").is_dir():
+        return
+    raise ConfigError(
+        f"{adapter} was trained with coredi.enabled true, this run asks for false: use --set "
+        "coredi.enabled=true with the run's other coredi settings"
+    )
 
 
 def _open_stream(

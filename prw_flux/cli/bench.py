@@ -171,11 +171,11 @@ def _generate(
             batch_size=benchmark.batch if args.batch is None else args.batch,
             guidance=args.guidance,
             precision=run.config.precision,
+            representation=args.representation,
         ),
         seed=args.seed,
         route=args.route,
         side=args.size or (run.config.size if args.bench == "shapes" else None),
-        features=run.coredi,
     )
     pipe = load_pipeline(run, base=args.base, local=share.local)
     reasons = produce(

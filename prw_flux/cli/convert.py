@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -56,5 +57,11 @@ def converted(source: Path, target: Path) -> None:
         if target.exists():
             raise CheckpointError(f"{target} exists: choose the name of a new file.")
         pack(adapter_place(source), target)
+        if (source / "coredi").is_dir():
+            warnings.warn(
+                f"{target} holds the adapter without the feature stream that it was trained "
+                f"beside: copy {source / 'coredi'} as well, or load {source} itself",
+                stacklevel=1,
+            )
     else:
         unpack(adapter_file(source), target)

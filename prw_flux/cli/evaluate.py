@@ -19,6 +19,9 @@ def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
     evaluate.add_argument("directory", metavar="RUN", nargs="?")
     evaluate.add_argument("--per-task", type=int, help="samples per task (default: the run's)")
     evaluate.add_argument("--steps", type=int, help="sampling steps (default: the run's)")
+    evaluate.add_argument("--representation", type=float, default=1.0, metavar="W",
+                          help="of a run with a feature stream: its guidance, 0 is without "
+                          "features (default: 1)")  # fmt: skip
     evaluate.add_argument("--quiet", action="store_true", help="no progress bars")
     evaluate.add_argument("--json", action="store_true", help="print the result for a script")
     bench.add_to(evaluate)
@@ -43,6 +46,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         Path(args.directory),
         per_task=args.per_task,
         steps=args.steps,
+        representation=args.representation,
         quiet=args.quiet,
         told=not args.json,
     )
@@ -72,6 +76,7 @@ def evaluate_and_tell(
     *,
     per_task: int | None = None,
     steps: int | None = None,
+    representation: float = 1.0,
     quiet: bool = False,
     told: bool = True,
 ) -> dict[str, Any]:
@@ -90,7 +95,9 @@ def evaluate_and_tell(
         n=count,
         history=min(asked.history, count),
         sampling=Sampling(
-            steps=asked.steps if steps is None else steps, precision=run.config.precision
+            steps=asked.steps if steps is None else steps,
+            precision=run.config.precision,
+            representation=representation,
         ),
     )
     with watching(show.watcher(), quiet=quiet) as progress:

@@ -27,6 +27,9 @@ def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--mask", metavar="FILE", help="inpaint: white where the hole is")
     parser.add_argument("--lines", choices=LINES, help="control: draw this map from the image")
     parser.add_argument("--route", default="free", help="free (default), stage:NAME or expert:NAME")
+    parser.add_argument("--representation", type=float, default=1.0, metavar="W",
+                        help="of a run with a feature stream: its guidance, 0 is without features "
+                        "(default: 1)")  # fmt: skip
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--guidance", type=float, default=3.5)
     parser.add_argument("--seed", type=int, default=0)
@@ -38,8 +41,6 @@ def run_generate(args: argparse.Namespace) -> int:
     """Generate one image and write it."""
     import torch
 
-    from prw_flux.batch_order import stable_hash
-    from prw_flux.coredi.sampling import beside
     from prw_flux.pipeline import CoLoGenPipeline
     from prw_flux.rundir import RunError, RunFolder
 
@@ -58,18 +59,19 @@ def run_generate(args: argparse.Namespace) -> int:
     pipe.to("cuda" if cuda else "cpu")
     pipe.set_progress_bar_config(disable=args.json or not show.watcher().is_terminal)
     began = time.perf_counter()
-    given = {} if source is None else {"image": source, "task": args.task, "route": args.route}
-    noise = torch.Generator().manual_seed(stable_hash(args.seed, "features"))
-    with beside(run.coredi, pipe.transformer, route=given.get("route", "free"), generator=noise):
-        result = pipe(
-            prompt=args.prompt,
-            height=size,
-            width=size,
-            num_inference_steps=args.steps,
-            guidance_scale=args.guidance,
-            generator=torch.Generator().manual_seed(args.seed),
-            **given,
-        )
+    given = {} if source is None else {
+        "image": source, "task": args.task, "route": args.route,
+        "representation_scale": args.representation,
+    }  # fmt: skip
+    result = pipe(
+        prompt=args.prompt,
+        height=size,
+        width=size,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        generator=torch.Generator().manual_seed(args.seed),
+        **given,
+    )
     image = result.images[0]
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -98,6 +100,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--steps must be at least 1, got {args.steps}")
     if args.image is None and (args.task or args.mask or args.lines):
         raise ConfigError("--task, --mask and --lines act on a source: give one with --image")
+    if args.image is None and args.representation != 1.0:
+        raise ConfigError("--representation acts beside a source: give one with --image")
     if args.image is not None and args.task is None:
         raise ConfigError("--image needs --task, which says what to do with it")
     if args.mask and args.task != "inpaint":

@@ -39,6 +39,11 @@ def run_inspect(args: argparse.Namespace) -> int:
         table.add_row(*(_cell(stage[key]) for key in STAGE_KEYS))
     console.print(table)
     console.print(f"routers  {facts['router']['kib']} KiB  {_short(facts['router']['sha256'])}")
+    if (stream := facts["features"]) is not None:
+        console.print(
+            f"features  {stream['kib']} KiB  {stream['channels']} of {stream['width']} channels of "
+            f"{stream['encoder']}, with stages {', '.join(stream['stages'])}"
+        )
     return 0
 
 
@@ -66,6 +71,7 @@ def inspected(path: Path) -> dict[str, Any]:
         "size": run.config.size,
         "done": run.done,
         "router": {"kib": 0, "sha256": None},
+        "features": None,
         "stages": [],
     }
     hashes: dict[str, str] = {}
@@ -74,6 +80,7 @@ def inspected(path: Path) -> dict[str, Any]:
         hashes = json.loads((run.adapter / "prw.json").read_text("utf-8"))["sha256"]
         router = run.adapter / ROUTER
         facts["router"] = {"kib": router.stat().st_size >> 10, "sha256": hashes[ROUTER]}
+        facts["features"] = _features(run.coredi)
     last = {line["stage"]: line for line in run.read_log()}
     for number, (stage, noted) in enumerate(
         zip(run.config.stages, run.index["stages"], strict=True)
@@ -94,6 +101,24 @@ def inspected(path: Path) -> dict[str, Any]:
             }
         )
     return facts
+
+
+def _features(folder: Path) -> dict[str, Any] | None:
+    """The feature stream of a run, None where it has none; a damaged one is an error."""
+    from prw_flux.coredi.model import CoReDi
+
+    if not folder.is_dir():
+        return None
+    stream = CoReDi.load(folder)
+    return {
+        "encoder": stream.config.encoder,
+        "width": stream.width,
+        "channels": stream.config.channels,
+        "tokens": stream.config.tokens,
+        "learn_projection": stream.config.learn_projection,
+        "stages": list(stream.snapshots),
+        "kib": (folder / "coredi.safetensors").stat().st_size >> 10,
+    }
 
 
 def _expert(adapter: Path, number: int, name: str, hashes: dict[str, str]) -> dict[str, Any]:

@@ -64,8 +64,19 @@ class FunctionEncoder(FeatureEncoder):
         self.function, self.width = function, width
 
     def encode(self, pixels_B3hw: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Features [B, R, C, D]."""
-        return self.function(pixels_B3hw, grid).permute(0, 2, 3, 1)
+        """Features [B, R, C, D].
+
+        Raises:
+            ConfigError: the function gives something else than maps.
+        """
+        maps = self.function(pixels_B3hw, grid)
+        if not isinstance(maps, Tensor) or maps.ndim != 4:
+            found = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
+            raise ConfigError(
+                f"the function of an encoder must give maps [images, {self.width}, {grid[0]}, "
+                f"{grid[1]}], got {found}"
+            )
+        return maps.permute(0, 2, 3, 1)
 
 
 @final

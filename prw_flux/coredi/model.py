@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,6 +127,31 @@ class CoReDi(nn.Module):
         keep_B = keep_B.to(clean_BTF)
         noisy_BTF = interpolate(clean_BTF, noise_BTF, times_B) * keep_B[:, None, None]
         return Noised(features_BRCD, projected_BRCK, clean_BTF, noise_BTF, noisy_BTF, keep_B)
+
+    @torch.no_grad()
+    def measured(
+        self,
+        features_BRCD: Tensor,
+        tokens: tuple[int, int],
+        times_B: Tensor,
+        draws: Sequence[torch.Generator],
+    ) -> Tensor:
+        """z_t [B, T, F] of pictures that are not trained on: none is dropped, and nothing moves.
+
+        The running statistics normalise, as they do in evaluation.
+
+        Args:
+            features_BRCD, tokens, times_B: as in `noised`.
+            draws: CPU generators of the noise, one per picture.
+        """
+        training = self.projection.training
+        self.projection.eval()
+        try:
+            clean_BTF = self.clean(features_BRCD, tokens)[1]
+        finally:
+            self.projection.train(training)
+        noise_BTF = torch.stack([torch.randn(clean_BTF.shape[1:], generator=d) for d in draws])
+        return interpolate(clean_BTF, noise_BTF.to(clean_BTF), times_B)
 
     def loss(self, velocity_BTF: Tensor, batch: Noised) -> tuple[Tensor, Tensor]:
         """Feature loss and regulariser, both with their weights."""

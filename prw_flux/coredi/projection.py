@@ -79,7 +79,6 @@ class Projection(nn.Module):
         """
         self._require_width(features)
         x_ND = features.flatten(0, -2).double()
-        width, channels = self.weight_DK.shape
         if not torch.isfinite(x_ND).all():
             raise ConfigError("the encoder gives features that are not finite: check its weights")
         mean_D, covariance_DD, count = mean_and_covariance(x_ND)
@@ -88,22 +87,13 @@ class Projection(nn.Module):
         if bool(still_D.any()) and constant == "error":
             raise ConfigError(_constant(still_D, int(count)))
         std_D = torch.where(still_D, torch.ones_like(std_D), std_D)
-        moves_D = (~still_D).double()
-        correlation_DD = covariance_DD / torch.outer(std_D, std_D) * torch.outer(moves_D, moves_D)
-        values, vectors = torch.linalg.eigh(correlation_DD)
-        directions = int((values > 1e-9 * values[-1].clamp_min(1e-30)).sum())
-        if directions < channels:
-            raise ConfigError(
-                f"{int(count)} feature vectors of width {width} span {directions} directions, "
-                f"channels is {channels}: fit on more images, or ask for fewer channels"
-            )
-        top_DK = vectors[:, -channels:].flip(1).masked_fill(still_D[:, None], 0.0)
-        largest_K = top_DK.gather(0, top_DK.abs().argmax(dim=0, keepdim=True))[0]
-        self.weight_DK.copy_(top_DK * torch.where(largest_K < 0.0, -1.0, 1.0))
+        correlation_DD = covariance_DD / torch.outer(std_D, std_D)
+        values_K, top_DK = _components(correlation_DD, still_D, self.weight_DK.shape[1], int(count))
+        self.weight_DK.copy_(top_DK)
         self.mean_D.copy_(mean_D)
         self.std_D.copy_(std_D)
         self.running_mean_K.zero_()
-        self.running_var_K.copy_(values[-channels:].flip(0) * (count / (count - 1.0)))
+        self.running_var_K.copy_(values_K * (count / (count - 1.0)))
         self.fitted.fill_(True)
 
     def linear(self, features: Tensor) -> Tensor:
@@ -136,7 +126,7 @@ class Projection(nn.Module):
         if z_BRCK.shape[0] * ranks() < 2:
             raise ConfigError(
                 "batch normalisation needs two images or more in training, got a batch of one: "
-                "raise batch_size, or set normalise to none"
+                "raise batch_size, or set coredi.normalise=none"
             )
         mean_K, covariance_KK, count = mean_and_covariance(z_BRCK.flatten(0, -2))
         var_K = covariance_KK.diagonal()
@@ -153,11 +143,32 @@ class Projection(nn.Module):
             )
 
 
+def _components(
+    correlation_DD: Tensor, still_D: Tensor, channels: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues [K] of a correlation and their vectors [D, K], none on still rows.
+
+    Raises:
+        ConfigError: fewer directions than channels.
+    """
+    moves_D = (~still_D).double()
+    values_D, vectors_DD = torch.linalg.eigh(correlation_DD * torch.outer(moves_D, moves_D))
+    directions = int((values_D > 1e-9 * values_D[-1].clamp_min(1e-30)).sum())
+    if directions < channels:
+        raise ConfigError(
+            f"{count} feature vectors of width {len(still_D)} span {directions} directions, "
+            f"channels is {channels}: raise coredi.fit_images, or lower coredi.channels"
+        )
+    top_DK = vectors_DD[:, -channels:].flip(1).masked_fill(still_D[:, None], 0.0)
+    largest_K = top_DK.gather(0, top_DK.abs().argmax(dim=0, keepdim=True))[0]
+    return values_D[-channels:].flip(0), top_DK * torch.where(largest_K < 0.0, -1.0, 1.0)
+
+
 def _constant(still_D: Tensor, count: int) -> str:
     """The sentence for channels of the encoder that never vary."""
     indices = torch.nonzero(still_D).flatten().tolist()
     some = ", ".join(map(str, indices[:5])) + (", ..." if len(indices) > 5 else "")
     return (
         f"{len(indices)} of the encoder's {len(still_D)} channels never vary over {count} feature "
-        f"vectors ({some}): fit on more varied images, or set constant to drop"
+        f"vectors ({some}): fit on more varied images, or set coredi.constant=drop"
     )

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, TypeAlias, final
 
 import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from prw import ConfigError
@@ -19,6 +19,7 @@ from prw_flux.coredi.model import CoReDi
 from prw_flux.coredi.stream import Joint, joined
 
 Guided = Literal["image", "all"]
+Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
 
 
 def representation_guidance(with_features: Tensor, without: Tensor, weight: float) -> Tensor:
@@ -54,7 +55,7 @@ class Carried:
     """
 
     def __init__(
-        self, joint: Joint, width: int, generator: torch.Generator | None, weight: float, on: Guided
+        self, joint: Joint, width: int, generator: Generators, weight: float, on: Guided
     ) -> None:
         self.features_BTF: Tensor | None = None
         self.calls = 0
@@ -71,7 +72,9 @@ class Carried:
         noisy_BTC, time = kwargs["hidden_states"], float(kwargs["timestep"].flatten()[0])
         if self.features_BTF is None:
             shape = (*noisy_BTC.shape[:2], self._width)
-            self.features_BTF = torch.randn(shape, generator=self._generator).to(noisy_BTC.device)
+            self.features_BTF = randn_tensor(
+                shape, generator=self._generator, device=noisy_BTC.device, dtype=torch.float32
+            )
         self._advance(time)
         self._joint.features_BTF = self.features_BTF
 
@@ -115,10 +118,7 @@ class Carried:
         assert kept is not None
         self._joint.features_BTF = torch.zeros_like(kept)
         try:
-            plain = {k: v for k, v in kwargs.items() if k != "img_ids"}
-            ids = kwargs["img_ids"]
-            rows = kwargs["hidden_states"].shape[1]
-            image: Tensor = module(**plain, img_ids=ids[..., :rows, :])[0]
+            image: Tensor = module(**kwargs)[0]
             return image, self._joint.velocity_BTF
         finally:
             self._joint.features_BTF, self._without = kept, False
@@ -129,7 +129,7 @@ def carrying(
     transformer: FluxTransformer2DModel,
     coredi: CoReDi,
     *,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     representation: float = 1.0,
     guide: Guided = "image",
 ) -> Iterator[Carried]:
@@ -144,8 +144,9 @@ def carrying(
     Args:
         transformer: of the pipeline.
         coredi: trained with it.
-        generator: CPU generator of the features' noise.
-        representation: w_r of representation guidance; other than 1 it doubles the calls.
+        generator: of the features' noise; as in diffusers one, or one per sample.
+        representation: w_r of representation guidance; other than 1 it doubles the calls. Not
+            together with an `image_guidance_scale` of the pipeline.
         guide: what representation guidance acts on. "all" is ReDi's code; with features of zero
             the feature head has never been trained, so "image" is the default here.
 
@@ -171,28 +172,34 @@ def carrying(
 
 @contextmanager
 def beside(
-    folder: Path,
+    coredi: CoReDi | None,
     transformer: FluxTransformer2DModel,
     *,
     route: str = "free",
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
+    representation: float = 1.0,
 ) -> Iterator[Carried | None]:
-    """`carrying` with the stream that a run keeps in `folder`; nothing where there is none.
+    """`carrying` as a route asks for it: with the stream as it was when those experts trained.
+
+    Nothing is carried without a stream, for a `representation` of 0, which is the image path alone,
+    and under ``stage:NAME`` for a stage that was trained before there was a stream.
 
     Args:
-        folder: ``coredi/`` of a run.
+        coredi: of the pipeline's run, on the transformer's device.
         transformer: of the pipeline.
-        route: of the pipeline's call; ``stage:NAME`` takes the stream at the end of that stage.
-        generator: CPU generator of the features' noise.
-
-    Raises:
-        CheckpointError: the folder is damaged.
+        route: of the pipeline's call.
+        generator, representation: as in `carrying`.
     """
-    if not folder.is_dir():
+    kind, _, name = route.partition(":")
+    pinned = name if kind == "stage" else None
+    if coredi is None or representation == 0.0 or (pinned and pinned not in coredi.snapshots):
         yield None
         return
-    coredi = CoReDi.load(folder).to(transformer.device).eval()
-    kind, _, name = route.partition(":")
-    pinned = coredi.at_stage(name) if kind == "stage" else nullcontext()
-    with pinned, carrying(transformer, coredi, generator=generator) as carried:
+    then = nullcontext() if pinned is None else coredi.at_stage(pinned)
+    with (
+        then,
+        carrying(
+            transformer, coredi, generator=generator, representation=representation
+        ) as carried,
+    ):
         yield carried

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import ismethod
 from typing import Any, Literal, final
 
 import torch
@@ -75,7 +76,8 @@ class Joint:
         call = joint.get("prw")
         self._calls.append(call is None or call.mode != "source")
         if self._calls[-1] and self.stream.tokens == "separate":
-            ids = kwargs["img_ids"]
+            # a hook that calls the transformer again hands on ids that are doubled already
+            ids = kwargs["img_ids"][: kwargs["hidden_states"].shape[1]]
             beside = ids + ids.new_tensor([1.0, 0.0, 0.0])
             kwargs = {**kwargs, "img_ids": torch.cat([ids, beside])}
         return args, kwargs
@@ -123,8 +125,15 @@ def joined(
     yielded, whose `features_BTF` may be changed between calls. Source passes of PRW are left alone.
 
     Raises:
-        ConfigError: within a call, for features of another batch or number of tokens.
+        ConfigError: a stream of another width, or a transformer that reads one already; within a
+            call, for features of another batch or number of tokens.
     """
+    reading = transformer.x_embedder._forward_hooks.values()
+    if any(isinstance(hook.__self__, Joint) for hook in reading if ismethod(hook)):
+        raise ConfigError(
+            "this transformer reads a feature stream already: leave out one of the two, as a "
+            "pipeline that was loaded from a run carries the run's own (pipe.coredi)"
+        )
     if stream.embed.out_features != transformer.inner_dim:
         raise ConfigError(
             f"this feature stream was made for a transformer of width {stream.embed.out_features}, "

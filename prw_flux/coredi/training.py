@@ -14,8 +14,10 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from torch import Tensor
 
+from prw.distributed import ranks
 from prw_flux.coredi.collapse import Watch, facts
 from prw_flux.coredi.model import CoReDi, Noised
+from prw_flux.coredi.statistics import sum_over_ranks
 from prw_flux.coredi.stream import Joint, joined
 
 
@@ -59,11 +61,9 @@ class FeatureStep:
         self.loss, self.penalty = self.coredi.loss(joint.velocity_BTF, self.noised)
 
     def line(self, watch: Watch, step: int) -> dict[str, Any]:
-        """What the log says; warns where the features collapse."""
+        """What the log says, of all ranks; warns where the features collapse."""
         found = facts(self.coredi, self.noised)
         watch.look(found, step)
-        return {
-            "feature_loss": float(self.loss.detach()),
-            "feature_penalty": float(self.penalty.detach()),
-            **found,
-        }
+        sums = sum_over_ranks(torch.stack([self.loss, self.penalty]).detach())
+        loss, penalty = (sums / ranks()).tolist()
+        return {"feature_loss": loss, "feature_penalty": penalty, **found}

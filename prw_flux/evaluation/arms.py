@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Final, final
 
@@ -74,7 +74,8 @@ def _text_only(asked: Request) -> list[Image]:
 
 def _zero_delta(asked: Request) -> list[Image]:
     fresh = CoLoGenPipeline.from_pipe(asked.pipe, prw=untrained(asked.pipe))
-    return generate(fresh, asked.samples, asked.sampling, tick=asked.tick)
+    sampling = replace(asked.sampling, representation=1.0)  # it has no feature stream
+    return generate(fresh, asked.samples, sampling, tick=asked.tick)
 
 
 def untrained(pipe: CoLoGenPipeline) -> PRWAdapter:

@@ -217,6 +217,9 @@ def _assumptions(config: RunConfig, machine: Machine) -> list[str]:
         f"activations: of {config.size} px source and target; attention keeps no scores",
         "disk: while a state is saved, one more is there; cached samples if none comes twice",
     ]
+    if config.coredi.enabled:
+        beside = "" if config.coredi.tokens == "merged" else ", whose tokens are twice as many,"
+        told.append(f"coredi: the feature stream{beside} and its encoder are not counted")
     if machine.seconds_per_step is None:
         told.append(
             f"time: {machine.tflops:g} TFLOP/s per GPU, {machine.utilisation:.0%} of them used; "

@@ -71,7 +71,25 @@ def _curves(number: int, stage: StageFacts) -> str:
     told = f"{stage.steps:,} steps of {stage.batch_size}{', ' + took if took else ''}{state}"
     return (
         f'<div class="card"><h3>{number + 1} · {escape(named(stage))}</h3><p class="sub">{told}</p>'
-        f"<h4>loss</h4>{loss_chart}<h4>usage</h4>{usage_chart}</div>"
+        f"<h4>loss</h4>{loss_chart}<h4>usage</h4>{usage_chart}{_features(stage)}</div>"
+    )
+
+
+def _features(stage: StageFacts) -> str:
+    """Loss and effective rank of a feature stream; "" where the stage has none."""
+    lines = [line for line in stage.log if "feature_rank" in line]
+    if not lines:
+        return ""
+    steps, loss, rank = (
+        [float(line[name]) for line in lines] for name in ("step", "feature_loss", "feature_rank")
+    )
+    losses = [Series(x=steps, y=loss, style="main", name="feature loss")]
+    ranks = [Series(x=steps, y=rank, style="main", name="effective rank")]
+    return (
+        "<h4>feature loss</h4>"
+        + line_chart(losses, title=f"feature loss of stage {stage.name}", high=_top(loss))
+        + "<h4>effective rank of the projected features</h4>"
+        + line_chart(ranks, title=f"feature rank of stage {stage.name}", height=120, low=0.0)
     )
 
 

@@ -487,9 +487,10 @@ def test_an_untrained_stream_does_not_sample(make_transformer: Callable[..., Any
         pass
 
 
+@pytest.mark.parametrize("tokens", ["merged", "separate"])
 @pytest.mark.parametrize("source_timestep", ["zero", "current"])
 def test_the_pipeline_carries_features_beside_a_source(
-    tiny_base: Path, make_adapter: Callable[..., Any], source_timestep: str
+    tiny_base: Path, make_adapter: Callable[..., Any], source_timestep: str, tokens: str
 ) -> None:
     from prw_flux import CoLoGenPipeline
 
@@ -498,7 +499,7 @@ def test_the_pipeline_carries_features_beside_a_source(
     pipe = CoLoGenPipeline.from_pipe(
         pipe, prw=make_adapter(pipe.transformer, source_timestep=source_timestep)
     )
-    coredi = made(pipe.transformer)
+    coredi = made(pipe.transformer, replace(CONFIG, tokens=tokens))
     given = {
         "prompt": "a red circle", "image": torch.rand(3, 64, 64), "task": "edit",
         "num_inference_steps": 2, "output_type": "latent",
@@ -507,6 +508,11 @@ def test_the_pipeline_carries_features_beside_a_source(
     plain = pipe(**given, generator=torch.Generator().manual_seed(0)).images
     with carrying(pipe.transformer, coredi, generator=torch.Generator().manual_seed(1)) as carried:
         seen = pipe(**given, generator=torch.Generator().manual_seed(0)).images
+    with carrying(pipe.transformer, coredi, generator=torch.Generator().manual_seed(1)) as both:
+        guided = pipe(
+            **given, generator=torch.Generator().manual_seed(0), image_guidance_scale=1.5
+        ).images
+    assert both.calls == 4 and not torch.equal(guided, seen)
     assert carried.calls == 2 and carried.features_BTF is not None
     assert carried.features_BTF.shape == (1, 4, 12)  # 32 pixels, the adapter's resolution
     assert seen.shape == plain.shape and not torch.equal(seen, plain)
@@ -570,6 +576,9 @@ def test_encoders_that_cannot_work_are_refused(
         load_encoder("mine_coredi:b")
     with pytest.raises(ConfigError, match="cannot import 'mine_other'"):
         load_encoder("mine_other:a")
+    flat = FunctionEncoder(lambda pixels, grid: torch.zeros(2, 5), width=5)
+    with pytest.raises(ConfigError, match=r"give maps \[images, 5, 3, 3\], got \(2, 5\)"):
+        flat(torch.zeros(2, 3, 24, 24), (3, 3))
     narrow = FunctionEncoder(lambda pixels, grid: torch.zeros(len(pixels), 4, *grid), width=5)
     with pytest.raises(ConfigError, match=r"shape \(2, 3, 3, 4\), wanted \(2, 3, 3, 5\)"):
         narrow(torch.zeros(2, 3, 9, 9), (3, 3))

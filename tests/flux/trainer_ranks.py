@@ -132,6 +132,11 @@ def sharded(ranks: Ranks, folder: Path) -> None:
     found = gradients_of(split, ranks, folder / "gradients")
     for name, value in wanted.items():
         assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    with_features = config.with_settings([*FEATURES, "checkpointing=true"])
+    wanted = load_file(folder / "wanted-features.safetensors")
+    found = gradients_of(with_features, ranks, folder / "features")
+    for name, value in wanted.items():
+        assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
     run = ranks.once(lambda: RunFolder.create(folder / "sharded", split).path)
     session = open_session(split)
     base = list(session.passes.transformer.parameters())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias, final
@@ -19,7 +18,6 @@ import torch
 from PIL import Image as PILImage
 
 from prw.atomic import replace_file, sweep
-from prw_flux.coredi.sampling import beside
 from prw_flux.data.images import ImageError, open_image
 from prw_flux.evaluation.benchmarks.base import Ask, Benchmark, BenchmarkError
 from prw_flux.evaluation.generate import Sampling, quick
@@ -47,7 +45,6 @@ class Making:
         route: which experts act.
         side: of squares, and the root of the area of other pictures; None is what the adapter was
             trained at.
-        features: folder of the run's feature stream, used where it is there.
 
     Raises:
         ValueError: `side` is not a positive multiple of 16.
@@ -57,7 +54,6 @@ class Making:
     seed: int = 0
     route: str = "free"
     side: int | None = None
-    features: Path | None = None
 
     def __post_init__(self) -> None:
         if self.side is not None and (self.side < 16 or self.side % 16):
@@ -66,9 +62,10 @@ class Making:
     def to_json(self) -> dict[str, Any]:
         """What decides how a picture looks."""
         s = self.sampling
+        guided = {} if s.representation == 1.0 else {"representation": s.representation}
         return {"steps": s.steps, "guidance": s.guidance, "precision": s.precision,
                 "batch": s.batch_size, "seed": self.seed, "route": self.route,
-                "side": self.side}  # fmt: skip
+                "side": self.side, **guided}  # fmt: skip
 
 
 def produce(
@@ -250,22 +247,18 @@ def _call(
     elif making.side is not None:
         size = {"max_area": making.side**2}
     seeds = [seed_of(making.seed, name, ask.output) for ask in asks]
-    noise = torch.Generator().manual_seed(seeds[0])
-    features = nullcontext() if making.features is None else beside(
-        making.features, pipe.transformer, route=making.route, generator=noise
-    )  # fmt: skip
-    with features:
-        return pipe(
-            image=list(sources),
-            prompt=[ask.prompt for ask in asks],
-            task=asks[0].task,
-            route=making.route,
-            num_inference_steps=making.sampling.steps,
-            guidance_scale=making.sampling.guidance,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            output_type="np",
-            **size,
-        ).images
+    return pipe(
+        image=list(sources),
+        prompt=[ask.prompt for ask in asks],
+        task=asks[0].task,
+        route=making.route,
+        representation_scale=making.sampling.representation,
+        num_inference_steps=making.sampling.steps,
+        guidance_scale=making.sampling.guidance,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="np",
+        **size,
+    ).images
 
 
 def seed_of(seed: int, benchmark: str, output: str) -> int:
