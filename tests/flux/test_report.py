@@ -276,6 +276,7 @@ def test_benchmarks_show_rows_failures_and_what_is_refused(tmp_path: Path) -> No
             "output": f"{i}.png",
             "text": f"edit {i}",
             "given": None,
+            "wanted": str(run.path / "benchmarks/emu_edit/wanted.png") if i == 14 else None,
             "n": 3,
             "L1": i / 20,
             "DINO": i / 20,
@@ -292,6 +293,7 @@ def test_benchmarks_show_rows_failures_and_what_is_refused(tmp_path: Path) -> No
     )
     (home / "pictures").mkdir()
     Image.fromarray(np.zeros((300, 200, 3), np.uint8)).save(home / "pictures/0.png")
+    Image.fromarray(np.zeros((30, 20, 3), np.uint8)).save(home / "wanted.png")
     (run.path / "benchmarks/old").mkdir()
     (run.path / "benchmarks/old/scores.json").write_text('{"version": 99, "lines": [1]}')
     text = write_report(run.path).read_text("utf-8")
@@ -306,6 +308,9 @@ def test_benchmarks_show_rows_failures_and_what_is_refused(tmp_path: Path) -> No
     assert re.findall(r"edit (\d+)", by_l1) == [str(i) for i in range(14, 4, -1)]
     assert re.findall(r"edit (\d+)", by_dino) == [str(i) for i in range(10)]
     assert by_dino.count("data:image/jpeg;base64,") == 1  # the others cannot be read
+    first, second, *_ = by_l1.split("<figure")[1:]
+    assert 'alt="wanted"' in first and 'class="strip"' in first
+    assert "wanted" not in second and 'class="strip two"' in second
 
 
 def test_worst_of_tasks_are_kept_apart() -> None:
