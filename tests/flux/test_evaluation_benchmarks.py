@@ -159,7 +159,7 @@ def test_a_signal_ends_scoring_after_the_item_at_hand(
             os.kill(os.getpid(), number)
 
     out = tmp_path / "s.json"
-    with pytest.raises(Interrupted, match=rf"stopped after 2 of 4 pictures, .* are in {out}") as e:
+    with pytest.raises(Interrupted, match=rf"stopped after 2 of 5 pictures, .* are in {out}") as e:
         score_folder(MagicBrush(data), results, Encoders(), out, stop)
     assert e.value.status == 128 + number and len(json.loads(out.read_text())["items"]) == 2
 
