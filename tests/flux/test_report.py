@@ -302,6 +302,7 @@ def test_benchmarks_show_rows_failures_and_what_is_refused(tmp_path: Path) -> No
     assert "&lt;b&gt;half" in text and "1 pictures have no score, the first: x.png" in text
     assert "0.0712" in text and "refused: items is 15 of 15 here" in text and "CoLoGen" in text
     assert "Worst 10 of 15 by L1" in text and "Worst 10 of 15 by DINO" in text
+    assert ">L1 ↓</th>" in text and "DINO ↓" not in text
     assert "by CLIP-T of the target" not in text and "by n<" not in text
     by_l1 = text.split("Worst 10 of 15 by L1")[1].split("</details>")[0]
     by_dino = text.split("Worst 10 of 15 by DINO")[1].split("</details>")[0]
@@ -322,10 +323,10 @@ def test_worst_of_tasks_are_kept_apart() -> None:
     ]
     found = dict(worst(rows))
     assert list(found) == [
-        "Worst 2 of 2 by Editing, headline",
-        "Worst 1 of 1 by Grounding, headline",
+        "Editing: worst 2 of 2 by headline",
+        "Grounding: worst 1 of 1 by headline",
     ]
-    assert [value for _, value in found["Worst 2 of 2 by Editing, headline"]] == [0.2, 0.3]
+    assert [value for _, value in found["Editing: worst 2 of 2 by headline"]] == [0.2, 0.3]
 
 
 def test_failures_are_shown_worst_first(tmp_path: Path) -> None:
