@@ -277,9 +277,17 @@ def _held(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file in one step: a crash leaves the old one or the new one."""
-    with replace_file(path) as new:
-        new.write_text(text, encoding="utf-8")
+    """Replace a text file in one step: a crash leaves the old one or the new one.
+
+    Raises:
+        OSError: the disk does not take it; the error names the file.
+    """
+    try:
+        with replace_file(path) as new:
+            new.write_text(text, encoding="utf-8")
+    except OSError as problem:
+        problem.filename = problem.filename or str(path)  # a write that fails names none
+        raise
 
 
 def _absolute(base: str) -> str:

@@ -8,15 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prw_flux.cli import show
-from prw_flux.cli.bench_open import (
-    CLIP,
-    DINO,
-    NAMES,
-    open_benchmark,
-    open_encoders,
-    open_judge,
-)
+from prw_flux.cli.bench_open import NAMES, open_benchmark, open_encoders, open_judge, settled
+from prw_flux.cli.bench_presets import B32, DINO, PRESETS
 from prw_flux.cli.bench_show import comparisons_of, tell
+from prw_flux.cli.bench_time import Stopwatch
 
 if TYPE_CHECKING:
     from prw_flux.evaluation.benchmarks import Benchmark, Scores
@@ -38,6 +33,10 @@ def add_to(parser: argparse.ArgumentParser) -> None:
                        help="the scores (default: RUN/benchmarks/NAME/scores.json, or "
                        "RESULTS/scores.json)")  # fmt: skip
     bench.add_argument("--name", default="yours", help="of your row (default: yours)")
+    known = "; ".join(f"{name} {', '.join(those)}" for name, those in PRESETS.items())
+    bench.add_argument("--preset", metavar="NAME",
+                       help="encoders, size and filter that a paper's numbers were obtained with; "
+                       f"what you give counts more ({known})")  # fmt: skip
     bench.add_argument("--samples", type=int,
                        help="pictures per prompt: dreambench (1), multigen (4)")  # fmt: skip
     _making(parser.add_argument_group("generating a benchmark's pictures"))
@@ -69,9 +68,9 @@ def _making(group: Any) -> None:
 
 
 def _scoring(group: Any) -> None:
-    group.add_argument("--clip", help=f"folder, Hub id or none (default: {CLIP}; of multigen "
+    group.add_argument("--clip", help=f"folder, Hub id or none (default: {B32}; of multigen "
                        "its -patch16)")  # fmt: skip
-    group.add_argument("--dino", default=DINO, help=f"folder, Hub id or none (default: {DINO})")
+    group.add_argument("--dino", help=f"folder, Hub id or none (default: {DINO})")
     group.add_argument("--encoder", metavar="SPEC", help="one more, package.module:object")
     group.add_argument("--fid", metavar="WHERE", help='multigen: "torch-fidelity" or a file of its '
                        "Inception weights")  # fmt: skip
@@ -79,8 +78,8 @@ def _scoring(group: Any) -> None:
                        "folder, Hub id or [kind=]package.module:object")  # fmt: skip
     group.add_argument("--device", default="cpu", help="of the encoders (default: cpu)")
     group.add_argument(
-        "--captions", choices=("all", "changed"), default="all",
-        help="emu_edit: CLIP-T and CLIP-dir of all rows, or where the captions differ",
+        "--captions", choices=("all", "changed"),
+        help="emu_edit: CLIP-T and CLIP-dir of all rows (default), or where the captions differ",
     )  # fmt: skip
 
 
@@ -95,6 +94,7 @@ def run_bench(args: argparse.Namespace) -> int:
     from prw_flux.share import gathering
 
     show.quiet_loading()
+    args, watch = settled(args), Stopwatch()
     run = _run_of(args)
     if run is None and args.results is None:
         raise BenchmarkError(f"--bench {args.bench} needs a RUN, or --results DIR with pictures.")
@@ -108,16 +108,17 @@ def run_bench(args: argparse.Namespace) -> int:
         hidden = args.quiet or args.json or share.rank > 0
         with watching(show.watcher(), quiet=hidden) as progress:
             reasons = {} if run is None else _generate(args, run, benchmark, results, share,
-                                                       progress)  # fmt: skip
+                                                       progress, watch)  # fmt: skip
             if share.rank > 0:
                 return 0
-            scores = score_folder(
-                benchmark, results, encoders, out,
-                lambda done, total: progress.measured(f"{args.bench}: scores", done, total),
-                reasons=reasons,
-            )  # fmt: skip
+            with watch.timing("scores", len(benchmark.items)):
+                scores = score_folder(
+                    benchmark, results, encoders, out,
+                    lambda done, total: progress.measured(f"{args.bench}: scores", done, total),
+                    reasons=reasons,
+                )  # fmt: skip
     page = None if run is None else str(write_report(run.path))
-    _answer(args, scores, out, page)
+    _answer(args, scores, out, page, watch)
     if scores.problems:
         raise BenchmarkError(
             f"{len(scores.problems)} problems among {len(benchmark.items)} pictures, the first: "
@@ -158,10 +159,12 @@ def _generate(
     results: Path,
     share: Share,
     progress: Quiet,
+    watch: Stopwatch,
 ) -> dict[str, str]:
     """Make this rank's share of the pictures and wait for the others'; why some are not there."""
     from prw_flux.digests import adapter_digest
     from prw_flux.evaluation.benchmarks import Making, produce
+    from prw_flux.evaluation.benchmarks.making import tidy
     from prw_flux.evaluation.generate import Sampling
     from prw_flux.evaluation.runner import load_pipeline
 
@@ -177,23 +180,31 @@ def _generate(
         route=args.route,
         side=args.size or (run.config.size if args.bench == "shapes" else None),
     )
-    pipe = load_pipeline(run, base=args.base, local=share.local)
-    reasons = produce(
-        pipe, benchmark, results, making,
-        adapter=adapter_digest(pipe.prw),
-        share=share,
-        told=lambda done, total: progress.measured(f"{args.bench}: pictures", done, total),
-    )  # fmt: skip
-    return {name: why for told in share.gather(reasons) for name, why in told.items()}
+    with watch.timing("loading", 1):
+        pipe = load_pipeline(run, base=args.base, local=share.local)
+    with watch.timing("pictures", len(benchmark.asks())):
+        reasons = produce(
+            pipe, benchmark, results, making,
+            adapter=adapter_digest(pipe.prw),
+            share=share,
+            told=lambda done, total: progress.measured(f"{args.bench}: pictures", done, total),
+        )  # fmt: skip
+        gathered = share.gather(reasons)
+    if share.rank == 0:
+        tidy(results)
+    return {name: why for told in gathered for name, why in told.items()}
 
 
-def _answer(args: argparse.Namespace, scores: Scores, out: Path, page: str | None) -> None:
+def _answer(
+    args: argparse.Namespace, scores: Scores, out: Path, page: str | None, watch: Stopwatch
+) -> None:
     tables = comparisons_of(scores, args.name)
     if args.json:
-        more = {} if page is None else {"report": page}
+        more = {"time": watch.to_json()} | ({} if page is None else {"report": page})
         show.answer({"out": str(out), **more, **scores.to_json(), "comparisons": tables})
         return
     tell(scores, args.name, tables)
+    show.human().print(f"time    {watch}")
     show.human().print(f"scores  {out}")
     if page is not None:
         show.human().print(f"report  {page}")

@@ -7,14 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from prw_flux.cli.bench_presets import B16, B32, DINO, preset
+
 if TYPE_CHECKING:
     from prw_flux.evaluation.benchmarks import Asking, Benchmark, Encoders
     from prw_flux.rundir import RunFolder
 
-CLIP: Final = "openai/clip-vit-base-patch32"
-CLIP_OF_MULTIGEN: Final = "openai/clip-vit-base-patch16"
-DINO: Final = "facebook/dino-vits16"
-"""The encoders of the public scripts."""
 NAMES: Final = (
     "shapes", "magicbrush", "emu_edit", "multigen", "dreambench", "refcoco", "gedit"
 )  # fmt: skip
@@ -35,7 +33,7 @@ def open_encoders(args: argparse.Namespace) -> Encoders:
     from prw_flux.evaluation.inception import InceptionEncoder
 
     kinds: dict[str, tuple[Callable[..., Any], str | None]] = {
-        "clip": (ClipEncoder, clip_of(args)),
+        "clip": (ClipEncoder, args.clip),
         "dino": (DinoEncoder, args.dino),
         "own": (lambda spec, device: OwnEncoder(spec), args.encoder),
         "inception": (InceptionEncoder, args.fid),
@@ -47,10 +45,16 @@ def open_encoders(args: argparse.Namespace) -> Encoders:
     })  # fmt: skip
 
 
-def clip_of(args: argparse.Namespace) -> str:
-    """The CLIP that is asked for, or that of the benchmark's public script."""
-    default = CLIP_OF_MULTIGEN if args.bench == "multigen" else CLIP
-    return str(args.clip or default)
+def settled(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments, with what was not given from the preset, then from the public scripts.
+
+    Raises:
+        ValueError: the benchmark has no such preset.
+    """
+    stated = preset(args.bench, args.preset).stated() if args.preset else {}
+    usual = {"clip": B16 if args.bench == "multigen" else B32, "dino": DINO, "captions": "all"}
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return argparse.Namespace(**{**vars(args), **usual, **stated, **given})
 
 
 def open_benchmark(args: argparse.Namespace, run: RunFolder | None) -> Benchmark[Any]:
@@ -77,7 +81,7 @@ def open_benchmark(args: argparse.Namespace, run: RunFolder | None) -> Benchmark
         raise BenchmarkError(f"--bench {args.bench} needs --data DIR, the benchmark's own folder.")
     folder = Path(args.data)
     if args.bench == "magicbrush":
-        return MagicBrush(folder, captions=clip_of(args) != "none")
+        return MagicBrush(folder, captions=args.clip != "none")
     if args.bench == "emu_edit":
         return EmuEdit(folder, captions=args.captions)
     if args.bench == "refcoco":
@@ -87,7 +91,7 @@ def open_benchmark(args: argparse.Namespace, run: RunFolder | None) -> Benchmark
     if args.bench == "multigen":
         maps = map_model(condition_of(folder), args.maps, args.device)
         return MultiGen(folder, maps, groups=4 if args.samples is None else args.samples)
-    if (clip_of(args), args.dino, args.encoder) == ("none", "none", None):
+    if (args.clip, args.dino, args.encoder) == ("none", "none", None):
         raise BenchmarkError("dreambench measures nothing without --clip, --dino or --encoder.")
     return DreamBench(folder, samples=1 if args.samples is None else args.samples)
 

@@ -10,6 +10,7 @@ other classes with other rounding. Shapes: N pictures or texts; D width; S side.
 from __future__ import annotations
 
 import json
+import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -242,7 +243,7 @@ def load_quietly(where: str, kind: Any) -> Any:
     try:
         found = kind.from_pretrained(where)
     except Exception as problem:
-        detail = " ".join(str(problem).split())[:200]
+        detail = textwrap.shorten(str(problem), 200, placeholder=" ...")
         raise EncoderError(
             f"The encoder {where} cannot be loaded ({detail}): name a folder that holds it, or a "
             "Hub id that is reachable."

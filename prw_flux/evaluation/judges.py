@@ -7,17 +7,25 @@ import hashlib
 import io
 import json
 import os
+import time
 import urllib.request
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse, IncompleteRead
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Final, final
 
 import numpy as np
 from PIL import Image as PILImage
 
+from prw import PRWError
 from prw_flux.evaluation.metrics.judge import Judge, Question, read_scores
 from prw_flux.rundir import write_atomically
 from prw_flux.tasks.base import Image
+
+CHUNK: Final = 65536
+
+
+class RecordError(PRWError):
+    """An answer came and cannot be kept; not the judge's fault, so it is not asked again."""
 
 
 @final
@@ -28,7 +36,7 @@ class EndpointJudge:
         url: up to and without "/chat/completions", e.g. http://localhost:8000/v1.
         model: its name there; part of every score's protocol.
         key_variable: environment variable with the key; None sends none.
-        timeout: seconds for one answer.
+        timeout: seconds for one answer, all of it.
         max_tokens: of one answer.
 
     Raises:
@@ -74,9 +82,10 @@ class EndpointJudge:
         request = urllib.request.Request(
             self._url, data=json.dumps(body).encode(), headers=self._headers, method="POST"
         )
+        until = time.monotonic() + self._timeout
         try:
             with urllib.request.urlopen(request, timeout=self._timeout) as reply:
-                text = reply.read().decode("utf-8", errors="replace")
+                text = _read(reply, until).decode("utf-8", errors="replace")
         except HTTPException as problem:  # a reply cut short
             raise OSError(f"{type(problem).__name__}: {problem}") from None
         try:
@@ -135,16 +144,44 @@ class Recorder:
         self._known = _recorded(self._path)
 
     def __call__(self, question: Question) -> str:
-        """The judge's answer, recorded."""
+        """The judge's answer, recorded.
+
+        Raises:
+            RecordError: the file does not take it.
+        """
         digest = question_digest(question)
         if digest in self._known:
             return self._known[digest]
         answer = self._judge(question)
         row = {"key": question.key, "part": question.part, "answer": answer, "digest": digest}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as problem:
+            raise RecordError(
+                f"{self._path} cannot be written ({problem.strerror or problem}): the answers "
+                "before are kept, and the same command goes on."
+            ) from problem
         return answer
+
+
+def _read(reply: HTTPResponse, until: float) -> bytes:
+    """The whole body; a socket's own timeout never ends one that comes drop by drop.
+
+    Raises:
+        TimeoutError: it is not there at the monotonic time `until`.
+        IncompleteRead: the connection was closed before its end.
+    """
+    parts, missing = [], reply.length
+    while part := reply.read1(CHUNK):
+        parts.append(part)
+        if time.monotonic() > until:
+            raise TimeoutError("timed out in the middle of an answer")
+    found = b"".join(parts)
+    if missing is not None and len(found) < missing:
+        raise IncompleteRead(found, missing - len(found))
+    return found
 
 
 def question_digest(question: Question) -> str:

@@ -1,4 +1,4 @@
-"""Published benchmarks of a run: its rows, beside papers' where that is fair, and its failures."""
+"""Benchmarks of a run: its rows, beside papers' where that is fair, and its failures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Row: TypeAlias = Mapping[str, Any]
 WORST: Final = 10
 SIDE: Final = 144
 """Of the pictures of a gallery, in pixels."""
-LOWER: Final = ("L1", "L2", "RMSE")
+LOWER: Final = ("L1", "L2", "RMSE", "FID")
 """Metrics of which less is better."""
 NOT_OURS: Final = ("CLIP-T of the target", "confidence")
 """Values in a row that grade something else than the picture."""
@@ -29,10 +29,11 @@ def benchmarks(facts: Facts) -> str:
     """Every benchmark whose scores lie in the run's folder; "" where there is none."""
     parts = [_benchmark(scores) for scores in facts.benchmarks]
     return section(
-        "Published benchmarks",
+        "Benchmarks",
         "benchmarks",
         "Rows of this run, and the published tables that have one of its metrics. A number that "
-        "was obtained by another protocol than the published ones is refused.",
+        "was obtained by another protocol than the published ones is refused. Of a metric with ↓ "
+        "less is better.",
         "".join(parts),
     ) if parts else ""  # fmt: skip
 
@@ -40,7 +41,7 @@ def benchmarks(facts: Facts) -> str:
 def _benchmark(scores: Mapping[str, Any]) -> str:
     lines: Sequence[Row] = scores["lines"]
     names = dict.fromkeys(name for line in lines for name in line["metrics"])
-    head = "".join(f'<th class="num">{escape(name)}</th>' for name in names)
+    head = "".join(f'<th class="num">{_heading(name)}</th>' for name in names)
     body = "".join(
         f'<tr><td>{escape(line["label"])}</td><td class="num">{line["n"]}</td>'
         + "".join(_number(line["metrics"].get(name)) for name in names)
@@ -56,6 +57,15 @@ def _benchmark(scores: Mapping[str, Any]) -> str:
         + "".join(_beside(one) for one in _comparisons(scores))
         + _galleries(scores)
     )
+
+
+def _heading(name: str) -> str:
+    return escape(name) + (" ↓" if less_is_better(name) else "")
+
+
+def less_is_better(metric: str) -> bool:
+    """Whether a smaller value is a better one."""
+    return any(word in LOWER or word.startswith("frechet[") for word in metric.split())
 
 
 def _problems(problems: Sequence[str]) -> list[str]:
@@ -86,7 +96,8 @@ def _beside(one: tuple[str, list[tuple[str, Comparison]]]) -> str:
     source, those = one
     columns, *_ = (comparison.columns for _, comparison in those)
     head = "".join(
-        f"<th{'' if i == 0 else ' class=num'}>{escape(name)}</th>" for i, name in enumerate(columns)
+        f"<th{'' if i == 0 else ' class=num'}>{_heading(name)}</th>"
+        for i, name in enumerate(columns)
     )
     theirs = those[0][1].rows[:-1]
     rows = "".join(_cells(row, "") for row in theirs)
@@ -135,21 +146,23 @@ def worst(rows: Sequence[Row]) -> Iterator[tuple[str, list[tuple[Row, float]]]]:
             valued = [(row, float(row[name])) for row in chosen if row.get(name) is not None]
             if not valued:
                 continue
-            up = not any(word in LOWER for word in name.split())
+            up = not less_is_better(name)
             valued.sort(key=lambda pair: pair[1] if up else -pair[1])
-            kind = f"{title_of(task)}, {name}" if task else name
-            yield f"Worst {min(WORST, len(valued))} of {len(valued)} by {kind}", valued[:WORST]
+            whose = f"{title_of(task)}: worst" if task else "Worst"
+            yield f"{whose} {min(WORST, len(valued))} of {len(valued)} by {name}", valued[:WORST]
 
 
 def _failure(folder: Path, row: Row, value: float, pictures: Thumbnails) -> str:
-    roles = {"given": row.get("given"), "output": folder / str(row["output"])}
+    roles = {"given": row.get("given"), "output": folder / str(row["output"]),
+             "wanted": row.get("wanted")}  # fmt: skip
     strip = "".join(
         f'<div class="{role}"><img alt="{role}" src="{source}"><span>{role}</span></div>'
         for role, path in roles.items()
         if path is not None and (source := pictures.uri(Path(path)))
     )
+    columns = "" if row.get("wanted") else " two"
     return (
-        f'<figure class="sample"><div class="strip two">{strip}</div><figcaption><span>'
+        f'<figure class="sample"><div class="strip{columns}">{strip}</div><figcaption><span>'
         f'{escape(str(row.get("text") or row["key"]))}</span><span class="score">{value:.3g}</span>'
         "</figcaption></figure>"
     )

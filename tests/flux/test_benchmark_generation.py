@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from prw.atomic import replace_file
 from prw_flux.data.images import open_image
 from prw_flux.evaluation import Sampling
 from prw_flux.evaluation.benchmarks import (
@@ -28,6 +30,7 @@ from prw_flux.evaluation.benchmarks import (
     score_folder,
 )
 from prw_flux.evaluation.benchmarks.making import RECORD, seed_of
+from prw_flux.evaluation.benchmarks.making import save as write_picture
 from prw_flux.interrupt import Interrupted
 from prw_flux.share import Share, gathering
 
@@ -165,6 +168,8 @@ def test_shapes_draws_the_same_scenes_and_scores_perfect_answers_high(tmp_path: 
     assert all(line.metrics["headline"] > 0.95 for line in scores.lines)
     source = open_image(Path(scores.rows[0]["given"]))
     np.testing.assert_array_equal(source, bench.items[0].sample.triple.source)
+    target = open_image(Path(scores.rows[0]["wanted"]))
+    np.testing.assert_array_equal(target, bench.items[0].sample.triple.target)
     with pytest.raises(BenchmarkError, match="needs a task with an exact metric"):
         Shapes(["own"], size=96)
 
@@ -267,6 +272,45 @@ def test_a_picture_that_is_not_finite_is_not_written(sessions: MagicBrush, tmp_p
     pipe.broken = "8 turn 1"
     _, problems = made(sessions, tmp_path / "gen", pipe)
     assert problems == {"8/8_1.png": "8/8_1.png was not made: the model's picture is not finite"}
+
+
+def test_a_disk_that_is_full_keeps_what_was_made_and_the_same_command_goes_on(
+    sessions: MagicBrush, tmp_path: Path
+) -> None:
+    made(sessions, tmp_path / "whole")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(done: int, total: int) -> None:
+        if done == 2:  # pictures of noise have 7 kB
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+
+    results = tmp_path / "gen"
+    try:
+        with pytest.raises(BenchmarkError, match=r"png cannot be written \(File too large\)"):
+            made(sessions, results, told=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len(contents(results)) == 2 and not list(results.rglob(".*"))
+    pipe, _ = made(sessions, results)
+    assert len(pipe.calls) == 5 and contents(results) == contents(tmp_path / "whole")
+
+
+def test_ranks_may_write_the_same_map_and_leftovers_do_not_stay(
+    sessions: MagicBrush, tmp_path: Path
+) -> None:
+    path, picture = tmp_path / "annotations/0.png", np.zeros((8, 8, 3), np.uint8)
+    with replace_file(path) as other:
+        write_picture(path, picture)
+        Image.fromarray(picture).save(other, "PNG")
+    assert open_image(path, min_side=1).shape == (8, 8, 3)
+    results = tmp_path / "gen"
+    killed = results / "7/.7_1.png.0123.new"
+    killed.parent.mkdir(parents=True)
+    killed.write_bytes(b"half")
+    made(sessions, results, share=Share(rank=1, count=2))
+    assert killed.is_file()  # the other rank may be writing it
+    made(sessions, results)
+    assert not killed.exists()
 
 
 def test_without_instructions_nothing_is_begun(sessions: MagicBrush, tmp_path: Path) -> None:

@@ -66,6 +66,8 @@ def test_shapes_is_generated_scored_and_shown(run: Path, told: Any) -> None:
         "inpaint", "ground", "control", "customise", "edit"
     ]  # fmt: skip
     assert all(line["n"] == 2 for line in answer["lines"]) and not answer["problems"]
+    assert answer["time"]["pictures"]["items"] == answer["time"]["scores"]["items"] == 10
+    assert answer["time"]["pictures"]["processor"] > 0 < answer["time"]["loading"]["seconds"]
     home = run / "benchmarks/shapes"
     assert answer["out"] == str(home / "scores.json")
     before = pictures(home)

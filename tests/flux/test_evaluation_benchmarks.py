@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from prw_flux.evaluation.benchmarks import (
 from prw_flux.evaluation.encoders import Encoder
 from prw_flux.evaluation.metrics import l1
 from prw_flux.evaluation.published import compare, load
+from prw_flux.interrupt import Interrupted
 from prw_flux.tasks.base import fill_box
 from prw_flux.tasks.grounding import paint_overlay
 
@@ -142,6 +146,38 @@ def test_what_was_scored_is_kept_when_scoring_is_stopped(
         score_folder(MagicBrush(data), results, Encoders(), tmp_path / "s.json", stop)
     stored = json.loads((tmp_path / "s.json").read_text())
     assert len(stored["items"]) == 2 and stored["lines"][0]["protocol"]["items"] == "2 of 3"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_scoring_after_the_item_at_hand(
+    magicbrush: tuple[Path, Path], tmp_path: Path, number: signal.Signals
+) -> None:
+    data, results = magicbrush
+
+    def stop(done: int, total: int) -> None:
+        if done == 2:
+            os.kill(os.getpid(), number)
+
+    out = tmp_path / "s.json"
+    with pytest.raises(Interrupted, match=rf"stopped after 2 of 5 pictures, .* are in {out}") as e:
+        score_folder(MagicBrush(data), results, Encoders(), out, stop)
+    assert e.value.status == 128 + number and len(json.loads(out.read_text())["items"]) == 2
+
+
+def test_scores_that_do_not_fit_on_the_disk_name_their_file(
+    magicbrush: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    data, results = magicbrush
+    monkeypatch.setattr(Path, "write_text", full)
+    out = tmp_path / "s.json"
+    words = ["evaluate", "--bench", "magicbrush", "--data", str(data), "--results", str(results)]
+    status = main([*words, *NO_MODELS, "--out", str(out)])
+    assert (status, capsys.readouterr().err) == (1, f"prw-flux: {out}: No space left on device\n")
+    assert list(tmp_path.glob(".s.json*")) == []
 
 
 def test_a_full_row_stands_beside_the_paper_and_another_protocol_does_not(

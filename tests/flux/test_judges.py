@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prw_flux.evaluation.judges import EndpointJudge, RecordedJudge, Recorder
+from prw_flux.evaluation.judges import EndpointJudge, RecordedJudge, Recorder, RecordError
 from prw_flux.evaluation.metrics import EditItem, Grading, Question, read_scores
 
 BLACK, WHITE = np.zeros((32, 48, 3), np.uint8), np.full((32, 48, 3), 255, np.uint8)
@@ -102,9 +102,18 @@ class Server(BaseHTTPRequestHandler):
         reply = {"choices": [{"message": {"content": '{"score": [6, 7]}'}}]}
         if body["model"] == "odd":
             reply = {"error": "no"}
+        if body["model"] == "gone":
+            self.connection.close()
+            return
         self.send_response(500 if body["model"] == "broken" else 200)
+        if body["model"] == "cut":
+            self.send_header("Content-Length", "9999")
         self.end_headers()
-        self.wfile.write(json.dumps(reply).encode())
+        for part in json.dumps(reply).encode() if body["model"] == "drops" else ():
+            self.wfile.write(bytes([part]))
+            time.sleep(0.02)
+        if body["model"] != "drops":
+            self.wfile.write(json.dumps(reply).encode())
 
     def log_message(self, *_: object) -> None:
         """Silent."""
@@ -144,13 +153,28 @@ def test_an_endpoint_is_asked_with_pictures_and_its_answers_can_be_replayed(
 
 
 @pytest.mark.parametrize(
-    ("model", "said"), [("slow", "timed out"), ("broken", "500"), ("odd", "no chat completion")]
-)
-def test_an_endpoint_that_fails_is_counted(url: str, model: str, said: str) -> None:
+    ("model", "said", "timeout"),
+    [("slow", "timed out", 0.1), ("drops", "timed out", 0.4), ("broken", "500", 20),
+     ("odd", "no chat completion", 20), ("cut", "IncompleteRead", 20),
+     ("gone", "closed connection", 20)],
+)  # fmt: skip
+def test_an_endpoint_that_fails_is_counted(url: str, model: str, said: str, timeout: float) -> None:
     grading = Grading()
-    grading.add(item("a"), EndpointJudge(url, model, timeout=0.1), tries=2)
+    grading.add(item("a"), EndpointJudge(url, model, timeout=timeout), tries=2)
     assert len(grading.failed) == 2 and said in grading.failed[0]
     assert grading.retried == 2
+
+
+def test_an_answer_that_cannot_be_kept_is_not_the_judges_fault(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def judge(question: Question) -> str:
+        asked.append(question.part)
+        return '{"score": [1, 2]}'
+
+    with pytest.raises(RecordError, match=r"/dev/full cannot be written \(No space left on device"):
+        Grading().add(item("a"), Recorder(judge, "/dev/full"), tries=3)
+    assert asked == ["SC"]
 
 
 def test_bad_judges_are_one_sentence(tmp_path: Path) -> None:

@@ -276,6 +276,7 @@ def test_benchmarks_show_rows_failures_and_what_is_refused(tmp_path: Path) -> No
             "output": f"{i}.png",
             "text": f"edit {i}",
             "given": None,
+            "wanted": str(run.path / "benchmarks/emu_edit/wanted.png") if i == 14 else None,
             "n": 3,
             "L1": i / 20,
             "DINO": i / 20,
@@ -292,6 +293,7 @@ def test_benchmarks_show_rows_failures_and_what_is_refused(tmp_path: Path) -> No
     )
     (home / "pictures").mkdir()
     Image.fromarray(np.zeros((300, 200, 3), np.uint8)).save(home / "pictures/0.png")
+    Image.fromarray(np.zeros((30, 20, 3), np.uint8)).save(home / "wanted.png")
     (run.path / "benchmarks/old").mkdir()
     (run.path / "benchmarks/old/scores.json").write_text('{"version": 99, "lines": [1]}')
     text = write_report(run.path).read_text("utf-8")
@@ -300,12 +302,16 @@ def test_benchmarks_show_rows_failures_and_what_is_refused(tmp_path: Path) -> No
     assert "&lt;b&gt;half" in text and "1 pictures have no score, the first: x.png" in text
     assert "0.0712" in text and "refused: items is 15 of 15 here" in text and "CoLoGen" in text
     assert "Worst 10 of 15 by L1" in text and "Worst 10 of 15 by DINO" in text
+    assert ">L1 ↓</th>" in text and "DINO ↓" not in text
     assert "by CLIP-T of the target" not in text and "by n<" not in text
     by_l1 = text.split("Worst 10 of 15 by L1")[1].split("</details>")[0]
     by_dino = text.split("Worst 10 of 15 by DINO")[1].split("</details>")[0]
     assert re.findall(r"edit (\d+)", by_l1) == [str(i) for i in range(14, 4, -1)]
     assert re.findall(r"edit (\d+)", by_dino) == [str(i) for i in range(10)]
     assert by_dino.count("data:image/jpeg;base64,") == 1  # the others cannot be read
+    first, second, *_ = by_l1.split("<figure")[1:]
+    assert 'alt="wanted"' in first and 'class="strip"' in first
+    assert "wanted" not in second and 'class="strip two"' in second
 
 
 def test_worst_of_tasks_are_kept_apart() -> None:
@@ -317,10 +323,10 @@ def test_worst_of_tasks_are_kept_apart() -> None:
     ]
     found = dict(worst(rows))
     assert list(found) == [
-        "Worst 2 of 2 by Editing, headline",
-        "Worst 1 of 1 by Grounding, headline",
+        "Editing: worst 2 of 2 by headline",
+        "Grounding: worst 1 of 1 by headline",
     ]
-    assert [value for _, value in found["Worst 2 of 2 by Editing, headline"]] == [0.2, 0.3]
+    assert [value for _, value in found["Editing: worst 2 of 2 by headline"]] == [0.2, 0.3]
 
 
 def test_failures_are_shown_worst_first(tmp_path: Path) -> None:

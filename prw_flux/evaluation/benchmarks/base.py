@@ -196,6 +196,10 @@ class Benchmark(ABC, Generic[ItemT]):
         """The file of what a model was given for an item, for reports."""
         return item.given
 
+    def wanted(self, item: ItemT, results: Path) -> Path | None:
+        """The file of the true answer to an item, for reports; None where there is none."""
+        return None
+
     def source(self, ask: Ask) -> Image:
         """What the model is given, uint8 [H, W, 3].
 

@@ -119,6 +119,10 @@ class MagicBrush(Benchmark[Turn]):
                                    chain=session))  # fmt: skip
         return tuple(out)
 
+    def wanted(self, item: Turn, results: Path) -> Path:
+        """The true after-image."""
+        return item.target
+
     def score(self, item: Turn, output: Image, encoders: Encoders) -> dict[str, Any]:
         """L1, L2 and similarities to target and source; CLIP-T of output and target."""
         target, source = open_image(item.target), open_image(item.given)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image as PILImage
 
-from prw.atomic import replace_file, sweep
+from prw.atomic import replace_file
 from prw_flux.data.images import ImageError, open_image
 from prw_flux.evaluation.benchmarks.base import Ask, Benchmark, BenchmarkError
 from prw_flux.evaluation.generate import Sampling, quick
@@ -100,6 +100,8 @@ def produce(
     asks = benchmark.asks()
     require_able(pipe, asks, making)
     record(results, {"benchmark": benchmark.name, "adapter": adapter, **making.to_json()})
+    if share.count == 1:
+        tidy(results)
     units = list(calls(benchmark, asks, making.sampling.batch_size))[share.rank :: share.count]
     total, done = sum(len(chain) for unit in units for chain in unit), 0
     problems: dict[str, str] = {}
@@ -225,11 +227,29 @@ def _make(
 
 
 def save(path: Path, picture: Image) -> None:
-    """Write a PNG in one step, and sweep what a killed writer of it left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path)
-    with replace_file(path) as new:
-        PILImage.fromarray(picture).save(new, "PNG")
+    """Write a PNG in one step; another rank may be writing the same one.
+
+    Raises:
+        BenchmarkError: the disk does not take it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(path) as new:
+            PILImage.fromarray(picture).save(new, "PNG")
+    except OSError as problem:
+        raise BenchmarkError(
+            f"{path} cannot be written ({problem.strerror or problem}): the pictures before it are "
+            "kept, and the same command goes on."
+        ) from problem
+
+
+def tidy(results: Path) -> None:
+    """Remove what killed writers left in the folder; nobody may be writing to it.
+
+    Public scripts read every file of a folder (`annotations/`), the hidden ones too.
+    """
+    for left in results.rglob(".*.png.*.new"):
+        left.unlink(missing_ok=True)
 
 
 def _call(

@@ -19,6 +19,7 @@ from prw_flux.evaluation.benchmarks.base import (
     Line,
     Unscored,
 )
+from prw_flux.interrupt import Interrupted, Stop
 from prw_flux.rundir import write_atomically
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -72,7 +73,7 @@ def score_folder(
     """Scores what a folder holds and writes `out`, also when it is stopped half-way.
 
     A picture that is missing, unreadable or misnamed is a problem of its own and does not stop the
-    others.
+    others. After Ctrl-C or SIGTERM the item at hand is finished; a second Ctrl-C does not wait.
 
     Args:
         benchmark: whose items are scored.
@@ -84,31 +85,45 @@ def score_folder(
 
     Raises:
         BenchmarkError: the folder is not there, or holds no picture that the benchmark expects.
+        Interrupted: on a signal; what was scored is in `out`.
     """
     scores = Scores(
         benchmark=benchmark.name, results=str(results.absolute()), notes=list(benchmark.notes)
     )
     scores.problems += unexpected(benchmark, results)
-    try:
-        for index, item in enumerate(benchmark.items):
-            try:
-                output = open_image(results / item.output)
-                values = benchmark.score(item, output, encoders)
-                scores.rows.append({**_facts(benchmark, item, results), **values})
-            except (ImageError, Unscored) as problem:
-                scores.problems.append(_reason(item, problem, reasons))
-            progress(index + 1, len(benchmark.items))
-    finally:
-        scores.notes += benchmark.remarks
-        if scores.rows:
-            scores.lines += benchmark.lines(scores.rows, encoders)
-        scores.save(out)
+    with Stop() as stop:
+        try:
+            for index, item in enumerate(benchmark.items):
+                if stop.number is not None:
+                    told = f"stopped after {index} of {len(benchmark.items)} pictures"
+                    raise Interrupted(stop.number, f"{told}, whose scores are in {out}")
+                try:
+                    scores.rows.append(_row(benchmark, item, results, encoders))
+                except (ImageError, Unscored) as problem:
+                    scores.problems.append(_reason(item, problem, reasons))
+                progress(index + 1, len(benchmark.items))
+        finally:
+            scores.notes += benchmark.remarks
+            if scores.rows:
+                scores.lines += benchmark.lines(scores.rows, encoders)
+            scores.save(out)
     if not scores.rows:
         raise BenchmarkError(
             f"{results}: none of the {len(benchmark.items)} pictures could be scored; the first "
             f"problem: {scores.problems[0]}."
         )
     return scores
+
+
+def _row(
+    benchmark: Benchmark[Any], item: Item, results: Path, encoders: Encoders
+) -> dict[str, Any]:
+    """The values of one item, and what a report shows of it."""
+    output = open_image(results / item.output)
+    shown = {"given": benchmark.given(item, results), "wanted": benchmark.wanted(item, results)}
+    places = {role: str(path.absolute()) for role, path in shown.items() if path is not None}
+    return {"key": item.key, "output": item.output, "text": item.text, **places,
+            **benchmark.score(item, output, encoders)}  # fmt: skip
 
 
 def _reason(item: Item, problem: Exception, reasons: Mapping[str, str]) -> str:
@@ -140,13 +155,6 @@ def unexpected(benchmark: Benchmark[Any], results: Path) -> list[str]:
         f"{results / name}: no item has this name{_near(name, wanted - found)}"
         for name in sorted(found - wanted - benchmark.allowed)
     ]
-
-
-def _facts(benchmark: Benchmark[Any], item: Item, results: Path) -> dict[str, Any]:
-    """What a report shows of an item beside its values."""
-    given = benchmark.given(item, results)
-    return {"key": item.key, "output": item.output, "text": item.text,
-            "given": None if given is None else str(given.absolute())}  # fmt: skip
 
 
 def _near(name: str, names: Iterable[str]) -> str:

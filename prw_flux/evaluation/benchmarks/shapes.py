@@ -101,6 +101,10 @@ class Shapes(Benchmark[Drawn]):
         """The source that generation wrote."""
         return results / _beside(item.output, "source")
 
+    def wanted(self, item: Drawn, results: Path) -> Path:
+        """The target that generation wrote."""
+        return results / _beside(item.output, "target")
+
     def score(self, item: Drawn, output: Image, encoders: Encoders) -> dict[str, Any]:
         """The parts of the task's metric, and its headline."""
         try:
