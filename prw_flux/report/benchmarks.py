@@ -154,13 +154,13 @@ def worst(rows: Sequence[Row]) -> Iterator[tuple[str, list[tuple[Row, float]]]]:
 
 def _failure(folder: Path, row: Row, value: float, pictures: Thumbnails) -> str:
     roles = {"given": row.get("given"), "output": folder / str(row["output"]),
-             "wanted": row.get("wanted")}  # fmt: skip
+             "target": row.get("target")}  # fmt: skip
     strip = "".join(
         f'<div class="{role}"><img alt="{role}" src="{source}"><span>{role}</span></div>'
         for role, path in roles.items()
         if path is not None and (source := pictures.uri(Path(path)))
     )
-    columns = "" if row.get("wanted") else " two"
+    columns = "" if row.get("target") else " two"
     return (
         f'<figure class="sample"><div class="strip{columns}">{strip}</div><figcaption><span>'
         f'{escape(str(row.get("text") or row["key"]))}</span><span class="score">{value:.3g}</span>'

@@ -168,7 +168,7 @@ def test_shapes_draws_the_same_scenes_and_scores_perfect_answers_high(tmp_path: 
     assert all(line.metrics["headline"] > 0.95 for line in scores.lines)
     source = open_image(Path(scores.rows[0]["given"]))
     np.testing.assert_array_equal(source, bench.items[0].sample.triple.source)
-    target = open_image(Path(scores.rows[0]["wanted"]))
+    target = open_image(Path(scores.rows[0]["target"]))
     np.testing.assert_array_equal(target, bench.items[0].sample.triple.target)
     with pytest.raises(BenchmarkError, match="needs a task with an exact metric"):
         Shapes(["own"], size=96)

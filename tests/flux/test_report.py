@@ -276,8 +276,9 @@ def test_benchmarks_show_rows_failures_and_what_is_refused(tmp_path: Path) -> No
             "output": f"{i}.png",
             "text": f"edit {i}",
             "given": None,
-            "wanted": str(run.path / "benchmarks/emu_edit/wanted.png") if i == 14 else None,
+            "target": str(run.path / "benchmarks/emu_edit/wanted.png") if i == 14 else None,
             "n": 3,
+            "wanted": [1.0, 2.0, 3.0, 4.0],
             "L1": i / 20,
             "DINO": i / 20,
             "CLIP-T of the target": 0.1,
@@ -310,8 +311,8 @@ def test_benchmarks_show_rows_failures_and_what_is_refused(tmp_path: Path) -> No
     assert re.findall(r"edit (\d+)", by_dino) == [str(i) for i in range(10)]
     assert by_dino.count("data:image/jpeg;base64,") == 1  # the others cannot be read
     first, second, *_ = by_l1.split("<figure")[1:]
-    assert 'alt="wanted"' in first and 'class="strip"' in first
-    assert "wanted" not in second and 'class="strip two"' in second
+    assert 'alt="target"' in first and 'class="strip"' in first
+    assert 'alt="target"' not in second and 'class="strip two"' in second
 
 
 def test_worst_of_tasks_are_kept_apart() -> None:

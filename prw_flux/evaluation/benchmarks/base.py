@@ -196,7 +196,7 @@ class Benchmark(ABC, Generic[ItemT]):
         """The file of what a model was given for an item, for reports."""
         return item.given
 
-    def wanted(self, item: ItemT, results: Path) -> Path | None:
+    def target(self, item: ItemT, results: Path) -> Path | None:
         """The file of the true answer to an item, for reports; None where there is none."""
         return None
 

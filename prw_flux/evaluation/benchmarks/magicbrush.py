@@ -119,7 +119,7 @@ class MagicBrush(Benchmark[Turn]):
                                    chain=session))  # fmt: skip
         return tuple(out)
 
-    def wanted(self, item: Turn, results: Path) -> Path:
+    def target(self, item: Turn, results: Path) -> Path:
         """The true after-image."""
         return item.target
 

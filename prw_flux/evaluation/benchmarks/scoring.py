@@ -120,7 +120,7 @@ def _row(
 ) -> dict[str, Any]:
     """The values of one item, and what a report shows of it."""
     output = open_image(results / item.output)
-    shown = {"given": benchmark.given(item, results), "wanted": benchmark.wanted(item, results)}
+    shown = {"given": benchmark.given(item, results), "target": benchmark.target(item, results)}
     places = {role: str(path.absolute()) for role, path in shown.items() if path is not None}
     return {"key": item.key, "output": item.output, "text": item.text, **places,
             **benchmark.score(item, output, encoders)}  # fmt: skip

@@ -101,7 +101,7 @@ class Shapes(Benchmark[Drawn]):
         """The source that generation wrote."""
         return results / _beside(item.output, "source")
 
-    def wanted(self, item: Drawn, results: Path) -> Path:
+    def target(self, item: Drawn, results: Path) -> Path:
         """The target that generation wrote."""
         return results / _beside(item.output, "target")
 
