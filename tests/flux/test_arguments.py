@@ -73,6 +73,15 @@ def test_sizes_and_numbers(idle: Any, photo: Any) -> None:
     refused(idle, "max_area must be", max_area=True, **edit)
     refused(idle, "source_scale must be finite and at least 0, got -1", source_scale=-1, **edit)
     refused(idle, "source_scale must be a number, got '1'", source_scale="1", **edit)
+    refused(
+        idle,
+        "representation_scale must be finite and at least 0, got -1",
+        representation_scale=-1,
+        **edit,
+    )
+    refused(
+        idle, "representation_scale=0.5 acts on a feature stream", representation_scale=0.5, **edit
+    )
     refused(idle, "image_guidance_scale must be finite", image_guidance_scale=float("nan"), **edit)
     latents = torch.zeros(1, 16, 64)
     refused(idle, r"packed noise \[1, 4, 64\].*got \[1, 16, 64\].*height=", latents=latents, **edit)

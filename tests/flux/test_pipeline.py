@@ -108,7 +108,7 @@ def test_arguments_come_in_kontexts_order() -> None:
     own = ours[len(kontext) :]
     assert {p.kind for p in own} == {inspect.Parameter.KEYWORD_ONLY}
     wanted = """task route images mask_image source_cache source_size source_scale
-    source_pooled_embeds use_kv_cache image_guidance_scale"""
+    source_pooled_embeds use_kv_cache image_guidance_scale representation_scale"""
     assert [p.name for p in own] == wanted.split()
     # where another default stands, it is worked out from the source or the tokenizer
     differing = {p.name for p, q in zip(ours, kontext, strict=False) if p.default != q.default}
