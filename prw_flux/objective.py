@@ -24,10 +24,11 @@ from prw_flux.batch_order import stable_hash
 from prw_flux.config import RunConfig
 from prw_flux.coredi.training import FeatureStep
 from prw_flux.curriculum import Stage
+from prw_flux.encoded import Batch
 from prw_flux.flow import flow_loss, interpolate, resolution_shift, sample_times
 from prw_flux.passes import source_pass
 from prw_flux.ranks import Ranks
-from prw_flux.samples import Batch, Samples
+from prw_flux.samples import Samples
 from prw_flux.session import Session
 
 
