@@ -143,3 +143,17 @@ class Encoded:
             *parts[0].grids,
             torch.cat(features) if features else None,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """What a step has of its samples before any caption is dropped: texts in bf16, as all else."""
+
+    encoded: Encoded
+    text_BLE: Tensor
+    pooled_BP: Tensor
+
+    @classmethod
+    def of(cls, encoded: Encoded, texts: tuple[Tensor, Tensor]) -> Ready:
+        """Samples and their texts, which are stored in bf16, whatever they are given in."""
+        return cls(encoded, *(part.to(torch.bfloat16) for part in texts))

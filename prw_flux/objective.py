@@ -102,9 +102,9 @@ class Objective:
         self.config, self.session = config, session
         self.ranks = ranks or Ranks()
 
-    def arithmetic(self) -> AbstractContextManager[None]:
-        """In what forwards and backwards run."""
-        return arithmetic(self.session.device.type, self.config.precision)
+    def arithmetic(self, *, alone: bool = True) -> AbstractContextManager[None]:
+        """In what forwards and backwards run; see `arithmetic`."""
+        return arithmetic(self.session.device.type, self.config.precision, alone=alone)
 
     def parts(self, samples: Samples, stage: Stage, step: int) -> Iterator[PartLoss]:
         """The losses of this rank's micro-batches, one after another; they add up to its step's.
@@ -164,7 +164,8 @@ class Objective:
         read: AbstractContextManager[Any] = nullcontext()
         if features is not None:
             read = features.reading(self.session.passes.transformer)
-        with self.arithmetic(), weave.record(key=key, first=first) as record, read:
+        train = self.arithmetic(alone=False)  # the next batches are being made
+        with train, weave.record(key=key, first=first) as record, read:
             noisy = interpolate(clean, noise, times)
             velocity = self.velocity(batch, noisy, times, samples, record)
         return flow_loss(velocity, clean, noise), record
@@ -206,7 +207,7 @@ class Objective:
         if kind == "prompt":
             return None
         text = samples.task.sentence if kind == "task" else ""
-        return samples.texts.gather(samples.texts.rows([text]))[1].to(self.session.device)
+        return samples.alone(text)[1].to(self.session.device)
 
     # Between steps ----------------------------------------------------------------------------
 
