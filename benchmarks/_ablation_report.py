@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,18 +17,20 @@ from benchmarks._ablation_statistics import (
     average,
     hypotheses,
     kept,
+    own,
 )
-from prw_flux.rundir import write_atomically
+from benchmarks._page import table, write_between
 
 EDITS: Final = ("C", "L", "S", "K", "changed", "headline")
 CUSTOM: Final = {"bits": "glyph bits", "subject L": "its L", "S": "S", "other C": "C of the other"}
 WHOLE: Final = ("cologen", "no-freeze", "consolidated")
-BEGIN: Final = "<!-- ablation: begin -->"
-END: Final = "<!-- ablation: end -->"
 KEPT: Final = (
     "Headline of every task when its own stage ended, then under the final router; * where the "
     "interval of the paired difference does not contain zero."
 )
+LENGTHS: Final = (1, 2, 4)
+LENGTHENED: Final = ("cologen", "cotrain", "joint-finetune", "baseline")
+NOT_LONGER: Final = f"Other lengths are {UNMEASURED}."
 USAGE: Final = (
     "In training, with router noise, at the end of each stage; last, on held-out edits as pictures "
     "are made, without noise."
@@ -49,12 +51,6 @@ PAPER: Final = {
 
 
 # Tables --------------------------------------------------------------------------------------
-
-
-def table(head: Sequence[str], body: Iterable[Sequence[str]], right: int = 1) -> list[str]:
-    """Markdown; columns from `right` on are aligned to the right."""
-    rule = ["---"] * right + ["---:"] * (len(head) - right)
-    return [f"| {' | '.join(line)} |" for line in (head, rule, *body)]
 
 
 def cell(found: tuple[float, list[float]] | None) -> str:
@@ -105,6 +101,26 @@ def pairs_table(rows: Rows, known: Mapping[str, Arm]) -> list[str]:
             continue
         body.append([f"`{name}`", str(len(found[0].seeds)), *(str(d or "-") for d in found)])
     return table(["`cologen` minus", "seeds", "C", "L", "S", "headline"], body, 1)
+
+
+def lengths_table(longer: Mapping[int, Rows]) -> list[str]:
+    """CoLoGen beside co-training where every stage is longer: does H1 wait for more training?"""
+    parts = ("C", "L", "headline")
+    body = []
+    for steps, rows in longer.items():
+        for name in LENGTHENED:
+            means = [cell(rows.mean(name, FINAL, part)) for part in parts]
+            differences = [
+                rows.difference([("cologen", FINAL, part)], [(name, FINAL, part)])
+                if name != "cologen" else None
+                for part in parts
+            ]  # fmt: skip
+            if rows.of(name):
+                told = [str(d or "") for d in differences]
+                body.append([str(steps), f"`{name}`", str(len(rows.of(name))), *means, *told])
+    minus = [f"`cologen` minus it, {part}" for part in parts]
+    head = ["steps a stage", "arm", "seeds", *parts, *minus]
+    return table(head, body, 2) if len(longer) > 1 else [NOT_LONGER]
 
 
 def custom_table(rows: Rows, known: Mapping[str, Arm]) -> list[str]:
@@ -252,9 +268,18 @@ def origins(rows: Sequence[Row], protocol: Protocol) -> str:
     )
 
 
-def text(rows: Sequence[Row], known: Mapping[str, Arm], protocol: Protocol) -> str:
-    """All tables, as they stand on the findings page."""
+def text(every: Sequence[Row], known: Mapping[str, Arm], protocol: Protocol) -> str:
+    """All tables, as they stand on the findings page.
+
+    Args:
+        every: rows of this protocol, and of the same with other lengths.
+        known: the arms.
+        protocol: whose rows all tables but that of the lengths show.
+    """
+    rows = own(every, protocol)
     found = Rows(rows)
+    scaled = {p.steps[-1]: own(every, p) for p in (protocol.scaled(f) for f in LENGTHS)}
+    longer = {steps: Rows(those) for steps, those in scaled.items() if those}
     parts: list[list[str]] = [
         [origins(rows, protocol)],
         ["### Hypotheses"], hypotheses_table(found),
@@ -263,6 +288,7 @@ def text(rows: Sequence[Row], known: Mapping[str, Arm], protocol: Protocol) -> s
         ["### Controls"], arms_table(found, known, "controls"),
         ["### Sweeps of `cologen`"], arms_table(found, known, "sweeps"),
         ["### Paired differences"], pairs_table(found, known),
+        ["### Stages of another length"], lengths_table(longer),
         ["### The customised task, final router"], custom_table(found, known),
         ["### Usage of the newest expert"], [USAGE],
         usage_table(found, known),
@@ -282,9 +308,5 @@ def text(rows: Sequence[Row], known: Mapping[str, Arm], protocol: Protocol) -> s
 
 def write(page: Path, tables: str, figures: Sequence[tuple[str, str]]) -> None:
     """Put tables and figures between the marks of the findings page."""
-    before, mark, rest = page.read_text("utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not mark or not end:
-        raise ValueError(f"{page} has no {BEGIN} ... {END} to write between")
     shown = "\n\n".join(f"![{words}](assets/{name})" for name, words in figures)
-    write_atomically(page, f"{before}{BEGIN}\n{tables}\n\n{shown}\n{END}{after}")
+    write_between(page, "ablation", f"{tables}\n\n{shown}")

@@ -8,12 +8,17 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from benchmarks._ablation_plan import FINAL
+from benchmarks._ablation_plan import FINAL, Protocol
 from prw_flux.evaluation.statistics import Interval, bootstrap
 
 Row: TypeAlias = dict[str, Any]
 NONE: Final = "no difference shown"
 UNMEASURED: Final = "not measured"
+
+
+def own(rows: Sequence[Row], protocol: Protocol) -> list[Row]:
+    """The rows of a protocol."""
+    return [row for row in rows if row["protocol"] == protocol.digest]
 
 
 @dataclass(frozen=True)

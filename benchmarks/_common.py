@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import subprocess
 import time
@@ -115,15 +116,44 @@ def processor() -> str:
 def machine(device: str) -> dict[str, Any]:
     """Device, threads, versions and commit."""
     name = torch.cuda.get_device_name() if device == "cuda" else processor()
-    told = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
     return {
         "device": name,
         "threads": torch.get_num_threads(),
         "prw": prw.__version__,
         "torch": torch.__version__,
         "triton": triton_version(),
-        "commit": told.stdout.strip() or "unknown",
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """The commit, "-dirty" where code differs from it; results and documents do not count."""
+    told = _git("describe", "--always")
+    code = (
+        "--untracked-files=no",
+        "--",
+        ":/",
+        ":(top,exclude)benchmarks/results",
+        ":(top,exclude)docs",
+    )
+    changed = told and _git("status", "--porcelain", *code)
+    return f"{told}-dirty" if changed else told or "unknown"
+
+
+def _git(*words: str) -> str:
+    ran = subprocess.run(
+        ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return ran.stdout.strip()
+
+
+def head(result: Mapping[str, Any], *more: str) -> None:
+    """Print where a result comes from, in a line: device, threads, torch, commit, and `more`."""
+    names = ("device", "threads", "torch", "commit", *more)
+    print("  ".join(f"{name} {result[name]}" for name in names))
+
+
+def keep(result: Mapping[str, Any], file: Path | None) -> None:
+    """Write a result as json, where a file is asked for."""
+    if file:
+        file.write_text(json.dumps(result, indent=1) + "\n", "utf-8")

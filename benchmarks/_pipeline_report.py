@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks._common import head
+
 
 def tell(result: dict[str, Any]) -> None:
     """Everything that was counted and timed."""
     _counted(result)
-    about = ("device", "threads", "torch", "commit", "size", "parameters", "rank", "dtype")
-    print("\n" + "  ".join(f"{name} {result[name]}" for name in about))
+    print()
+    head(result, "size", "parameters", "rank", "dtype")
     for name, value in result["variants"].items():
         print(f"{name:>16}  {value['median_ms']:9.2f} ms a step  "
               f"[{value['p20_ms']:.2f}, {value['p80_ms']:.2f}]")  # fmt: skip

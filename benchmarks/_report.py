@@ -8,9 +8,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks import _common
+
 RIVALS = ("loop", "tuned", "dense", "grouped")
 LABELS = {
-    "plain": "one unrouted LoRA (PEFT)", "ours": "routed_lora", "loop": "PEFT's loop over experts",
+    "plain": "one unrouted LoRA (PEFT)", "ours": "routed_linear",
+    "loop": "PEFT's loop over experts",
     "tuned": "the loop with index_add_", "dense": "X-LoRA, every expert",
     "grouped": "sorted + grouped_mm, autograd",
 }  # fmt: skip
@@ -18,8 +21,7 @@ LABELS = {
 
 def head(result: dict[str, Any]) -> None:
     """The machine, its ceilings, the columns."""
-    names = ("device", "clocks", "threads", "torch", "triton", "prw", "commit")
-    print("  ".join(f"{name} {result[name]}" for name in names))
+    _common.head(result, "clocks", "triton", "prw")
     print(f"ceilings: GFLOP/s {result['gemm_GFLOP_per_s']}, GB/s {result['copy_GB_per_s']}")
     print("ours / base, roof, plain; others / ours\n")
     print(

@@ -34,9 +34,9 @@ from PIL import Image
 from benchmarks import _ablation_report as report
 from benchmarks._ablation_measure import SHOWN, Held, held_out, measure, references
 from benchmarks._ablation_plan import FINAL, QUICK, Arm, Protocol, arms
-from benchmarks._ablation_statistics import Rows
+from benchmarks._ablation_statistics import Rows, own
 from benchmarks._ablation_train import Store
-from benchmarks._common import machine, parser
+from benchmarks._common import keep, machine, parser
 from prw_flux.evaluation import draw_samples, unusable
 from prw_flux.shapeweave import ShapeWeave
 from prw_flux.tasks import load_task
@@ -63,15 +63,15 @@ def main(arguments: list[str] | None = None) -> int:
     except ArithmeticError as problem:
         print(f"no figures: {problem}", file=sys.stderr)
         return 1
-    rows = own(read(args.results), protocol)
+    every = read(args.results)
+    rows = own(every, protocol)
     result = {"benchmark": "ablation", **machine(args.device), "protocol": protocol.digest,
               "variants": report.summary(rows, known)}  # fmt: skip
-    tables = report.text(rows, known, protocol)
+    tables = report.text(every, known, protocol)
     print(tables)
     if args.report:
         publish(args.page, tables, rows, known, protocol, args.results)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    keep(result, args.json)
     return 0
 
 
@@ -194,11 +194,6 @@ def read(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return rows
-
-
-def own(rows: list[dict[str, Any]], protocol: Protocol) -> list[dict[str, Any]]:
-    """Rows of this protocol."""
-    return [row for row in rows if row["protocol"] == protocol.digest]
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

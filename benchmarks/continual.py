@@ -28,7 +28,6 @@ stage, and the optimizer of every stage holds one expert and the routers only.
 from __future__ import annotations
 
 import copy
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -41,7 +40,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import prw
-from benchmarks._common import machine, parser
+from benchmarks._common import head, keep, machine, parser
 from benchmarks._digits import TASKS, Reader, Split, pretrain, splits
 
 LINEARS = ("q", "k", "v", "out", "up", "down")
@@ -136,8 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
         "variants": {arm: summary(courses[arm], rates[arm]) for arm in ARMS},
     }
     tell(result)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    keep(result, args.json)
     return 0
 
 
@@ -391,8 +389,7 @@ def mean_and_range(values: list[float]) -> dict[str, float]:
 
 def tell(result: dict[str, Any]) -> None:
     """For people."""
-    about = ("device", "threads", "torch", "commit", "seeds", "steps", "rank", "base_parameters")
-    print("  ".join(f"{name} {result[name]}" for name in about))
+    head(result, "seeds", "steps", "rank", "base_parameters")
     print("accuracy in percent after each stage, by task; mean over seeds")
     for arm, told in result["variants"].items():
         end, lost = told["final"], told["forgetting"]

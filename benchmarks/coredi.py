@@ -2,7 +2,7 @@
 
     python -m benchmarks.coredi [--worlds shapes,photos] [--seeds 3] [--steps 200] [--arms a,b]
                                 [--results FILE] [--figure FILE] [--quick]
-                                [--encoder auto|squeezenet|autoencoder]
+                                [--encoder auto|squeezenet|autoencoder] [--page PAGE.md]
 
 A small FLUX-shaped transformer learns pictures from nothing, with autoencoder and text encoders
 frozen, once per world, arm and seed; every arm sees the same pictures, times and noise:
@@ -42,10 +42,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._common import machine, parser
+from benchmarks._common import head, keep, machine, parser
 from benchmarks._coredi_course import Course, Size, unchanged
 from benchmarks._coredi_overhead import overhead
+from benchmarks._coredi_page import tables
 from benchmarks._coredi_worlds import WORLDS, Amount
+from benchmarks._page import between, write_between
 from prw_flux.coredi import REDI, CoReDiConfig
 
 CHANNELS = 8
@@ -102,10 +104,11 @@ def main(arguments: list[str] | None = None) -> int:
     result = {"benchmark": "coredi", **machine("cpu"), "size": asdict(size),
               "amount": asdict(amount), "variants": variants}  # fmt: skip
     tell(result)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    keep(result, args.json)
     if args.figure:
         draw(lines, args.figure)
+    if args.page:
+        write_between(args.page, "coredi", tables(result, lines))
     return 0
 
 
@@ -118,7 +121,14 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     found.add_argument("--encoder", choices=("auto", "squeezenet", "autoencoder"), default="auto")
     found.add_argument("--results", type=Path, help="finished arms as JSON lines; continued")
     found.add_argument("--figure", type=Path, help="where to draw the finished arms")
-    return found.parse_args(arguments)
+    found.add_argument("--page", type=Path, help="write the tables into this page")
+    args = found.parse_args(arguments)
+    if args.page:
+        try:
+            between(args.page, "coredi")
+        except (OSError, ValueError) as problem:
+            found.error(f"--page: {problem}")
+    return args
 
 
 def _among(known: Mapping[str, Any]) -> Any:
@@ -204,7 +214,7 @@ def among(values: Sequence[float]) -> dict[str, float]:
 
 def tell(result: Mapping[str, Any]) -> None:
     """For people."""
-    print("  ".join(f"{name} {result[name]}" for name in ("device", "torch", "commit")))
+    head(result)
     print(f"{'':26}{'seeds':>6}{'loss':>9}{'f. loss':>9}{'rank':>7}{'scale':>8}"
           f"{'C':>7}{'L':>7}{'FD':>8}  steps to none")  # fmt: skip
     for arm, told in result["variants"].items():

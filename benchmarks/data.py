@@ -14,7 +14,6 @@ anybody. A fresh process resumes at sample 10,000,000 of an index of 20,000,000.
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks._common import interleaved, machine, parser, spread
+from benchmarks._common import head, interleaved, keep, machine, parser, spread
 from benchmarks._reading import opened, resumed, shuffled, written
 from prw_flux.config import RunConfig
 from prw_flux.data.choose import open_run_data
@@ -71,8 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         "resume": resumed(),
     }
     tell(result)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    keep(result, args.json)
     return 0
 
 
@@ -174,8 +172,7 @@ class Walk:
 
 def tell(result: dict[str, Any]) -> None:
     """For people: rates, ratios, and what resuming takes."""
-    print("  ".join(f"{name} {result[name]}" for name in
-                    ("device", "threads", "torch", "commit", "rows", "size")))  # fmt: skip
+    head(result, "rows", "size")
     times = result["variants"]
     for name, value in times.items():
         told = ""

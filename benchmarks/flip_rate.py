@@ -29,7 +29,6 @@ new expert on its own task, ``accuracy`` of it and of the old tasks, all without
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -41,7 +40,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import prw
-from benchmarks._common import machine, parser
+from benchmarks._common import head, keep, machine, parser
 from prw.columns import Columns
 from prw.growth import first_column
 from prw.telemetry import flip_rate
@@ -318,15 +317,13 @@ def main(arguments: list[str] | None = None) -> int:
         "variants": variants,
     }
     tell(result)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    keep(result, args.json)
     return 0
 
 
 def tell(result: dict[str, Any]) -> None:
     """For people: one line per column and growth."""
-    print("  ".join(f"{name} {result[name]}" for name in
-                    ("device", "threads", "torch", "commit", "seeds", "steps")))  # fmt: skip
+    head(result, "seeds", "steps")
     for kind, growths in result["variants"].items():
         for count, row in growths.items():
             figures = "  ".join(f"{name} {value:.3f}" for name, value in row.items())

@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernels [--device cpu|cuda] [--suite cpu|flux|llm] [--quick]
                                  [--json FILE] [--compare OLD.json] [--plot FILE.png]
+                                 [--page PAGE.md] [--read FILE.json]
 
 ``base``     the frozen linears alone; it is part of every other row
 ``plain``    one unrouted LoRA: the peft library's own layer, where it is installed
@@ -17,19 +18,21 @@ is one thread and times are process time. On CUDA they are taken between events 
 flushed, and up to 4096 tokens from a CUDA graph, too.
 
 Every round draws a new batch and a new routing; ratios are medians of the ratios within a round.
-``roof`` is the time in which this machine could do the work at its own measured rates.
+``roof`` is the time in which this machine could do the work at its own measured rates. `--page`
+writes the tables between the comments ``kernels cpu: begin`` (or ``cuda``) and ``end`` of a page;
+`--read` takes an earlier --json in place of a run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +41,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import _report
 from benchmarks._ceilings import clocks, copy_rate, gemm_rate, graphed, roofline, seconds
-from benchmarks._common import interleaved, machine, new_file, parser, spread
+from benchmarks._common import interleaved, keep, machine, new_file, parser, spread
+from benchmarks._kernels_page import tables
+from benchmarks._page import between, write_between
 from benchmarks._peers import ROUTED, Plain, Problem, base, error, gradients, saved_bytes, truth
 from benchmarks._shapes import Shape, suite
 
@@ -57,7 +62,29 @@ def main(arguments: list[str] | None = None) -> int:
         "--compare", type=_report.earlier, help="an earlier --json of the same suite"
     )
     found.add_argument("--plot", type=new_file, help="draw the ratios to the base here")
+    found.add_argument("--page", type=Path, help="write the tables into this page")
+    found.add_argument("--read", type=_report.earlier, help="an earlier --json: nothing is run")
     args = found.parse_args(arguments)
+    if args.page:
+        try:
+            between(args.page, f"kernels {args.device}")
+        except (OSError, ValueError) as problem:
+            found.error(f"--page: {problem}")
+    result = args.read or run(args)
+    if result is None:
+        return 1
+    if args.compare:
+        _report.compare(result, args.compare)
+    keep(result, args.json)
+    if args.plot:
+        _report.plot(result, args.plot)
+    if args.page:
+        write_between(args.page, f"kernels {args.device}", tables(result, args.compare))
+    return 0
+
+
+def run(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Check and time every shape; None where a result is wrong."""
     if args.device == "cpu":
         torch.set_num_threads(1)  # process time counts every thread
     shapes = suite(args.suite or ("cpu" if args.device == "cpu" else "flux"), args.quick)
@@ -73,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
         bad = [name for name, value in errors.items() if not value < TOLERANCE[shape.kind]]
         if bad:
             print(f"WRONG {shape.name}: {', '.join(bad)} in {errors}", file=sys.stderr)
-            return 1
+            return None
         for backward in (False, True):
             row = timed(shape, args, backward) | {"error": errors["ours"]}
             times = row.pop("times")
@@ -81,13 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
             result["rows"].append(row)
             _report.line(row)
     result["summary"] = _report.summary(result["rows"])
-    if args.compare:
-        _report.compare(result, args.compare)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    if args.plot:
-        _report.plot(result, args.plot)
-    return 0
+    return result
 
 
 def verdict(shape: Shape, device: str) -> dict[str, float]:

@@ -19,7 +19,6 @@ speed.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -31,7 +30,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks._common import machine, parser, spread
+from benchmarks._common import keep, machine, parser, spread
 from benchmarks._flux import EXPERTS, RANKS, SIZES
 from prw_flux import PRWAdapter
 from prw_flux.digests import adapter_digest
@@ -71,8 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, wall in result["variants"].items():
         print(f"{name:>12}  {wall['median_ms']:8.0f} ms, of the process "
               f"{result['process'][name]['median_ms']:8.0f} ms")  # fmt: skip
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    keep(result, args.json)
     return 0
 
 

@@ -22,7 +22,6 @@ FluxPipeline: a wrong result has no speed. On a CPU the clock is that of the pro
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from typing import Any
@@ -30,7 +29,7 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 
-from benchmarks._common import interleaved, machine, parser, spread
+from benchmarks._common import interleaved, keep, machine, parser, spread
 from benchmarks._flops import attaching, counted
 from benchmarks._flux import EXPERTS, RANKS, SIZES, build, draw, five_ways, wrong
 from benchmarks._pipeline_report import tell
@@ -79,8 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         "attach_full_width": attaching("full", "meta"),
     }
     tell(result)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    keep(result, args.json)
     return 0
 
 

@@ -18,7 +18,6 @@ at time 0 differs from itself by 0.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import tempfile
@@ -32,7 +31,7 @@ import torch
 from torch import Tensor
 
 import prw
-from benchmarks._common import machine, parser
+from benchmarks._common import head, keep, machine, parser
 from prw_flux.arithmetic import arithmetic
 from prw_flux.config import RunConfig
 from prw_flux.data.choose import open_data
@@ -226,15 +225,13 @@ def main(arguments: list[str] | None = None) -> int:
         "variants": {mode: averaged(found) for mode, found in rows.items()},
     }
     tell(result)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    keep(result, args.json)
     return 0
 
 
 def tell(result: dict[str, Any]) -> None:
     """For people."""
-    print("  ".join(f"{name} {result[name]}" for name in
-                    ("device", "threads", "torch", "commit", "seeds", "steps")))  # fmt: skip
+    head(result, "seeds", "steps")
     for trained_with, found in result["variants"].items():
         for task, loss in found["loss"].items():
             for read_as, value in loss.items():

@@ -21,7 +21,6 @@ Nothing is told unless the bare loop's first loss is the first one of the log, b
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -36,7 +35,7 @@ import torch
 from torch import Tensor
 
 import prw
-from benchmarks._common import machine, parser, spread, synchronise
+from benchmarks._common import head, keep, machine, parser, spread, synchronise
 from prw_flux.arithmetic import arithmetic
 from prw_flux.batch_order import stable_hash
 from prw_flux.config import RunConfig
@@ -258,15 +257,13 @@ def main(arguments: list[str] | None = None) -> int:
         "load": os.getloadavg()[0],
     }
     tell(result)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    keep(result, args.json)
     return 0
 
 
 def tell(result: dict[str, Any]) -> None:
     """For people."""
-    print("  ".join(f"{name} {result[name]}" for name in
-                    ("device", "threads", "torch", "commit", "pairs")))  # fmt: skip
+    head(result, "pairs")
     for name, row in result["variants"].items():
         print(f"{name:>8}  {row['median_ms']:.1f} ms  ({row['p20_ms']:.1f} to {row['p80_ms']:.1f})")
     print(f"overhead {result['overhead']:.1%}, with the log {result['with_log']:.1%}")

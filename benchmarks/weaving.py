@@ -17,7 +17,6 @@ process, so that a machine with other work does not count against anybody.
 from __future__ import annotations
 
 import copy
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import prw
-from benchmarks._common import interleaved, machine, parser, spread
+from benchmarks._common import head, interleaved, keep, machine, parser, spread
 
 EXPERTS, RANK = 8, 16
 TARGETS = ["q_proj", "v_proj"]
@@ -151,8 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
         "variants": {name: spread(values) for name, values in seconds.items()},
     }  # fmt: skip
     tell(result)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    keep(result, args.json)
     return 0
 
 
@@ -176,8 +174,7 @@ def variants(model: nn.Module, inputs: Tensor) -> dict[str, Callable[[], object]
 
 def tell(result: dict[str, object]) -> None:
     """For people: times, and how many times one plain LoRA that is."""
-    print("  ".join(f"{name} {result[name]}" for name in
-                    ("device", "threads", "torch", "commit", "shape", "dtype")))  # fmt: skip
+    head(result, "shape", "dtype")
     times = result["variants"]
     assert isinstance(times, dict)
     floor = times["peft"]["median_ms"]

@@ -6,7 +6,6 @@ context, E experts that take part, C columns after padding to whole blocks.
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from prw.errors import ConfigError
+from prw.named_object import named_object
 
 BLOCK = 16
 """Columns per matrix product. A product of another width gives other bits, so it never varies."""
@@ -245,11 +245,7 @@ def find_router(name: str, *, noise: bool) -> Router:
     """
     if name == "top1":
         return NoisyTop1() if noise else Top1()
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise ConfigError(f"router {name!r} cannot be imported: {error}") from None
+    found = named_object(name, "router")
     if isinstance(found, type) and issubclass(found, Router):
         try:
             return found()

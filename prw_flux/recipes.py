@@ -9,13 +9,13 @@ Table 1 · ``package.module:function``: the user's own.
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Final, TypeAlias
 
 from prw import ConfigError
+from prw.named_object import named_object
 from prw_flux.config import (
     AdapterConfig,
     BaseConfig,
@@ -170,14 +170,9 @@ def load_recipe(spec: str) -> RunConfig:
         raise ConfigError(
             f"there is no recipe {spec!r}; {hint} One of your own is package.module:function"
         )
-    module_name, _, function = spec.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as problem:
-        raise ConfigError(f"recipe {spec!r}: cannot import {module_name!r} ({problem})") from None
-    recipe = getattr(module, function, None)
+    recipe = named_object(spec, "recipe")
     if not callable(recipe):
-        raise ConfigError(f"recipe {spec!r}: {module_name} has no function {function!r}")
+        raise ConfigError(f"recipe {spec!r} is a {type(recipe).__name__}, not a function")
     config = recipe()
     if not isinstance(config, RunConfig):
         raise ConfigError(f"recipe {spec!r} returned a {type(config).__name__}, not a RunConfig")

@@ -6,13 +6,13 @@ resumed run goes on where its state was saved, and nothing about trackers has to
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol, final, runtime_checkable
 
 from prw import ConfigError
+from prw.named_object import named_object
 from prw.telemetry import RoutingSummary
 from prw_flux.rundir import RunFolder
 from prw_flux.tasks import Image
@@ -37,7 +37,7 @@ def require_trackers(names: Sequence[str]) -> None:
     """Raise ConfigError for a tracker that there is not, or whose package is not installed."""
     for name in names:
         if ":" in name:
-            _own(name)
+            named_object(name, "tracker")
         elif name not in KNOWN:
             raise ConfigError(
                 f"trackers: there is no {name!r}; there are {', '.join(KNOWN)}, and one of your "
@@ -48,14 +48,6 @@ def require_trackers(names: Sequence[str]) -> None:
                 f"trackers: {name!r} needs the package {KNOWN[name]}, which is not installed: pip "
                 f"install {KNOWN[name]}, or leave it out"
             )
-
-
-def _own(name: str) -> Any:
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as problem:
-        raise ConfigError(f"tracker {name!r}: {problem}") from None
 
 
 @final
@@ -118,7 +110,8 @@ def _start(name: str, run: RunFolder, step: int) -> Any:
             PROJECT, id=run.index["wandb"], resume="allow", name=run.path.name, dir=str(run.path)
         )
     else:
-        tracker = _own(name)(run.path, step)
+        make: Any = named_object(name, "tracker")
+        tracker = make(run.path, step)
     tracker.start()
     return tracker
 

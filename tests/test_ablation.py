@@ -10,27 +10,22 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+from benchmarks import ablation
+from benchmarks._ablation_plan import QUICK, Arm, Protocol, arms, picks, progressive
+from benchmarks._ablation_report import text
+from benchmarks._ablation_statistics import NONE, UNMEASURED, Rows, hypotheses, own
+from benchmarks._ablation_train import Course
+from benchmarks._page import between
+from prw_flux.rundir import RunFolder
+from prw_flux.session import open_session
+from prw_flux.trainer import open_training_data, train
 
 
-@pytest.fixture(autouse=True)
-def from_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT)
-
-
-def small() -> Any:
-    from benchmarks._ablation_plan import QUICK
-
+def small() -> Protocol:
     return replace(QUICK, steps=(2, 2, 1, 1, 2))
 
 
 def test_a_curriculum_gets_the_bits_of_the_trainer(tmp_path: Path) -> None:
-    from benchmarks._ablation_plan import Arm, progressive
-    from benchmarks._ablation_train import Course
-    from prw_flux.rundir import RunFolder
-    from prw_flux.session import open_session
-    from prw_flux.trainer import open_training_data, train
-
     protocol = small()
     phases = progressive(protocol, ("inpaint", "ground"))
     config = replace(protocol.config(3), stages=tuple(p.stage for p in phases), remember=3)
@@ -54,9 +49,6 @@ def test_a_curriculum_gets_the_bits_of_the_trainer(tmp_path: Path) -> None:
 
 
 def test_mixing_shuffles_exactly_the_samples_of_the_stages() -> None:
-    from benchmarks._ablation_plan import arms, picks
-    from benchmarks._ablation_train import Course
-
     protocol = replace(small(), steps=(3, 2, 1, 4, 2))
     (phase,) = arms(protocol)["cotrain"].phases
     plan = picks(phase, protocol, 0)
@@ -83,9 +75,6 @@ def test_mixing_shuffles_exactly_the_samples_of_the_stages() -> None:
 
 @pytest.mark.parametrize("learns", ["newest", "all"])
 def test_veterans_move_only_where_an_arm_says_so(learns: Any) -> None:
-    from benchmarks._ablation_plan import Arm, progressive
-    from benchmarks._ablation_train import Course
-
     protocol = small()
     phases = progressive(protocol, ("inpaint", "edit"), learns=learns)
     arm = Arm(label="", group="main", phases=phases, adapter={})
@@ -110,8 +99,6 @@ def fake(name: str, seed: int, protocol: Any, *rest: object) -> dict[str, Any]:
 def test_what_is_there_is_not_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from benchmarks import ablation
-
     monkeypatch.setattr(ablation, "one", fake)
     monkeypatch.setattr(ablation, "held_out", lambda protocol: object())
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -120,7 +107,7 @@ def test_what_is_there_is_not_trained_again(
     with file.open("a") as cut:
         cut.write('{"arm": "baseline", "see')
     ablation.run(["cologen", "cotrain"], range(2), protocol, file)
-    rows = ablation.own(ablation.read(file), protocol)
+    rows = own(ablation.read(file), protocol)
     assert [(row["arm"], row["seed"]) for row in rows] == [
         ("cologen", 0), ("cotrain", 0), ("cologen", 1), ("cotrain", 1)
     ]  # fmt: skip
@@ -132,8 +119,6 @@ def test_what_is_there_is_not_trained_again(
 
 def test_an_arm_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    from benchmarks import ablation
-
     protocol = small()
     with ablation.claim(protocol, "cologen", 0) as mine:
         with ablation.claim(protocol, "cologen", 0) as theirs:
@@ -149,8 +134,6 @@ def row(arm: str, seed: int, **parts: list[float | None]) -> dict[str, Any]:
 
 
 def test_differences_are_paired_and_zero_is_no_difference() -> None:
-    from benchmarks._ablation_statistics import NONE, UNMEASURED, Rows, hypotheses
-
     n = 200
     noisy = [float(i % 2) for i in range(n)]
     rows = [
@@ -180,8 +163,6 @@ def test_differences_are_paired_and_zero_is_no_difference() -> None:
     ("lost", "verdict"), [(0, "supported"), (10, "undecided"), (60, "contradicted")]
 )
 def test_grounding_is_kept_only_within_five_points(lost: int, verdict: str) -> None:
-    from benchmarks._ablation_statistics import Rows, hypotheses
-
     before = [1.0] * 200
     after = [0.0] * lost + [1.0] * (200 - lost)
     made = {"arm": "cologen", "seed": 0, "stages": ["inpaint", "ground", "edit"],
@@ -190,22 +171,14 @@ def test_grounding_is_kept_only_within_five_points(lost: int, verdict: str) -> N
 
 
 def test_the_page_tells_what_the_rows_say() -> None:
-    from benchmarks import ablation
-    from benchmarks._ablation_plan import Protocol, arms
-    from benchmarks._ablation_report import BEGIN, END, text
-
     protocol = Protocol()
-    rows = ablation.own(ablation.read(ablation.RESULTS), protocol)
-    page = ablation.PAGE.read_text("utf-8")
-    shown = page.partition(BEGIN)[2].partition(END)[0]
-    assert text(rows, arms(protocol), protocol) in shown
-    keys = [(row["arm"], row["seed"]) for row in rows]
+    every = ablation.read(ablation.RESULTS)
+    assert text(every, arms(protocol), protocol) in between(ablation.PAGE, "ablation")
+    keys = [(row["protocol"], row["arm"], row["seed"]) for row in every]
     assert len(keys) == len(set(keys))
 
 
 def test_bad_requests_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from benchmarks import ablation
-
     assert ablation.main(["--arms", "cologne", "--results", str(tmp_path / "x")]) == 1
     told = capsys.readouterr().err
     assert "no arm or group 'cologne'" in told and "cologen" in told

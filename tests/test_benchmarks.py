@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import _flux, _peers, _report, kernels, pipeline
+from benchmarks._kernels_page import tables
+from benchmarks._page import between
+from benchmarks._shapes import Shape
+from benchmarks.coredi import steps_to
 from prw_flux import main_pass
 
 ROOT = Path(__file__).parent.parent
+KERNELS = "benchmarks/results/2026-11-22-kernels-cpu.json"
 NAMES = sorted(file.stem for file in (ROOT / "benchmarks").glob("[a-z]*.py"))
 
 
@@ -25,8 +29,7 @@ def test_it_checks_itself_and_reports(name: str, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     size = ["--size", "tiny", "--training"] if name == "pipeline" else []
     if name == "kernels":
-        earlier = ROOT / "benchmarks" / "results" / "2026-11-21-kernels-cpu.json"
-        size = ["--compare", str(earlier), "--plot", str(tmp_path / "plot.png")]
+        size = ["--compare", str(ROOT / KERNELS), "--plot", str(tmp_path / "plot.png")]
     ran = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", "--quick", *size, "--json", str(report)],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
@@ -76,9 +79,6 @@ def assert_pipeline(told: dict[str, Any]) -> None:
 def test_a_wrong_velocity_has_no_speed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(ROOT)
-    from benchmarks import _flux, pipeline
-
     def shifted(*args: Any, **kwargs: Any) -> Tensor:
         return main_pass(*args, **kwargs) + 1e-3 * torch.rand(())
 
@@ -92,9 +92,6 @@ def test_a_wrong_velocity_has_no_speed(
 def test_a_wrong_kernel_has_no_speed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(ROOT)
-    from benchmarks import _peers, kernels
-
     def shifted(p: _peers.Problem) -> list[Tensor]:
         return [y + 1e-3 for y in _peers.ours(p)]
 
@@ -105,12 +102,7 @@ def test_a_wrong_kernel_has_no_speed(
     assert "T512" not in told.out
 
 
-def test_a_run_is_compared_with_an_earlier_one(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.syspath_prepend(ROOT)
-    from benchmarks import _report
-
+def test_a_run_is_compared_with_an_earlier_one(capsys: pytest.CaptureFixture[str]) -> None:
     def result(commit: str, **ratios: float) -> dict[str, Any]:
         rows = [{"name": name, "ours_over": {"base": ratio}} for name, ratio in ratios.items()]
         return {"commit": commit, "rows": rows}
@@ -124,6 +116,14 @@ def test_a_run_is_compared_with_an_earlier_one(
     assert told[4].startswith("2 rows in both")
 
 
+def test_the_page_tells_the_kept_result() -> None:
+    result = _report.earlier(str(ROOT / KERNELS))
+    shown = between(ROOT / "docs" / "pages" / "kernels.md", "kernels cpu")
+    means, rows = tables(result).split("### float32, forward\n", 1)
+    assert means.splitlines()[0] in shown
+    assert rows in shown
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
@@ -131,6 +131,8 @@ def test_a_run_is_compared_with_an_earlier_one(
         ("--compare", "other.json", "other.json is no --json of this benchmark (KeyError"),
         ("--json", "absent/a.json", "cannot be written: give a file in a folder there is"),
         ("--plot", ".", "cannot be written: give a file in a folder there is"),
+        ("--page", "absent.md", "No such file or directory: 'absent.md'"),
+        ("--page", "other.json", "has no <!-- kernels cpu: begin -->"),
         ("--device", "cuda", "torch sees no CUDA device here; use --device cpu"),
     ],
 )
@@ -138,12 +140,9 @@ def test_what_cannot_work_is_said_before_the_run(
     option: str, value: str, message: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.syspath_prepend(ROOT)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     Path("other.json").write_text("{}")
-    from benchmarks import kernels
-
     with pytest.raises(SystemExit, match="2"):
         kernels.main(["--quick", option, value])
     told = capsys.readouterr()
@@ -154,10 +153,6 @@ def test_what_cannot_work_is_said_before_the_run(
 def test_the_truth_in_pieces_is_the_truth(
     skew: Literal["uniform", "sample"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(ROOT)
-    from benchmarks import _peers
-    from benchmarks._shapes import Shape
-
     p = _peers.Problem(Shape(72, 16, projections=2, rank=4, skew=skew), "cpu")
     whole = _peers.truth(p)
     monkeypatch.setattr(_peers, "PIECE", 20)
@@ -165,49 +160,8 @@ def test_the_truth_in_pieces_is_the_truth(
     assert len(whole) == 2 + len(p.leaves())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("dtype", "plain", "loop"), [("float32", 1.5, 1.1), ("bfloat16", 2.1, 0.8)]
-)
-def test_a_routed_step_costs_about_one_lora_on_a_cpu(dtype: str, plain: float, loop: float) -> None:
-    """Ratios within one run, so any machine will do.
-
-    Measured 1.1 and 0.85 in fp32, 1.5 and 0.53 in bf16; a third is for noise. pytest-benchmark
-    would keep times of its own, which on a shared machine say nothing unless they are compared
-    within a run: that is what `benchmarks.kernels` does already.
-    """
-    command = [sys.executable, "-c", """if True:
-        import json, sys, torch
-        from functools import partial
-        from benchmarks import _peers, kernels
-        from benchmarks._ceilings import seconds
-        from benchmarks._common import interleaved
-        from benchmarks._shapes import Shape
-        torch.set_num_threads(1)
-        p = _peers.Problem(Shape(1024, 512, dtype=sys.argv[1]), "cpu")
-        plain = _peers.Plain(p)
-        runs = {
-            "plain": lambda: _peers.gradients(plain(p), p, plain.leaves(p)),
-            "ours": lambda: _peers.gradients(_peers.ours(p), p, p.leaves()),
-            "loop": lambda: _peers.gradients(_peers.loop(p), p, p.leaves()),
-        }
-        took = interleaved(runs, rounds=25, warmup=3, device="cpu", fresh=p.refresh,
-                           timer=partial(seconds, device="cpu"))
-        print(json.dumps([kernels.ratio(took["ours"], took[name]) for name in ("plain", "loop")]))
-    """]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(
-        [*command, dtype], cwd=ROOT, capture_output=True, text=True, check=True, env=environment
-    )
-    over_plain, over_loop = json.loads(ran.stdout)
-    assert over_plain < plain
-    assert over_loop < loop
-
-
-def test_steps_to_a_bar_are_those_after_which_it_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_to_a_bar_are_those_after_which_it_is_held() -> None:
     """Between looks linearly; a look that falls back below the bar starts the count again."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    steps_to = importlib.import_module("benchmarks.coredi").steps_to
     rising = [{"step": 10, "C": 0.1}, {"step": 20, "C": 0.3}, {"step": 30, "C": 0.5}]
     assert steps_to(rising, "C", 1, 0.2) == 15.0
     assert steps_to(rising, "C", 1, 0.6) is None

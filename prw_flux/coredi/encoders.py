@@ -5,7 +5,6 @@ Shapes: B images, h x w pixels in [-1, 1], R x C feature grid, D width of the en
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prw import ConfigError
+from prw.named_object import named_object
 from prw_flux.encode import resize
 
 FAMILIES = ("dinov2", "dinov2_with_registers")
@@ -131,14 +131,9 @@ def load_encoder(spec: str, device: torch.device | str = "cpu") -> FeatureEncode
     """
     if ":" not in spec:
         return DinoV2.from_pretrained(spec, device)
-    module_name, _, name = spec.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as problem:
-        raise ConfigError(f"encoder {spec!r}: cannot import {module_name!r} ({problem})") from None
-    make = getattr(module, name, None)
+    make = named_object(spec, "encoder")
     if not callable(make):
-        raise ConfigError(f"encoder {spec!r}: {module_name} has no function {name!r}")
+        raise ConfigError(f"encoder {spec!r} is a {type(make).__name__}, not a function")
     encoder = make()
     if not isinstance(encoder, FeatureEncoder):
         raise ConfigError(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Final
 
 from prw import ConfigError
+from prw.named_object import named_object
 from prw_flux.config import RunConfig
 from prw_flux.data.on_disk import PREFIX, OnDisk
 from prw_flux.data.photos import PhotoFolder
@@ -74,16 +74,12 @@ def _open(source: str, *, size: int, seed: int, split: str, photos: str | None) 
         return PhotoFolder(photos, size=size, split=split)
     if source.startswith(PREFIX):
         return OnDisk(source.removeprefix(PREFIX), size, seed=seed, split=split)
-    module_name, colon, name = source.partition(":")
-    if not colon:
+    if ":" not in source:
         raise ConfigError(
             f"there is no data source {source!r}; there are {' and '.join(NAMED)}, built data is "
             "disk:DIR, and one of your own is package.module:object"
         )
-    try:
-        found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as problem:
-        raise ConfigError(f"data source {source!r}: {problem}") from None
+    found = named_object(source, "data source")
     if callable(found) and not isinstance(found, DataSource) or isinstance(found, type):
         found = found(size=size, seed=seed, split=split)
     if not isinstance(found, DataSource):

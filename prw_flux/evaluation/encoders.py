@@ -9,7 +9,6 @@ other classes with other rounding. Shapes: N pictures or texts; D width; S side.
 
 from __future__ import annotations
 
-import importlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -23,6 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 from torch import Tensor
 
+from prw import ConfigError
+from prw.named_object import named_object
 from prw_flux.tasks.base import Image
 
 Vectors: TypeAlias = NDArray[np.float32]
@@ -212,11 +213,10 @@ def own_callable(spec: str) -> Callable[..., Any]:
     Raises:
         EncoderError: there is no such object, or it cannot be called.
     """
-    module, colon, attribute = spec.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute) if colon else None
-    except (ImportError, AttributeError, ValueError) as problem:
-        raise EncoderError(f"encoder {spec!r}: {problem}") from None
+        found = named_object(spec, "encoder")
+    except ConfigError as problem:
+        raise EncoderError(str(problem)) from None
     if not callable(found):
         raise EncoderError(f"encoder {spec!r} must name a callable, as package.module:object.")
     call: Callable[..., Any] = found

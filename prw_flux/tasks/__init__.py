@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
+from prw.named_object import named_object
 from prw_flux.tasks.base import (
     Box,
     DataSource,
@@ -64,19 +64,8 @@ def load_task(spec: str) -> Task:
     if ":" not in spec:
         if spec in TASKS:
             return TASKS[spec]
-        raise ValueError(f"unknown task {spec!r}{_nearest(spec, list(TASKS))}")
-    module_name, _, attribute = spec.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as problem:
-        raise ValueError(f"task {spec!r}: cannot import {module_name!r} ({problem})") from problem
-    except (TypeError, ValueError) as problem:
-        raise ValueError(f"task {spec!r}: {module_name!r} is not a module's name") from problem
-    if not attribute or attribute not in vars(module):
-        public = [name for name in vars(module) if not name.startswith("_")]
-        near = _nearest(attribute, public, known=False)
-        raise ValueError(f"task {spec!r}: {module_name} has no {attribute!r}{near}")
-    return _as_task(spec, vars(module)[attribute])
+        raise ValueError(f"unknown task {spec!r}{_nearest(spec)}")
+    return _as_task(spec, named_object(spec, "task"))
 
 
 def _as_task(spec: str, found: object) -> Task:
@@ -93,9 +82,8 @@ def _as_task(spec: str, found: object) -> Task:
     return found
 
 
-def _nearest(word: str, names: list[str], *, known: bool = True) -> str:
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+def _nearest(word: str) -> str:
+    near = difflib.get_close_matches(word, TASKS, n=1, cutoff=0.5)
     if near:
         return f"; did you mean {near[0]!r}?"
-    hint = "; a task of your own is named package.module:object"
-    return f"; known: {', '.join(names)}{hint}" if known else ""
+    return f"; known: {', '.join(TASKS)}; a task of your own is named package.module:object"

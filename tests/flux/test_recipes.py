@@ -47,8 +47,8 @@ def test_a_recipe_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert load_recipe("own_recipes:short").recipe == "own_recipes:short"
     for spec, said in [
         ("own_recipes:wrong", "returned a int, not a RunConfig"),
-        ("own_recipes:value", "has no function 'value'"),
-        ("own_recipes:gone", "has no function 'gone'"),
+        ("own_recipes:value", "is a int, not a function"),
+        ("own_recipes:gone", "own_recipes has no 'gone'"),
         ("no_such_module:x", "cannot import 'no_such_module'"),
     ]:
         with pytest.raises(ConfigError, match=said):

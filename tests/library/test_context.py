@@ -228,7 +228,9 @@ def test_a_checkpoint_whose_router_is_not_there(tmp_path: Path) -> None:
     weave.save(tmp_path / "run")
     del sys.modules["users_routers"].__dict__["Scaled"]
     model = base()
-    with pytest.raises(prw.CheckpointError, match="router 'users_routers:Scaled' cannot be impo"):
+    with pytest.raises(
+        prw.CheckpointError, match="router 'users_routers:Scaled': users_routers has no 'Scaled'"
+    ):
         prw.load(model, tmp_path / "run")
     assert type(model[0]) is nn.Linear  # type: ignore[index]
 
@@ -236,10 +238,10 @@ def test_a_checkpoint_whose_router_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no_such_module:Router", "'no_such_module:Router' cannot be imported: No module named"),
-        ("users_routers:Absent", "cannot be imported: .*no attribute 'Absent'"),
-        (":Router", "cannot be imported: Empty module name"),
-        (".relative:Router", "cannot be imported: the 'package' argument is required"),
+        ("no_such_module:Router", "'no_such_module:Router': cannot import 'no_such_module'"),
+        ("users_routers:Absent", "users_routers has no 'Absent'"),
+        (":Router", "'' is not a module's name"),
+        (".relative:Router", "'.relative' is not a module's name"),
         ("users_routers:number", "is a int, not a prw.Router"),
         ("users_routers:Dangerous", "is Dangerous, not a prw.Router"),
         ("users_routers:NeedsArguments", "cannot be made: .*missing 1 required"),
