@@ -25,10 +25,11 @@ from prw_flux.arithmetic import arithmetic
 from prw_flux.batch_order import stable_hash
 from prw_flux.config import RunConfig
 from prw_flux.data.choose import open_data
+from prw_flux.encoded import Batch
 from prw_flux.flow import flow_loss, interpolate, sample_times
 from prw_flux.optimization import learning_rate, new_optimizer
 from prw_flux.passes import source_pass
-from prw_flux.samples import Batch, Samples
+from prw_flux.samples import Samples
 from prw_flux.session import Session, open_session
 
 EVERY = 20

@@ -35,11 +35,12 @@ from benchmarks._common import head, keep, machine, parser
 from prw_flux.arithmetic import arithmetic
 from prw_flux.config import RunConfig
 from prw_flux.data.choose import open_data
+from prw_flux.encoded import Batch
 from prw_flux.flow import flow_loss, interpolate
 from prw_flux.passes import main_pass, source_pass
 from prw_flux.recipes import demo
 from prw_flux.rundir import RunFolder
-from prw_flux.samples import Batch, Samples
+from prw_flux.samples import Samples
 from prw_flux.session import Session, open_session
 from prw_flux.source_cache import SourceCache
 from prw_flux.trainer import open_training_data, train

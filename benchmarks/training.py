@@ -10,22 +10,26 @@ is not finite, clipping, the optimizer, the log.
 
 ``overhead``    median over pairs of (trainer's step / bare step) - 1
 ``with_log``    the same of the sums, so with the steps that write a line of the log
-``waiting``     share of the trainer's time that is spent in making its batches, where all samples
-                were encoded before, and where each batch is encoded when it is needed
+``waiting``     share of the trainer's time that is spent in getting its batches, where all samples
+                were encoded before, where each batch is encoded between two steps, and where
+                another thread does so during the steps; the last two take turns
+``steps``       the median step of each of these three; the bound of waiting ahead follows from what
+                a batch takes, max(0, batch - step) / step
 
 Nothing is told unless the bare loop's first loss is the first one of the log, bit for bit.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -44,11 +48,14 @@ from prw_flux.samples import Samples
 from prw_flux.session import Session, open_session
 from prw_flux.trainer import open_training_data, train
 
+BETWEEN: Final = "encoded between steps"
+AHEAD: Final = "encoded ahead"
 
-def config_of(steps: int, quick: bool, samples: str) -> RunConfig:
+
+def config_of(steps: int, quick: bool, samples: str, prefetch: int = 2) -> RunConfig:
     """The demo's first two stages; the first is only there to make a veteran."""
     settings = [f"data.samples={samples}", "stages.inpaint.steps=1", f"stages.ground.steps={steps}",
-                "remember=0", "held_out.samples=0"]  # fmt: skip
+                "remember=0", "held_out.samples=0", f"data.prefetch={prefetch}"]  # fmt: skip
     settings += ["stages.*.batch_size=4", "adapter.rank=8", "adapter.alpha=16"] if quick else []
     base = demo()
     return replace(base, stages=base.stages[:2]).with_settings(settings)
@@ -153,7 +160,22 @@ class Pairs(Quiet):
         self._since = time.perf_counter()
 
 
-def measure(pairs: int, quick: bool, samples: str, *, beside: bool) -> tuple[Pairs, float, float]:
+@dataclass(eq=False)
+class Waits:
+    """Steps of several trainings, and what of them was waiting."""
+
+    steps: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def add(self, pairs: Pairs, seconds: float) -> None:
+        """Those of one more."""
+        self.steps += pairs.trainer
+        self.seconds += seconds
+
+
+def measure(
+    pairs: int, quick: bool, samples: str, *, beside: bool, prefetch: int = 2
+) -> tuple[Pairs, float, float]:
     """The pairs of one training, the seconds it waited for batches, and its first loss.
 
     Args:
@@ -161,16 +183,17 @@ def measure(pairs: int, quick: bool, samples: str, *, beside: bool) -> tuple[Pai
         quick: a smaller adapter and batch.
         samples: ``data.samples``.
         beside: whether a bare loop runs beside it.
+        prefetch: ``data.prefetch``.
     """
     warmup = 1 if quick else 3
-    config = config_of(pairs + warmup, quick, samples)
+    config = config_of(pairs + warmup, quick, samples, prefetch)
     waited: list[float] = []
     original = Samples.batch
 
-    def timed(self: Samples, *args: Any, **kwargs: Any) -> Any:
+    def timed(self: Samples, step: int, *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
-        batch = original(self, *args, **kwargs)
-        if self in mine:
+        batch = original(self, step, *args, **kwargs)
+        if self in mine and step >= warmup:
             waited.append(time.perf_counter() - started)
         return batch
 
@@ -194,7 +217,7 @@ def measure(pairs: int, quick: bool, samples: str, *, beside: bool) -> tuple[Pai
         finally:
             Samples.batch, Samples.prepare = original, made  # type: ignore[method-assign]
         second = [line for line in run.read_log() if line["stage"] == config.stages[1].name]
-    return watched, sum(waited[warmup:]), second[0]["loss"]
+    return watched, sum(waited), second[0]["loss"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -209,7 +232,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"no times: the bare loop's first loss is {found.first}, the trainer's {logged}",
               file=sys.stderr)  # fmt: skip
         return 1
-    alone, encoding, _ = measure(max(3, pairs // 3), args.quick, "none", beside=False)
+    needed = {BETWEEN: Waits(), AHEAD: Waits()}
+    rounds = 1 if args.quick else 3
+    for _ in range(rounds):
+        for prefetch, waits in zip((0, 2), needed.values(), strict=True):
+            waits.add(*measure(max(3, pairs // 6), args.quick, "none", beside=False,
+                               prefetch=prefetch)[:2])  # fmt: skip
     ratios = [ours / bare for ours, bare in zip(found.trainer, found.alone, strict=True)]
     result = {
         "benchmark": "training",
@@ -220,8 +248,13 @@ def main(arguments: list[str] | None = None) -> int:
         "with_log": round(sum(found.trainer) / sum(found.alone) - 1, 4),
         "waiting": {
             "encoded before": round(waited / sum(found.trainer), 4),
-            "encoded when needed": round(encoding / sum(alone.trainer), 4),
+            **{name: round(waits.seconds / sum(waits.steps), 4) for name, waits in needed.items()},
         },
+        "steps": {
+            "encoded before": spread(found.trainer),
+            **{name: spread(waits.steps) for name, waits in needed.items()},
+        },
+        "load": os.getloadavg()[0],
     }
     tell(result)
     keep(result, args.json)
@@ -235,7 +268,9 @@ def tell(result: dict[str, Any]) -> None:
         print(f"{name:>8}  {row['median_ms']:.1f} ms  ({row['p20_ms']:.1f} to {row['p80_ms']:.1f})")
     print(f"overhead {result['overhead']:.1%}, with the log {result['with_log']:.1%}")
     for name, share in result["waiting"].items():
-        print(f"waiting for batches that are {name}: {share:.1%}")
+        step = result["steps"][name]["median_ms"]
+        print(f"waiting for batches that are {name}: {share:.1%}, a step {step:.1f} ms")
+    print(f"load average {result['load']:.1f}")
 
 
 if __name__ == "__main__":

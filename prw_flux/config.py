@@ -55,6 +55,9 @@ class DataConfig:
             that the data has and to the three without weights.
         cache: folder of samples that `cache build` has encoded; training then reads them from disk
             and loads neither autoencoder nor text encoders. None encodes while training.
+        prefetch: batches that another thread may draw and encode, or read from the cache, before
+            their step; 0 does it between the steps, for a source that must stay in one thread. The
+            bits are the same. Samples that were encoded before their stage are in memory.
     """
 
     source: str = "shapeweave"
@@ -63,9 +66,12 @@ class DataConfig:
     max_rejected: float = 0.05
     conditions: tuple[str, ...] = ()
     cache: str | None = None
+    prefetch: int = 2
 
     def __post_init__(self) -> None:
         settle(self)
+        if self.prefetch < 0:
+            raise ConfigError(f"prefetch must be at least 0, got {self.prefetch}")
         if self.samples is not None and self.samples < 1:
             raise ConfigError(f"samples must be at least 1 or none, got {self.samples}")
         if not 0.0 <= self.max_rejected <= 1.0:

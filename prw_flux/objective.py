@@ -25,10 +25,11 @@ from prw_flux.config import RunConfig
 from prw_flux.coredi.stream import joined
 from prw_flux.coredi.training import FeatureStep
 from prw_flux.curriculum import Stage
+from prw_flux.encoded import Batch
 from prw_flux.flow import flow_loss, interpolate, resolution_shift, sample_times
 from prw_flux.passes import source_pass
 from prw_flux.ranks import Ranks
-from prw_flux.samples import Batch, Samples
+from prw_flux.samples import Samples
 from prw_flux.session import Session
 
 
@@ -102,9 +103,9 @@ class Objective:
         self.config, self.session = config, session
         self.ranks = ranks or Ranks()
 
-    def arithmetic(self) -> AbstractContextManager[None]:
-        """In what forwards and backwards run."""
-        return arithmetic(self.session.device.type, self.config.precision)
+    def arithmetic(self, *, alone: bool = True) -> AbstractContextManager[None]:
+        """In what forwards and backwards run; see `arithmetic`."""
+        return arithmetic(self.session.device.type, self.config.precision, alone=alone)
 
     def parts(self, samples: Samples, stage: Stage, step: int) -> Iterator[PartLoss]:
         """The losses of this rank's micro-batches, one after another; they add up to its step's.
@@ -164,7 +165,8 @@ class Objective:
         read: AbstractContextManager[Any] = nullcontext()
         if features is not None:
             read = features.reading(self.session.passes.transformer)
-        with self.arithmetic(), weave.record(key=key, first=first) as record, read:
+        train = self.arithmetic(alone=False)  # the next batches are being made
+        with train, weave.record(key=key, first=first) as record, read:
             noisy = interpolate(clean, noise, times)
             velocity = self.velocity(batch, noisy, times, samples, record)
         return flow_loss(velocity, clean, noise), record
@@ -223,7 +225,7 @@ class Objective:
         if kind == "prompt":
             return None
         text = samples.task.sentence if kind == "task" else ""
-        return samples.texts.gather(samples.texts.rows([text]))[1].to(self.session.device)
+        return samples.alone(text)[1].to(self.session.device)
 
     # Between steps ----------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor
 
+from prw_flux.arithmetic import attention, written_out
 from prw_flux.parallel import refine
 from prw_flux.source_cache import FluxCall, Slot
 
@@ -89,13 +90,13 @@ class PRWFluxAttnProcessor(FluxAttnProcessor):
             source_key, source_value = slot.read(key)
             key = torch.cat([key, source_key], dim=1)
             value = torch.cat([value, source_value], dim=1)
-        out_BSHD = dispatch_attention_fn(
-            query,
-            key,
-            value,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
+        backend, parallel = self._attention_backend, self._parallel_config
+        if written_out() and backend is None and parallel is None:
+            out_BSHD = attention(query, key, value)
+        else:
+            out_BSHD = dispatch_attention_fn(
+                query, key, value, backend=backend, parallel_config=parallel
+            )
         out_BSO: Tensor = out_BSHD.flatten(2, 3).to(query.dtype)
         if encoder_hidden_states is None:
             return out_BSO

@@ -5,167 +5,34 @@ Sample i is a pure function of (seed, stage, i) (`prw_flux.draws`), and the batc
 have seen. Rotary positions have no batch axis in FLUX.1, so a batch holds samples of one source and
 one target size: samples of several sizes are kept in buckets, one per pair of sizes.
 
-Shapes: B samples of a batch, N samples of a stage, S source and T target tokens, C packed latent
-channels, L text tokens, E and P widths of the text and pooled embeddings, R x C grid and D width of
-semantic features.
+Shapes: B samples of a batch, N samples of a stage, C packed latent channels, R x C grid and D width
+of semantic features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from prw_flux.ahead import Ahead, Check
 from prw_flux.batch_order import batch_indices, bucket_of
 from prw_flux.coredi.encoders import FeatureEncoder
 from prw_flux.draws import Draws, SampleError
-from prw_flux.encode import (
-    encode_image,
-    encode_prompts,
-    pack,
-    position_ids,
-    source_offset,
-    to_pixels,
-)
+from prw_flux.encode import encode_image, pack, position_ids, source_offset, to_pixels
+from prw_flux.encoded import Batch, Encoded, Ready, Texts
 from prw_flux.tasks import DataSource, Task, Triple
 
 if TYPE_CHECKING:
     from prw_flux.sample_cache.table import Bucket, StoredTexts, Table
 
 CHUNK: Final = 32
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Batch:
-    """What one step trains on, with the rotary positions of both pictures.
-
-    Features, one place per target token, are there where the run has an encoder of them.
-    """
-
-    target_BTC: Tensor
-    source_BSC: Tensor
-    text_BLE: Tensor
-    pooled_BP: Tensor
-    target_ids_T3: Tensor
-    source_ids_S3: Tensor
-    features_BRCD: Tensor | None = None
-
-    def part(self, start: int, stop: int) -> Batch:
-        """Some of its samples."""
-        if (start, stop) == (0, len(self.target_BTC)):
-            return self
-        features = self.features_BRCD
-        return replace(
-            self,
-            target_BTC=self.target_BTC[start:stop],
-            source_BSC=self.source_BSC[start:stop],
-            text_BLE=self.text_BLE[start:stop],
-            pooled_BP=self.pooled_BP[start:stop],
-            features_BRCD=None if features is None else features[start:stop],
-        )
-
-    def drawn(self, count: int) -> Batch:
-        """Each target and text `count` times in a row, for as many draws of noise; one source."""
-        if count == 1:
-            return self
-        return replace(
-            self,
-            target_BTC=self.target_BTC.repeat_interleave(count, dim=0),
-            text_BLE=self.text_BLE.repeat_interleave(count, dim=0),
-            pooled_BP=self.pooled_BP.repeat_interleave(count, dim=0),
-            features_BRCD=(
-                None
-                if self.features_BRCD is None
-                else self.features_BRCD.repeat_interleave(count, dim=0)
-            ),
-        )
-
-
-class Texts:
-    """Text embeddings, each text encoded once. Row 0 is the empty text."""
-
-    def __init__(self, pipe: Any) -> None:
-        self._parts = {
-            name: getattr(pipe, name)
-            for name in ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
-        }
-        self._rows: dict[str, int] = {}
-        self._text_LE: list[Tensor] = []
-        self._pooled_P: list[Tensor] = []
-        self.rows([""])
-
-    def rows(self, texts: Sequence[str]) -> list[int]:
-        """Row of each text; new ones are encoded together."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._rows]
-        if new:
-            text_BLE, pooled_BP = encode_prompts(new, **self._parts)
-            for name, text, pooled in zip(new, text_BLE, pooled_BP, strict=True):
-                self._rows[name] = len(self._rows)
-                self._text_LE.append(text.to("cpu", torch.bfloat16))
-                self._pooled_P.append(pooled.to("cpu", torch.bfloat16))
-        return [self._rows[text] for text in texts]
-
-    def gather(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """text [B, L, E] and pooled [B, P] of some rows, float32."""
-        text = torch.stack([self._text_LE[row] for row in rows]).float()
-        return text, torch.stack([self._pooled_P[row] for row in rows]).float()
-
-    def pair(self, row: int) -> tuple[Tensor, Tensor]:
-        """[L, E] and [P] of one row, bf16."""
-        return self._text_LE[row], self._pooled_P[row]
-
-    def trim(self) -> None:
-        """Forget all texts but the empty one."""
-        self._rows = {"": 0}
-        del self._text_LE[1:], self._pooled_P[1:]
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """Encoded samples of one size: packed latents in bf16, and rows of the texts."""
-
-    source_NSC: Tensor
-    target_NTC: Tensor
-    rows: list[int]
-    source_grid: tuple[int, int]
-    target_grid: tuple[int, int]
-    features_NRCD: Tensor | None = None
-
-    @property
-    def grids(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """What the samples of a bucket agree in: the token grids of source and target."""
-        return self.source_grid, self.target_grid
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def taken(self, chosen: Sequence[int]) -> Encoded:
-        """Some of the samples."""
-        features = self.features_NRCD
-        return replace(
-            self,
-            source_NSC=self.source_NSC[chosen],
-            target_NTC=self.target_NTC[chosen],
-            rows=[self.rows[i] for i in chosen],
-            features_NRCD=None if features is None else features[chosen],
-        )
-
-    @classmethod
-    def merged(cls, parts: Sequence[Encoded]) -> Encoded:
-        """Parts of one size as one."""
-        features = [part.features_NRCD for part in parts if part.features_NRCD is not None]
-        return cls(
-            torch.cat([part.source_NSC for part in parts]),
-            torch.cat([part.target_NTC for part in parts]),
-            [row for part in parts for row in part.rows],
-            *parts[0].grids,
-            torch.cat(features) if features else None,
-        )
+NOTHING: Final = nullcontext()
 
 
 class Samples:
@@ -181,7 +48,8 @@ class Samples:
         count: N, encoded by `prepare`; None encodes each batch when it is asked for.
         encoder: of the targets' semantic features, where they are wanted.
         max_rejected: largest share of the drawn pictures that may be unusable; see `DataConfig`.
-        reading: opened around whatever reads data.
+        reading: opened around whatever reads data, or waits for it, in the thread that trains.
+        encoding: opened around whatever uses the encoders of `pipe`, in any thread.
         cache: the samples, encoded before; `data` and the encoders of `pipe` are then not used.
 
     Attributes:
@@ -202,15 +70,19 @@ class Samples:
         encoder: FeatureEncoder | None = None,
         max_rejected: float = 1.0,
         reading: Callable[[], AbstractContextManager[None]] = nullcontext,
+        encoding: AbstractContextManager[Any] = NOTHING,
         cache: Table | None = None,
     ) -> None:
         self.data, self.task, self.pipe = data, task, pipe
         self.stage, self.seed, self.batch_size, self.count = stage, seed, batch_size, count
-        self.encoder, self.reading, self.cache = encoder, reading, cache
+        self.encoder, self.reading, self.encoding, self.cache = encoder, reading, encoding, cache
         self.draws = Draws(data, task, stage=stage, seed=seed, max_rejected=max_rejected)
         self.tally = self.draws.tally if cache is None else cache.tally()
         self.texts: Texts | StoredTexts = Texts(pipe) if cache is None else cache.texts
         self._buckets: tuple[Encoded | Bucket, ...] = ()
+        self._alone: dict[str, tuple[Tensor, Tensor]] = {}
+        self._ahead: Ahead[Ready] | None = None
+        self._last: tuple[int, range, Ready] | None = None
 
     def prepare(self, tick: Callable[[int], None] = lambda done: None) -> None:
         """Draw and encode all N samples; nothing where batches are encoded one by one.
@@ -229,7 +101,8 @@ class Samples:
         buckets: dict[Any, list[Encoded]] = {}
         for start in range(0, self.count, CHUNK):
             tick(start)
-            for part in self._encode(range(start, min(start + CHUNK, self.count))):
+            triples = self._drawn(range(start, min(start + CHUNK, self.count)))
+            for part in self._encode(triples):
                 buckets.setdefault(part.grids, []).append(part)
         tick(self.count)
         self.draws.judge(last=True)
@@ -254,8 +127,32 @@ class Samples:
                 found.append(self._features(alike, self.latents(alike[:1])[1]))
         return torch.cat(found).float()
 
+    @contextmanager
+    def ahead(self, steps: range, share: range, depth: int) -> Iterator[None]:
+        """While open, what is read or encoded for single steps is so in another thread.
+
+        Batches are bit for bit what they are without. Those that were encoded by `prepare` are in
+        memory: nothing is done ahead for them.
+
+        Args:
+            steps: that `batch` will be asked for, one after another.
+            share: of their batches.
+            depth: batches that may wait for their step; 0 is no other thread.
+        """
+        if depth == 0 or (self.count is not None and self.cache is None):
+            yield
+            return
+        self.alone("")
+        with Ahead(partial(self._make, share), steps, depth) as self._ahead:
+            try:
+                yield
+            finally:
+                self._ahead = None
+
     def batch(self, step: int, dropped: Sequence[bool] = (), share: range | None = None) -> Batch:
         """The batch of a step, float32; a `dropped` sample has the empty text.
+
+        The last one that was asked for is not made again.
 
         Args:
             step: of the stage.
@@ -266,18 +163,22 @@ class Samples:
             SampleError: no usable sample; or, where batches are encoded one by one, several sizes.
         """
         share = range(self.batch_size) if share is None else share
-        if self.count is None:
-            encoded = self._encode_batch(step, share)
-        else:
-            assert self._buckets, "prepare() comes first"
-            sizes = [len(bucket) for bucket in self._buckets]
-            bucket, turn = bucket_of(self.seed, self.stage, step, sizes)
-            chosen = batch_indices(self.seed, self.stage, turn, self.batch_size, sizes[bucket])
-            encoded = self._buckets[bucket].taken(chosen[share.start : share.stop])
-        rows = list(encoded.rows)
+        if self._last is None or self._last[:2] != (step, share):
+            self._last = None
+            self._last = step, share, self._ready(step, share)
+        ready = self._last[2]
+        text_BLE, pooled_BP = ready.text_BLE.float(), ready.pooled_BP.float()
         for index, drop in enumerate(dropped[share.start : share.stop]):
-            rows[index] = 0 if drop else rows[index]
-        return self._collated(encoded, rows)
+            if drop:
+                text_BLE[index], pooled_BP[index] = (part[0] for part in self.alone(""))
+        return self._collated(ready.encoded, text_BLE, pooled_BP)
+
+    def alone(self, text: str) -> tuple[Tensor, Tensor]:
+        """text [1, L, E] and pooled [1, P] of a text that is no sample's, encoded once; float32."""
+        if text not in self._alone:
+            with self.encoding:
+                self._alone[text] = self.texts.gather(self.texts.rows([text]))
+        return self._alone[text]
 
     def every(self, size: int) -> Iterator[tuple[list[int], Batch]]:
         """Every prepared sample once: batches of at most `size` of one picture size, numbered."""
@@ -286,12 +187,12 @@ class Samples:
             for start in range(0, len(bucket), size):
                 chosen = list(range(start, min(start + size, len(bucket))))
                 part = bucket.taken(chosen)
-                yield [first + i for i in chosen], self._collated(part, part.rows)
+                texts = self.texts.gather(part.rows)
+                yield [first + i for i in chosen], self._collated(part, *texts)
             first += len(bucket)
 
-    def _collated(self, encoded: Encoded, rows: Sequence[int]) -> Batch:
-        """Samples with the texts of some rows."""
-        text_BLE, pooled_BP = self.texts.gather(rows)
+    def _collated(self, encoded: Encoded, text_BLE: Tensor, pooled_BP: Tensor) -> Batch:
+        """Samples with their texts."""
         columns = encoded.source_grid[1]
         return Batch(
             target_BTC=encoded.target_NTC.float(),
@@ -311,25 +212,53 @@ class Samples:
         """Sample `index` before it is encoded; raises like `Draws.triple`."""
         return self.draws.triple(index)
 
-    def _encode_batch(self, step: int, share: range) -> Encoded:
-        """Some of a step whose samples are made when they are needed, in their order."""
-        self.texts.trim()
+    def _ready(self, step: int, share: range) -> Ready:
+        """Some of a step's samples, from the other thread where there is one."""
+        if self._ahead is None:
+            return self._make(share, step)
+        with self.reading():
+            return self._ahead.take(step)
+
+    def _make(self, share: range, step: int, check: Check | None = None) -> Ready:
+        """Some of a step's samples, now; in another thread there is a `check`."""
+        if self.count is not None:
+            assert self._buckets, "prepare() comes first"
+            sizes = [len(bucket) for bucket in self._buckets]
+            bucket, turn = bucket_of(self.seed, self.stage, step, sizes)
+            chosen = batch_indices(self.seed, self.stage, turn, self.batch_size, sizes[bucket])
+            encoded = self._buckets[bucket].taken(chosen[share.start : share.stop])
+            return Ready.of(encoded, self.texts.gather(encoded.rows))
         start = step * self.batch_size
         indices = range(start + share.start, start + share.stop)
-        parts = self._encode(indices) if self.cache is None else self.cache.parts(indices)
+        if self.cache is None:
+            triples = self._drawn(indices, check)
+            with self.encoding:
+                self.texts.trim()
+                parts = self._encode(triples)
+        else:
+            parts = self.cache.parts(indices)
         if len(parts) != 1:
             raise SampleError(
                 f"samples of {self.task.name!r} in one batch must agree in size; got token grids "
                 f"of (source, target) {', '.join(str(part.grids) for part in parts)}: set "
                 "data.samples to a number, so that they are encoded before and sorted by size"
             )
-        return parts[0]
+        return Ready.of(parts[0], self.texts.gather(parts[0].rows))
 
-    def _encode(self, indices: range) -> list[Encoded]:
+    def _drawn(self, indices: range, check: Check | None = None) -> list[Triple]:
+        """Samples before they are encoded."""
+        if check is None:
+            with self.reading():
+                return [self.triple(index) for index in indices]
+        triples = []
+        for index in indices:
+            check()
+            triples.append(self.triple(index))
+        return triples
+
+    def _encode(self, triples: Sequence[Triple]) -> list[Encoded]:
         """Samples, those of one size together."""
         groups: dict[Any, list[Triple]] = {}
-        with self.reading():
-            triples = [self.triple(index) for index in indices]
         for triple in triples:
             groups.setdefault((triple.source.shape, triple.target.shape), []).append(triple)
         return [self._encode_group(group) for group in groups.values()]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -42,6 +43,7 @@ class Session:
         encoder: of semantic features, where the run has a feature stream.
         coredi: the feature stream.
         tables: encoded samples by stage, where the run has a cache; `pipe` then has no encoders.
+        encoding: held by the thread that uses the encoders: tokenizers bear only one.
     """
 
     pipe: CoLoGenPipeline
@@ -50,6 +52,7 @@ class Session:
     encoder: FeatureEncoder | None = None
     coredi: CoReDi | None = None
     tables: Mapping[str, Table] = field(default_factory=dict)
+    encoding: AbstractContextManager[Any] = field(default_factory=threading.RLock)
 
     @property
     def adapter(self) -> PRWAdapter:
@@ -71,13 +74,14 @@ class Session:
 
     @contextmanager
     def awake(self) -> Iterator[None]:
-        """Inside, the encoders are on the device; afterwards they are where they were."""
-        resting = self.pipe.vae.device != self.device
-        self.rest(False)
-        try:
-            yield
-        finally:
-            self.rest(resting)
+        """Inside, the encoders are on the device and ours; afterwards they are where they were."""
+        with self.encoding:
+            resting = self.pipe.vae.device != self.device
+            self.rest(False)
+            try:
+                yield
+            finally:
+                self.rest(resting)
 
 
 def open_session(config: RunConfig, adapter: Path | None = None) -> Session:

@@ -193,20 +193,9 @@ class Trainer:
         if self.monitor is not None:
             self.monitor.begin(number)
         self.adapter.note_trained(self.session.tasks[number].name)
-        optimizer = self._optimizer(stage)
-        began = time.perf_counter() - position.seconds
-        for step in range(position.step, stage.steps):
-            loss = self._gradients(samples, stage, step)
-            self._descend(optimizer, loss, stage, Position(number, step, position.seconds))
-            if self.average is not None:
-                self.average.update(self._learners())
-            self.progress.stepped(step + 1)
-            position = self.position = Position(number, step + 1, time.perf_counter() - began)
-            self._measure(loss, samples, stage, position)
-            if self._stopping():
-                self._leave(position)
-            if (step + 1) % self.config.save_every == 0 and step + 1 < stage.steps:
-                self._save_state(position)
+        share = self.ranks.share(stage.batch_size)
+        with samples.ahead(range(position.step, stage.steps), share, self.config.data.prefetch):
+            position = self._steps(number, samples, position)
         facts = {"seconds": round(position.seconds, 2), **self._drawn(samples)}
         if self.average is not None:
             self.average.settle(self._learners())
@@ -225,6 +214,25 @@ class Trainer:
 
         self.ranks.once(finish)
 
+    def _steps(self, number: int, samples: Samples, position: Position) -> Position:
+        """What is left of a stage's steps; where they end."""
+        stage = self.config.stages[number]
+        optimizer = self._optimizer(stage)
+        began = time.perf_counter() - position.seconds
+        for step in range(position.step, stage.steps):
+            loss = self._gradients(samples, stage, step)
+            self._descend(optimizer, loss, stage, Position(number, step, position.seconds))
+            if self.average is not None:
+                self.average.update(self._learners())
+            self.progress.stepped(step + 1)
+            position = self.position = Position(number, step + 1, time.perf_counter() - began)
+            self._measure(loss, samples, stage, position)
+            if self._stopping():
+                self._leave(position)
+            if (step + 1) % self.config.save_every == 0 and step + 1 < stage.steps:
+                self._save_state(position)
+        return position
+
     # Preparation ------------------------------------------------------------------------------
 
     def _samples(self, number: int, position: Position) -> Samples:
@@ -240,6 +248,7 @@ class Trainer:
             encoder=self.session.encoder,
             max_rejected=config.data.max_rejected,
             reading=self._reading,
+            encoding=self.session.encoding,
             cache=self.session.tables.get(stage.name),
         )
 
@@ -250,14 +259,14 @@ class Trainer:
 
         self.session.rest(False)
         samples.prepare(tick)
+        self.objective.know_sentence(samples)
         if samples.count is not None:
-            self.objective.know_sentence(samples)
             self.session.rest(True)
         return samples
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Around every read of data: says that it takes long, and may be left by a signal.
+        """While data is waited for: says that it takes long, and may be left by a signal.
 
         Several ranks leave together, between steps.
         """
@@ -311,7 +320,7 @@ class Trainer:
         """Forwards and backwards of a step; every rank then has the gradient of the whole batch."""
         parts = []
         for part in self.objective.parts(samples, stage, step):
-            with self.objective.arithmetic():
+            with self.objective.arithmetic(alone=False):
                 part.total.backward()
             parts.append(part)
         self.ranks.wait()  # over gloo: nobody waits on a device for a rank that is gone

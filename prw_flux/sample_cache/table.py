@@ -25,10 +25,10 @@ from torch import Tensor
 
 from prw.atomic import replace_file
 from prw_flux.draws import Tally
+from prw_flux.encoded import Encoded
 from prw_flux.sample_cache.errors import CacheError
 from prw_flux.sample_cache.identity import Identity
 from prw_flux.sample_cache.store import Grid, Shards, content_hash, key_rows, write
-from prw_flux.samples import Encoded
 
 BLOCK: Final = 256
 """Samples of a block; a multiple of the 32 that are encoded together."""

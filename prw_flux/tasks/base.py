@@ -172,7 +172,8 @@ class DataSource(Protocol):
     def example(self, task: str, index: int) -> Example:
         """Example `index` (any non-negative integer) drawn to suit the task.
 
-        May raise TaskReject where what is stored there is damaged.
+        May raise TaskReject where what is stored there is damaged. Training asks for one after
+        another, from a thread of its own unless ``data.prefetch`` is 0.
         """
 
     def __len__(self) -> int:

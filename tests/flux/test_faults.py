@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -173,16 +173,16 @@ def test_a_loss_that_is_not_finite_loses_one_step(
 
 
 class Slow(ShapeWeave):
-    """A reader that hangs once, at one index of the second stage."""
+    """A reader that hangs once, at one index of the second stage, until it is enough."""
 
-    def __init__(self, seconds: float, seed: int = 0) -> None:
-        super().__init__(size=64, seed=seed)
-        self.seconds = seconds
+    def __init__(self, seconds: float, enough: Callable[[], bool] = lambda: False) -> None:
+        super().__init__(size=64)
+        self.seconds, self.enough = seconds, enough
 
     def example(self, task: str, index: int) -> Example:
         if (task, index) == ("ground", 3) and self.seconds:
             until, self.seconds = time.monotonic() + self.seconds, 0.0
-            while time.monotonic() < until:
+            while time.monotonic() < until and not self.enough():
                 time.sleep(0.01)
         return super().example(task, index)
 
@@ -205,26 +205,31 @@ def test_a_slow_reader_is_waited_for(
     quick = RunFolder.create(tmp_path / "quick", config)
     go(quick, Slow(0.0))
     run, progress = RunFolder.create(tmp_path / "run", config), Waits()
-    go(run, Slow(1.0), progress=progress)
+    go(run, Slow(60.0, lambda: max(progress.told, default=0.0) > 0.8), progress=progress)
     assert contents(run) == contents(quick)
-    assert max(progress.told) > 0.8
-    assert not [thread for thread in threading.enumerate() if thread.name == "waiting for data"]
+    assert 0.8 < max(progress.told) < 30.0
+    left = {"waiting for data", "preparing batches"}
+    assert not [thread for thread in threading.enumerate() if thread.name in left]
 
 
 @pytest.mark.parametrize("samples", ["none", "6"])
-def test_sigterm_ends_a_reader_that_hangs(config: RunConfig, tmp_path: Path, samples: str) -> None:
+def test_sigterm_ends_a_reader_that_hangs(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, samples: str
+) -> None:
+    monkeypatch.setattr("prw_flux.ahead.PATIENCE", 0.5)
     config = config.with_settings([f"data.samples={samples}"])
     quick = RunFolder.create(tmp_path / "quick", config)
     go(quick, Slow(0.0))
     run = RunFolder.create(tmp_path / "run", config)
-    began = time.monotonic()
+    began, left = time.monotonic(), threading.Event()
 
     class Impatient(Quiet):
         def waiting(self, seconds: float) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Interrupted) as stopped, Stop() as stop:
-        go(run, Slow(600.0), stop=stop, progress=Impatient())
+        go(run, Slow(600.0, left.is_set), stop=stop, progress=Impatient())
+    left.set()  # the reader that was left behind returns
     assert stopped.value.status == 143 and time.monotonic() - began < 60
     go(RunFolder.open(run.path), Slow(0.0))
     assert contents(RunFolder.open(run.path)) == contents(quick)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,23 @@ def sharded(ranks: Ranks, folder: Path) -> None:
     assert all(len(rows) == 6 for rows in memory)
 
 
+def ahead(ranks: Ranks, folder: Path) -> None:
+    """A thread of each rank makes its part of the next batches: the bits of none doing so."""
+    config = RunConfig.from_json((folder / "config.json").read_text()).with_settings(
+        ["data.samples=none", "accumulate=2", "held_out.samples=0", "sample_every=0"]
+    )
+    found = []
+    for depth in (0, 2):
+        one = replace(config, stages=config.stages[:1]).with_settings([f"data.prefetch={depth}"])
+        create = partial(RunFolder.create, folder / f"ahead-{depth}", one)
+        path = ranks.once(lambda create=create: create().path)
+        session = open_session(one)
+        train(RunFolder.open(path), session, open_training_data(one, session), ranks=ranks)
+        found.append({name: p.detach() for name, p in session.adapter.named_parameters()})
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+
+
 def with_ranks(check: Any) -> Any:
     """A scenario that is given the ranks."""
 
@@ -161,5 +180,6 @@ def with_ranks(check: Any) -> Any:
 
 
 if __name__ == "__main__":
-    checks = {"gradients": gradients, "features": features, "resumed": resumed, "sharded": sharded}
+    checks = {"gradients": gradients, "features": features, "resumed": resumed, "ahead": ahead,
+              "sharded": sharded}  # fmt: skip
     report({name: with_ranks(check) for name, check in checks.items()})
