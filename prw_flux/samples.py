@@ -103,7 +103,9 @@ class Texts:
         """Row of each text; new ones are encoded together."""
         new = [text for text in dict.fromkeys(texts) if text not in self._rows]
         if new:
-            text_BLE, pooled_BP = encode_prompts(new, **self._parts)
+            device = self._parts["text_encoder_2"].device.type
+            with torch.autocast(device, enabled=False):  # the same bits whoever asks, and when
+                text_BLE, pooled_BP = encode_prompts(new, **self._parts)
             for name, text, pooled in zip(new, text_BLE, pooled_BP, strict=True):
                 self._rows[name] = len(self._rows)
                 self._text_LE.append(text.to("cpu", torch.bfloat16))
@@ -224,7 +226,7 @@ class Samples:
         if self.count is None:
             return
         if self.cache is not None:
-            self._buckets = self.cache.buckets()
+            self._buckets = self.cache.buckets(self.count)
             return
         buckets: dict[Any, list[Encoded]] = {}
         for start in range(0, self.count, CHUNK):
@@ -283,6 +285,15 @@ class Samples:
                 part = bucket.taken(chosen)
                 yield [first + i for i in chosen], self._collated(part, part.rows)
             first += len(bucket)
+
+    def first(self, count: int) -> list[tuple[list[int], Encoded]]:
+        """The first samples with their numbers, prepared or not; those of one size together."""
+        alike: dict[Any, list[tuple[int, Encoded]]] = {}
+        for i in range(count):
+            (one,) = self._encode(range(i, i + 1)) if self.cache is None else self.cache.parts([i])
+            alike.setdefault(one.grids, []).append((i, one))
+        found = [zip(*group, strict=True) for group in alike.values()]
+        return [(list(numbers), Encoded.merged(parts)) for numbers, parts in found]
 
     def _collated(self, encoded: Encoded, rows: Sequence[int]) -> Batch:
         """Samples with the texts of some rows."""

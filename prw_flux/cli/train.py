@@ -100,8 +100,8 @@ def _planned(args: argparse.Namespace) -> Any:
 
 def _begin(args: argparse.Namespace, ranks: Any) -> Path:
     """A new run: everything that can be wrong is found before its folder exists."""
+    from prw_flux.data.choose import open_held_out
     from prw_flux.data.photos import PhotoFolder
-    from prw_flux.held_out import open_held_out
     from prw_flux.ranks import require_even
     from prw_flux.resume import adapter_to_continue
     from prw_flux.rundir import RunFolder

@@ -17,8 +17,9 @@ from PIL import Image as PILImage
 
 from prw import ConfigError
 from prw_flux.config import RunConfig
+from prw_flux.data.choose import open_held_out
 from prw_flux.grids import tiled
-from prw_flux.held_out import HeldOut, open_held_out
+from prw_flux.held_out import HeldOut
 from prw_flux.interrupt import Interrupted, Stop
 from prw_flux.objective import Objective
 from prw_flux.progress import Quiet
