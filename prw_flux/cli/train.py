@@ -78,7 +78,7 @@ def run_train(args: argparse.Namespace) -> int:
 
     if args.dry_run:
         return dry_run.tell(args, _planned(args))
-    show.quiet_loading()
+    show.quiet_loading(args.quiet)
     ranks = join()
     path = _begin(args, ranks) if args.resume is None else _resume(args, ranks)
     leave()
