@@ -53,8 +53,9 @@ class DataConfig:
             "softedge_classical", "lineart_classical", or "softedge", "lineart", "depth" and
             "segmentation" with weights, as in "depth:PATH-OR-HUB-ID". Nothing leaves it to the maps
             that the data has and to the three without weights.
-        cache: folder of samples that `cache build` has encoded; training then reads them from disk
-            and loads neither autoencoder nor text encoders. None encodes while training.
+        cache: folder of samples that `cache build` has encoded; training then reads them from disk,
+            those held out as well, and loads no text encoder, and the autoencoder only where
+            `sample_every` draws pictures. None encodes while training.
         prefetch: batches that another thread may draw and encode, or read from the cache, before
             their step; 0 does it between the steps, for a source that must stay in one thread. The
             bits are the same. Samples that were encoded before their stage are in memory.
@@ -203,7 +204,7 @@ class RunConfig:
             stage (`prw_flux.ema`); 0 is off.
         trackers: "tensorboard", "wandb", or ``package.module:function`` of the user's, which makes
             an `accelerate.tracking.GeneralTracker` from the run's folder and step.
-        sample_every: steps between grids of pictures that are drawn from four fixed held-out
+        sample_every: steps between grids of pictures that are drawn from the first four held-out
             samples of the stage, with `evaluation.steps` steps, into ``grids/``; 0 is off.
         held_out: the loss on samples that are never trained on.
         coredi: semantic features beside the image, off by default.

@@ -21,6 +21,11 @@ STRIDE: Final = 1_000_003
 """Distance to the example that replaces a rejected one; prime: a small source is covered."""
 
 
+def held_out_stage(stage: str) -> str:
+    """Under what name the held-out samples of a stage are drawn; no stage can be called so."""
+    return f"{stage} held out"
+
+
 class SampleError(PRWError, ValueError):
     """A stage has no usable samples, or a batch would have several sizes."""
 

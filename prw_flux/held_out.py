@@ -5,48 +5,16 @@ Shapes: B samples of a batch, T target tokens, C packed latent channels.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import final
 
 import torch
 
 import prw
-from prw import ConfigError
 from prw_flux.batch_order import stable_hash
-from prw_flux.config import RunConfig
-from prw_flux.data.choose import open_run_data
-from prw_flux.data.with_maps import WithMaps
 from prw_flux.flow import interpolate, resolution_shift, sample_times, velocity_target
 from prw_flux.objective import Objective
 from prw_flux.samples import Samples
-from prw_flux.tasks import DataSource
-
-logger = logging.getLogger(__name__)
-
-
-def open_held_out(config: RunConfig, data: DataSource) -> DataSource:
-    """The side of a run's data that is never trained on.
-
-    Which samples are on it depends on their keys and names alone: ShapeWeave holds combinations
-    out, photos go by a hash of their names, of built data it is the last rows.
-
-    Raises:
-        ConfigError: the source has no such side, because it is an object of the user's.
-        PhotoError: a single photo cannot be on both sides.
-    """
-    found = open_run_data(config, "heldout")
-    if _plain(found) is _plain(data):
-        raise ConfigError(
-            f"data source {config.data.source!r} is one object, so nothing of it is held out: name "
-            "a function or class that takes split=, or set held_out.samples=0 and sample_every=0"
-        )
-    return found
-
-
-def _plain(data: DataSource) -> DataSource:
-    """A source without the maps that a run makes of its pictures."""
-    return data.data if isinstance(data, WithMaps) else data
 
 
 @final
@@ -73,7 +41,7 @@ class HeldOut:
     the target as it does in training, and their noise is fixed as well.
 
     Args:
-        samples: of the held-out side; encoded here.
+        samples: of the held-out side; encoded here, or read from a cache.
         objective: of the run.
         seed, stage: of the run.
         size: samples per forward.

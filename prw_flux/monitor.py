@@ -11,11 +11,13 @@ import prw
 from prw import ConfigError
 from prw.telemetry import merged, summarise
 from prw_flux.curriculum import Stage
-from prw_flux.data.choose import require_feeds
+from prw_flux.data.choose import open_held_out, require_feeds
+from prw_flux.draws import held_out_stage
 from prw_flux.grids import Grids
-from prw_flux.held_out import HeldOut, open_held_out
+from prw_flux.held_out import HeldOut
 from prw_flux.objective import Objective
 from prw_flux.rundir import RunFolder
+from prw_flux.sample_cache.wanted import held_out_count
 from prw_flux.samples import Samples
 from prw_flux.tasks import TASKS, DataSource
 from prw_flux.tracking import Trackers, by_block, tracked
@@ -57,8 +59,7 @@ class Monitor:
         config = run.config
         self.run, self.config, self.objective = run, config, objective
         self.averaged, self.writes = averaged, writes
-        wanted = config.held_out.samples > 0 or config.sample_every > 0
-        self.data = open_held_out(config, data) if wanted else None
+        self.data = open_held_out(config, data) if held_out_count(config) else None
         self.trackers = Trackers.open(run, step) if writes else Trackers()
         self._held_out: HeldOut | None = None
         self._grids: Grids | None = None
@@ -74,28 +75,28 @@ class Monitor:
         except ConfigError as problem:
             logger.warning("stage %s is trained without held-out samples: %s", stage.name, problem)
             return
-        if self.config.held_out.samples:
-            self._held_out = self._open(number)
-        if self.config.sample_every:
-            session, folder = self.objective.session, self.run.grids
-            self._grids = Grids(self.config, session, self.data, task, folder)
+        samples, config, size = self._samples(number, self.data), self.config, stage.batch_size
+        if config.held_out.samples:
+            self._held_out = HeldOut(
+                samples, self.objective, seed=config.seed, stage=stage.name, size=size
+            )
+        if config.sample_every:
+            self._grids = Grids(config, self.objective, samples, self.run.grids)
 
-    def _open(self, number: int) -> HeldOut:
+    def _samples(self, number: int, data: DataSource) -> Samples:
         config, session, stage = self.config, self.objective.session, self.config.stages[number]
-        assert self.data is not None
-        samples = Samples(
-            self.data,
+        name = held_out_stage(stage.name)
+        return Samples(
+            data,
             session.tasks[number],
             session.pipe,
-            stage=f"{stage.name} held out",
+            stage=name,
             seed=config.seed,
             batch_size=stage.batch_size,
             count=config.held_out.samples,
             encoder=session.encoder,
             max_rejected=config.data.max_rejected,
-        )
-        return HeldOut(
-            samples, self.objective, seed=config.seed, stage=stage.name, size=stage.batch_size
+            cache=session.tables.get(name),
         )
 
     # After a step -----------------------------------------------------------------------------

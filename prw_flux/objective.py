@@ -213,14 +213,14 @@ class Objective:
             times,
             batch.source_BSC.to(device),
             batch.source_ids_S3.to(device),
-            self._source_pooled(samples),
+            self.source_pooled(samples),
             guidance,
             call,
         )
         return velocity
 
-    def _source_pooled(self, samples: Samples) -> Tensor | None:
-        """[1, P] what modulates the source; None for the pooled caption."""
+    def source_pooled(self, samples: Samples) -> Tensor | None:
+        """[1, P] what modulates the source, encoded if need be; None for the pooled caption."""
         kind = self.config.adapter.source_pooled
         if kind == "prompt":
             return None
@@ -231,8 +231,7 @@ class Objective:
 
     def know_sentence(self, samples: Samples) -> None:
         """Encode what modulates the source, while the text encoders are there."""
-        with self.arithmetic():
-            self._source_pooled(samples)
+        self.source_pooled(samples)
 
     def quiet(self, samples: Samples, stage: Stage, step: int) -> prw.Record:
         """Routings of this rank's part of a batch without router noise, as generation routes."""
@@ -272,7 +271,7 @@ class Objective:
     ) -> None:
         """The source pass alone, `size` samples at a time."""
         device = self.session.device
-        pooled = self._source_pooled(samples)
+        pooled = self.source_pooled(samples)
         for start in range(0, len(times_B), size):
             part, times = batch.part(start, start + size), times_B[start : start + size]
             with self.arithmetic():

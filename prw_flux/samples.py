@@ -96,7 +96,7 @@ class Samples:
         if self.count is None:
             return
         if self.cache is not None:
-            self._buckets = self.cache.buckets()
+            self._buckets = self.cache.buckets(self.count)
             return
         buckets: dict[Any, list[Encoded]] = {}
         for start in range(0, self.count, CHUNK):
@@ -190,6 +190,18 @@ class Samples:
                 texts = self.texts.gather(part.rows)
                 yield [first + i for i in chosen], self._collated(part, *texts)
             first += len(bucket)
+
+    def first(self, count: int) -> list[tuple[list[int], Encoded]]:
+        """The first samples with their numbers, prepared or not; those of one size together."""
+        alike: dict[Any, list[tuple[int, Encoded]]] = {}
+        for i in range(count):
+            if self.cache is None:
+                (one,) = self._encode(self._drawn(range(i, i + 1)))
+            else:
+                (one,) = self.cache.parts([i])
+            alike.setdefault(one.grids, []).append((i, one))
+        found = [zip(*group, strict=True) for group in alike.values()]
+        return [(list(numbers), Encoded.merged(parts)) for numbers, parts in found]
 
     def _collated(self, encoded: Encoded, text_BLE: Tensor, pooled_BP: Tensor) -> Batch:
         """Samples with their texts."""

@@ -28,8 +28,9 @@ from prw_flux.sample_cache.table import Table
 from prw_flux.schema import plain
 from prw_flux.tasks import TASKS, Task, load_task
 
-ENCODERS: Final = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-"""What a run with a cache does without."""
+MODELS: Final = ("vae", "text_encoder", "text_encoder_2")
+ENCODERS: Final = (*MODELS, "tokenizer", "tokenizer_2")
+"""What a run with a cache does without; all but the first where it draws pictures."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +43,9 @@ class Session:
         tasks: the task of each stage.
         encoder: of semantic features, where the run has a feature stream.
         coredi: the feature stream.
-        tables: encoded samples by stage, where the run has a cache; `pipe` then has no encoders.
+        tables: encoded samples by stage, where the run has a cache, those held out under
+            `draws.held_out_stage`; `pipe` then has no text encoders, and an autoencoder only to
+            draw pictures.
         encoding: held by the thread that uses the encoders: tokenizers bear only one.
     """
 
@@ -68,20 +71,31 @@ class Session:
     def rest(self, resting: bool) -> None:
         """Let the encoders leave the device while nothing is encoded, or come back."""
         where = torch.device("cpu") if resting else self.device
-        for part in (self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.vae):
-            if part is not None and part.device != where:
+        for part in self._encoders():
+            if part.device != where:
                 part.to(where)
 
     @contextmanager
-    def awake(self) -> Iterator[None]:
-        """Inside, the encoders are on the device and ours; afterwards they are where they were."""
+    def awake(self, *names: str) -> Iterator[None]:
+        """Inside, the encoders are on the device and ours; afterwards they are where they were.
+
+        Args:
+            names: of those that are needed; none is all.
+        """
         with self.encoding:
-            resting = self.pipe.vae.device != self.device
-            self.rest(False)
+            before = [(part, part.device) for part in self._encoders(*names)]
+            for part, _ in before:
+                part.to(self.device)
             try:
                 yield
             finally:
-                self.rest(resting)
+                for part, device in before:
+                    part.to(device)
+
+    def _encoders(self, *names: str) -> list[Any]:
+        """Those that the run has."""
+        found = [getattr(self.pipe, name) for name in names or MODELS]
+        return [part for part in found if part is not None]
 
 
 def open_session(config: RunConfig, adapter: Path | None = None) -> Session:
@@ -107,7 +121,7 @@ def open_session(config: RunConfig, adapter: Path | None = None) -> Session:
     if config.data.cache is not None:
         finished = {s.name for s in read(adapter).ledger.stages if not s.open} if adapter else set()
         tables = open_tables(config, tasks, finished)
-    pipe = load_base(config, ENCODERS if tables else ())
+    pipe = load_base(config, ENCODERS[bool(config.sample_every) :] if tables else ())
     woven = PRWAdapter.for_transformer(
         pipe.transformer,
         **plain(config.adapter),

@@ -18,7 +18,7 @@ Then train with --set data.cache=CACHE."""
 def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
     """Add the verb and those below it."""
     parser = verbs.add_parser(
-        "cache", parents=[common], help="encode training samples onto disk; check them"
+        "cache", parents=[common], help="encode the samples of a run onto disk; check them"
     )
     below = parser.add_subparsers(metavar="VERB", dest="cache_verb", required=True)
     build = below.add_parser(

@@ -148,9 +148,10 @@ def run_inspect(args: argparse.Namespace) -> int:
     console = show.human()
     size = sum(shard["bytes"] for shard in manifest.shards) / 2**20
     state = "" if manifest.done else ", not finished"
+    shards = "shard" if len(manifest.shards) == 1 else "shards"
     console.print(
         f"[bold]{folder}[/bold]  {manifest.task}, {manifest.kept:,} rows in "
-        f"{len(manifest.shards)} shards, {size:,.1f} MiB{state}"
+        f"{len(manifest.shards)} {shards}, {size:,.1f} MiB{state}"
     )
     table = show.table("", {"": "left", "count": "right", "what": "left", "first": "left"})
     for name, counts in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -20,14 +21,22 @@ def watcher() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def quiet_loading() -> None:
-    """Load models without the bars and remarks of the libraries that load them."""
+def quiet_loading(quiet: bool = False) -> None:
+    """Load models without the bars and remarks of the libraries that load them.
+
+    The bar over the rows of a data set that is opened for the first time stays on a terminal.
+
+    Args:
+        quiet: no bar at all.
+    """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
+    if quiet or not sys.stderr.isatty():  # read when datasets is imported, which is later
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def answer(data: Any) -> None:

@@ -78,7 +78,7 @@ def run_train(args: argparse.Namespace) -> int:
 
     if args.dry_run:
         return dry_run.tell(args, _planned(args))
-    show.quiet_loading()
+    show.quiet_loading(args.quiet)
     ranks = join()
     path = _begin(args, ranks) if args.resume is None else _resume(args, ranks)
     leave()
@@ -100,8 +100,8 @@ def _planned(args: argparse.Namespace) -> Any:
 
 def _begin(args: argparse.Namespace, ranks: Any) -> Path:
     """A new run: everything that can be wrong is found before its folder exists."""
+    from prw_flux.data.choose import open_held_out
     from prw_flux.data.photos import PhotoFolder
-    from prw_flux.held_out import open_held_out
     from prw_flux.ranks import require_even
     from prw_flux.resume import adapter_to_continue
     from prw_flux.rundir import RunFolder

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, final
 
+from prw_flux.data.input_files import are_numbers
 from prw_flux.data.rows import is_text
 
 MAPS: Final = ("depth", "segmentation", "lineart", "softedge")
@@ -212,10 +213,7 @@ class _Node:
 
     def box(self) -> Box:
         raw = self.raw
-        numbers = isinstance(raw, list) and all(
-            isinstance(v, int | float) and not isinstance(v, bool) for v in raw
-        )
-        if not isinstance(raw, list) or not numbers or len(raw) != 4:
+        if not isinstance(raw, list) or not are_numbers(raw, 4):
             raise PhotoError(f"{self.where}: expected [x0, y0, x1, y1], got {_short(raw)}")
         x0, y0, x1, y1 = (float(v) for v in raw)
         if not (x0 < x1 and y0 < y1):

@@ -67,6 +67,32 @@ def open_run_data(config: RunConfig, split: str = "train") -> DataSource:
     )
 
 
+def open_held_out(config: RunConfig, data: DataSource) -> DataSource:
+    """The side of a run's data that is never trained on.
+
+    Which samples are on it depends on their keys and names alone: ShapeWeave holds combinations
+    out, photos go by a hash of their names, of built data it is the last rows.
+
+    Raises:
+        ConfigError: the source has no such side, because it is an object of the user's.
+        PhotoError: a single photo cannot be on both sides.
+    """
+    found = open_run_data(config, "heldout")
+    if _plain(found) is _plain(data):
+        raise ConfigError(
+            f"data source {config.data.source!r} is one object, so nothing of it is held out: name "
+            "a function or class that takes split=, or set held_out.samples=0 and sample_every=0"
+        )
+    return found
+
+
+def _plain(data: DataSource) -> DataSource:
+    """A source without the maps that a run makes of its pictures."""
+    from prw_flux.data.with_maps import WithMaps
+
+    return data.data if isinstance(data, WithMaps) else data
+
+
 def _open(source: str, *, size: int, seed: int, split: str, photos: str | None) -> DataSource:
     if source == "shapeweave":
         return ShapeWeave(size=size, seed=seed, split=split)
@@ -91,13 +117,18 @@ def _open(source: str, *, size: int, seed: int, split: str, photos: str | None) 
     return found
 
 
+def feeds(data: DataSource, task: Task, builtin: frozenset[str]) -> bool:
+    """Whether `data` has examples for `task`; arguments as of `require_feeds`."""
+    return task.name not in builtin or task.name in data.tasks()
+
+
 def require_feeds(data: DataSource, task: Task, builtin: frozenset[str]) -> None:
     """Raise unless `data` has examples for `task`; a task of the user's own is given any.
 
     Args:
         builtin: names of the project's own tasks, of which `data.tasks()` knows.
     """
-    if task.name in builtin and task.name not in data.tasks():
+    if not feeds(data, task, builtin):
         fed = ", ".join(sorted(data.tasks()))
         raise ConfigError(
             f"{data.name} cannot feed the task {task.name!r}, only {fed}; leave the stage out, or "

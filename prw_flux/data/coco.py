@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, final
 
 from prw_flux.data.input_files import (
+    are_numbers,
     entries,
     optional_of,
     picture_in,
@@ -89,7 +90,7 @@ class Instances:
 
     def _check(self, entry: Mapping[str, Any], where: str) -> None:
         box = value_of(entry, ("bbox",), list, where)
-        if len(box) != 4 or not all(isinstance(v, int | float) for v in box):
+        if not are_numbers(box, 4):
             raise DataError(f"{where}: bbox must be [x, y, width, height], got {short(box)}")
         for field, known in (("image_id", self.files), ("category_id", self.names)):
             if value_of(entry, (field,), (int, str), where) not in known:

@@ -63,9 +63,10 @@ class EditPairs:
 def _listed(path: Path, licence: str) -> Iterator[Record]:
     for number, entry in enumerate(entries(read_json(path), path.name)):
         where = f"{path.name}[{number}]"
+        own = optional_of(entry, KEY, (str, int), where)
         yield Record(
             where=where,
-            key=str(optional_of(entry, KEY, (str, int), where) or number),
+            key=str(number if own in (None, "") else own),
             text=optional_of(entry, TEXT, str, where) or "",
             source=picture_in(path.parent, value_of(entry, SOURCE, str, where), where),
             target=picture_in(path.parent, value_of(entry, TARGET, str, where), where),
@@ -96,12 +97,23 @@ def _side_by_side(root: Path, licence: str) -> Iterator[Record]:
 
 
 def _pictures(folder: Path) -> dict[str, Path]:
-    """The pictures of a folder by their path without the suffix."""
-    return {
-        path.relative_to(folder).with_suffix("").as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in SUFFIXES
-    }
+    """The pictures of a folder by their path without the suffix.
+
+    Raises:
+        DataError: two differ in the suffix alone.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in SUFFIXES:
+            continue
+        key = path.relative_to(folder).with_suffix("").as_posix()
+        if key in found:
+            raise DataError(
+                f"{path} and {found[key].name} would be one and the same side of a pair: rename or "
+                "remove one"
+            )
+        found[key] = path
+    return found
 
 
 def _picture(path: Path | None) -> Picture | None:

@@ -87,6 +87,15 @@ WORDS: Final[Mapping[type, str]] = {
 }
 
 
+def are_numbers(value: Any, count: int) -> bool:
+    """Whether it is a list of so many numbers; whole ones that no float can hold are none."""
+    return (
+        isinstance(value, list)
+        and len(value) == count
+        and all(isinstance(v, float) or (type(v) is int and abs(v) < 2**53) for v in value)
+    )
+
+
 def picture_in(root: Path, name: str, where: str) -> Picture:
     """A picture by its name in a folder, which it may not leave.
 

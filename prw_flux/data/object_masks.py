@@ -29,7 +29,13 @@ class Polygons:
     points: Sequence[Sequence[float]]
 
     def draw(self, height: int, width: int) -> Image:
-        """uint8 [height, width], 255 inside; a pixel that the outline touches is inside."""
+        """uint8 [height, width], 255 inside; a pixel that the outline touches is inside.
+
+        Raises:
+            Reject: a point is no place.
+        """
+        if not all(abs(value) < 2**31 for polygon in self.points for value in polygon):
+            raise Reject("damaged mask", "a polygon has a point that is not finite")
         canvas = PILImage.new("L", (width, height))
         pen = ImageDraw.Draw(canvas)
         for polygon in self.points:

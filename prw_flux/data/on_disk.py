@@ -153,7 +153,10 @@ def _open(folder: Place, weight: float, split: str, cache: str | Path | None) ->
     first = {"train": 0, "heldout": total - held, "all": 0}[split]
     count = {"train": total - held, "heldout": held, "all": total}[split]
     if not count:
-        raise DataError(f"{folder} has one row, so there is none for split {split!r}")
+        raise DataError(
+            f"{folder} has one row, so there is none for split {split!r}: one is always held out; "
+            "build it from two records or more"
+        )
     rows: StoredRows
     blocks: tuple[int, ...] = ()
     if isinstance(folder, Path):

@@ -120,7 +120,10 @@ class ParquetRows:
 
 
 def _checked(path: Place, columns: ColumnMap) -> int:
-    """The number of rows of a file whose columns are there and of the right types."""
+    """The number of rows of a file whose columns are there and of the right types.
+
+    A column of nothing but nulls has no type and is right.
+    """
     import pyarrow
     import pyarrow.parquet as parquet
 
@@ -152,7 +155,7 @@ def _holds_pictures(kind: Any) -> bool:
 
     if types.is_struct(kind):
         return any(one.name == "bytes" for one in kind)
-    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_null(kind))
 
 
 def _holds_texts(kind: Any) -> bool:
@@ -160,7 +163,7 @@ def _holds_texts(kind: Any) -> bool:
 
     if types.is_list(kind) or types.is_large_list(kind):
         return _holds_texts(kind.value_type)
-    return bool(types.is_string(kind) or types.is_large_string(kind))
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind))
 
 
 def _rows_of(

@@ -81,7 +81,10 @@ class PhotoFolder:
         self._listing = found.side(split, heldout)
         self.name, self.root = f"photos:{found.name}", found.root
         if not self._listing.files:
-            raise PhotoError(f"{self.root} has one photo, so there is none for split {split!r}")
+            raise PhotoError(
+                f"{self.root} has one photo, so there is none for split {split!r}: add another, or "
+                "hold nothing out (held_out.samples=0 and sample_every=0)"
+            )
         self.rejects: list[ImageError] = []
         self._cache: dict[str, Example] = {}
         self._room = CACHE_BYTES

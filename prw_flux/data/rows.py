@@ -86,13 +86,16 @@ class Picture:
         """Its bytes, or None where it exists as pixels only.
 
         Raises:
-            Reject: "missing".
+            Reject: "missing", or "unreadable" (no permission, a disk that fails).
         """
         if self.pixels is not None or self.data is not None:
             return self.data
         if self.path is None or not self.path.is_file():
             raise Reject("missing", f"no such file: {self.name}")
-        return self.path.read_bytes()
+        try:
+            return self.path.read_bytes()
+        except OSError as problem:
+            raise Reject("unreadable", f"{self.name}: {problem.strerror}") from None
 
 
 @final

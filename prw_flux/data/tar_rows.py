@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Final, NamedTuple, TypeAlias, final
 
 from prw_flux.data.annotations import MAPS
 from prw_flux.data.column_map import ColumnMap, require
-from prw_flux.data.input_files import entries, near, optional_of, short, value_of
+from prw_flux.data.input_files import are_numbers, entries, near, optional_of, short, value_of
 from prw_flux.data.remote import Place, found_files, name_of
 from prw_flux.data.rows import DataError, Picture, Record, ThingBox
 from prw_flux.data.shard_cache import ShardCache
@@ -244,7 +244,7 @@ def _facts(sample: Sample, file: BinaryIO) -> Mapping[str, Any] | None:
         return {}
     try:
         found = json.loads(_bytes(sample.members["json"], file))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
@@ -259,7 +259,7 @@ def _boxes(raw: Any, where: str) -> tuple[ThingBox, ...]:
     for number, entry in enumerate(entries(raw or [], f"{where}, json.boxes")):
         place = f"{where}, json.boxes[{number}]"
         box = value_of(entry, ("box", "bbox"), list, place)
-        if len(box) != 4 or not all(isinstance(v, int | float) for v in box):
+        if not are_numbers(box, 4):
             raise DataError(f"{place}: box must be [x0, y0, x1, y1], got {short(box)}")
         label = optional_of(entry, ("label",), str, place) or ""
         phrase = optional_of(entry, ("phrase",), str, place) or label

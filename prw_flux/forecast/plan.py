@@ -11,7 +11,7 @@ from prw_flux.curriculum import Stage
 from prw_flux.forecast.architecture import Architecture, architecture
 from prw_flux.forecast.memory import FULL, Memory, stage_memory
 from prw_flux.forecast.work import Tokens, Work, step_work
-from prw_flux.sample_cache.identity import sample_count
+from prw_flux.sample_cache.wanted import held_out_count, sample_count
 
 TOKEN: Final = 16
 """Pixels of a token's side."""
@@ -193,7 +193,7 @@ def _stage(
         seconds=seconds,
         rank_batch=rank_batch,
         memory=memory,
-        cache=sample_count(config, stage) * _cached_bytes(shape, tokens),
+        cache=(sample_count(config, stage) + held_out_count(config)) * _cached_bytes(shape, tokens),
         hours=hours,
         cost=None if machine.price is None else hours * machine.ranks * machine.price,
     )
@@ -231,7 +231,8 @@ def _assumptions(config: RunConfig, machine: Machine) -> list[str]:
             "measured, other stages in proportion to their work"
         )
     if config.data.cache is not None:
-        told.append("encoders: not loaded, samples come from data.cache")
+        drawing = "; for its grids the autoencoder alone, not counted" * bool(config.sample_every)
+        told.append(f"encoders: not loaded, samples come from data.cache{drawing}")
     elif config.data.samples is None:
         told.append("encoders: every sample is encoded in its step; cache build does it before")
     else:

@@ -26,6 +26,7 @@ from prw_flux.sample_cache.store import (
     text_key,
 )
 from prw_flux.sample_cache.table import BlockRow, Table, write_block
+from prw_flux.sample_cache.wanted import wanted
 from prw_flux.sample_cache.writer import BlockShards, Writer
 from prw_flux.samples import CHUNK, Samples
 from prw_flux.share import Share
@@ -57,6 +58,8 @@ def build(
 ) -> Built:
     """Encode this process's share of the samples of every stage, or what is missing of it.
 
+    Those that a stage holds out are encoded as well, where the run looks at some.
+
     Args:
         cache: folder of the cache; may hold other samples.
         config, data, tasks: the run, its data source, the task of each stage.
@@ -66,10 +69,12 @@ def build(
 
     Raises:
         CacheError: the disk is full, or the encoders' files are not on this machine.
+        ConfigError: features need the pictures, or nothing of the data is held out.
         SampleError: a stage has no usable samples.
     """
     share = share or Share.of_environment()
     require_no_features(config)
+    everything = wanted(config, data, tasks)
     load = _once(load)
     digests = encoder_digests(config.base)
     if not all(digests.values()):
@@ -78,20 +83,18 @@ def build(
     if not all(digests.values()):
         raise CacheError(f"{config.base.path} has no safetensors of its autoencoder and encoders")
     writer = Writer(cache, digests)
-    for stage, task in zip(config.stages, tasks, strict=True):
-        limit = config.data.max_rejected
-        draws = Draws(data, task, stage=stage.name, seed=config.seed, max_rejected=limit)
-        made, drawn = identity(config, stage, draws, digests)
-        table = Table(cache, made, task.sentence)
+    for one in everything:
+        made, drawn = identity(config, one, digests)
+        table = Table(cache, made, one.draws.task.sentence)
         if share.rank == 0:
             table.write_index()
-        work = Work(writer, table, draws, drawn, load)
+        work = Work(writer, table, one.draws, drawn, load)
         for block in range(share.rank, table.blocks, share.count):
             if table.path(block) in writer.done:
                 writer.kept += len(table.samples(block))
             else:
                 work.make(block)
-            tick(stage.name, table.samples(block).stop, len(table))
+            tick(one.draws.stage, table.samples(block).stop, len(table))
     return Built(
         samples=writer.kept + writer.encoded,
         encoded=writer.encoded,

@@ -13,9 +13,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from prw_flux.config import BaseConfig, RunConfig
-from prw_flux.curriculum import Stage
-from prw_flux.draws import Draws, Tally
+from prw_flux.draws import Tally
 from prw_flux.locate import resolve_base
+from prw_flux.sample_cache.wanted import Wanted
 from prw_flux.tasks import Triple
 
 PARTS: Final = {
@@ -31,10 +31,11 @@ WINDOW: Final = 4096
 @final
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """Of the samples of one stage.
+    """Of the samples of one stage, or of those that it holds out.
 
     Attributes:
-        stage, task, seed, size, count: of the run; `count` samples of `size` pixels.
+        stage, task, seed, size, count: of the run; `count` samples of `size` pixels. Held-out ones
+            have a name of their own (`draws.held_out_stage`).
         data: digest of what the data says of itself, and of the first, the middle and the last
             sample, pixels and text.
         pictures: how many different pictures the data has.
@@ -58,7 +59,8 @@ class Identity:
     def name(self) -> str:
         """Folder of the table: the stage, and 12 digits of everything."""
         text = json.dumps(asdict(self), sort_keys=True)
-        return f"{self.stage}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
+        stage = self.stage.replace(" ", "_")
+        return f"{stage}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
 
     def differences(self, other: Identity) -> dict[str, tuple[Any, Any]]:
         """Fields in which two samples differ; encoders go by their files where both know them."""
@@ -79,25 +81,17 @@ class Drawn(NamedTuple):
     tally: Tally
 
 
-def sample_count(config: RunConfig, stage: Stage) -> int:
-    """How many samples a stage has: data.samples, or what its steps draw one after the other."""
-    if config.data.samples is not None:
-        return config.data.samples
-    return max(stage.steps, -(-config.remember // stage.batch_size)) * stage.batch_size
-
-
 def identity(
-    config: RunConfig, stage: Stage, draws: Draws, encoders: dict[str, str]
+    config: RunConfig, wanted: Wanted, encoders: dict[str, str]
 ) -> tuple[Identity, dict[int, Drawn]]:
     """Who the samples of a stage are, and the few that were drawn to know.
 
     Args:
         config: of the run.
-        stage: one of its stages.
-        draws: of that stage.
+        wanted: some of its samples.
         encoders: of `encoder_digests`.
     """
-    count = sample_count(config, stage)
+    draws, count = wanted.draws, wanted.count
     drawn: dict[int, Drawn] = {}
     for index in sorted({0, count // 2, count - 1}):
         draws.tally = Tally()
@@ -108,7 +102,7 @@ def identity(
             found.update(str(picture.shape).encode() + picture.tobytes())
         found.update(triple.text.encode())
     made = Identity(
-        stage=stage.name,
+        stage=draws.stage,
         task=draws.task.name,
         seed=config.seed,
         size=config.size,

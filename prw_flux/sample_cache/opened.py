@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from prw import ConfigError
 from prw_flux.config import RunConfig
-from prw_flux.curriculum import Stage
 from prw_flux.data.choose import open_run_data
-from prw_flux.draws import Draws
 from prw_flux.sample_cache.build import require_no_features
 from prw_flux.sample_cache.errors import CacheError
 from prw_flux.sample_cache.identity import Identity, encoder_digests, identity
 from prw_flux.sample_cache.table import Table, tables
+from prw_flux.sample_cache.wanted import Wanted, wanted
 from prw_flux.tasks import Task
+
+DRAWING: Final = {"task", "seed", "size", "count"}
+"""What decides which samples of the same data the digest of an identity has."""
 
 
 def open_tables(
     config: RunConfig, tasks: Sequence[Task], finished: Collection[str] = ()
 ) -> dict[str, Table]:
     """The encoded samples of every stage that is to be trained, by its name.
+
+    Those that it holds out are there as well, under `draws.held_out_stage`.
 
     Args:
         config: with `data.cache`.
@@ -31,48 +34,44 @@ def open_tables(
     Raises:
         CacheError: samples are missing; says how many, what the cache has instead, and how to make
             them.
-        ConfigError: the run needs the pictures themselves.
+        ConfigError: the run needs the pictures themselves, or nothing of its data is held out.
     """
     require_no_features(config)
-    if config.held_out.samples or config.sample_every:
-        raise ConfigError(
-            "held_out.samples and sample_every encode pictures, and a run with data.cache loads no "
-            "encoders: set held_out.samples=0 and sample_every=0, or data.cache=none"
-        )
     assert config.data.cache is not None
     cache = Path(config.data.cache)
     data = open_run_data(config)
     encoders, there = encoder_digests(config.base), tables(cache)
     found: dict[str, Table] = {}
-    lacking: list[str] = []
-    for stage, task in zip(config.stages, tasks, strict=True):
-        if stage.name in finished:
-            continue
-        limit = config.data.max_rejected
-        draws = Draws(data, task, stage=stage.name, seed=config.seed, max_rejected=limit)
-        wanted, _ = identity(config, stage, draws, encoders)
-        same = [table for table in there if not wanted.differences(table.identity)]
+    lacking: list[tuple[Wanted, str]] = []
+    for one in wanted(config, data, tasks, finished):
+        asked, _ = identity(config, one, encoders)
+        same = [table for table in there if not asked.differences(table.identity)]
         if not same:
-            lacking.append(_absent(wanted, stage, there))
+            lacking.append((one, _absent(asked, one.told, there)))
         elif missing := same[0].missing():
-            lacking.append(f"{missing:,} of {wanted.count:,} samples of stage {stage.name!r}")
+            lacking.append((one, f"{missing:,} of {one.count:,} {one.told}"))
         else:
-            found[stage.name] = Table(cache, same[0].identity, task.sentence)
+            found[one.draws.stage] = Table(cache, same[0].identity, one.draws.task.sentence)
     if lacking:
+        held_out = all(one.held_out for one, _ in lacking)
+        without = ", or go without (held_out.samples=0 and sample_every=0)" if held_out else ""
         raise CacheError(
-            f"{cache} lacks {', '.join(lacking)}; make them with the settings of this run: "
-            f"prw-flux cache build {config.recipe or 'RECIPE'} --set data.cache={cache}"
+            f"{cache} lacks {', '.join(told for _, told in lacking)}; make them with the settings "
+            f"of this run: prw-flux cache build {config.recipe or 'RECIPE'} --set "
+            f"data.cache={cache}{without}"
         )
     return found
 
 
-def _absent(wanted: Identity, stage: Stage, there: Sequence[Table]) -> str:
+def _absent(asked: Identity, what: str, there: Sequence[Table]) -> str:
     """How many samples are missing, and in what the most similar ones that are there differ."""
-    told = f"all {wanted.count:,} samples of stage {stage.name!r}"
-    other = [wanted.differences(t.identity) for t in there if t.identity.stage == stage.name]
+    told = f"all {asked.count:,} {what}"
+    other = [asked.differences(t.identity) for t in there if t.identity.stage == asked.stage]
     if not other:
         return told
     nearest = min(other, key=len)
+    if nearest.keys() & DRAWING:  # then other samples are looked at, and the data look different
+        nearest.pop("data", None)
     parts = (
         f"{name} {_short(theirs)}, not {_short(ours)}" for name, (ours, theirs) in nearest.items()
     )

@@ -229,16 +229,16 @@ class Table:
             found.add(self.block(number).tally)
         return found
 
-    def buckets(self) -> tuple[Bucket, ...]:
-        """All samples, by their grids, in the order in which the grids come first."""
+    def buckets(self, count: int) -> tuple[Bucket, ...]:
+        """The first `count` samples, by their grids, in the order in which the grids come first."""
         found: dict[tuple[int, ...], list[NDArray[np.int64]]] = {}
-        for number in range(self.blocks):
-            grids = self.block(number).grids_N4
+        for number in range(-(-count // BLOCK)):
+            grids = self.block(number).grids_N4[: count - number * BLOCK]
             for row in dict.fromkeys(map(tuple, grids.tolist())):
                 here = np.flatnonzero((grids == row).all(axis=1)) + number * BLOCK
                 found.setdefault(row, []).append(here)
         if len(found) == 1:
-            return (Bucket(self, _pair(next(iter(found))), range(len(self))),)
+            return (Bucket(self, _pair(next(iter(found))), range(count)),)
         return tuple(Bucket(self, _pair(g), np.concatenate(i)) for g, i in found.items())
 
     def read(self, indices: Sequence[int]) -> Encoded:

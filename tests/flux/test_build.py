@@ -95,6 +95,40 @@ def test_folders_side_by_side_need_no_list(tmp_path: Path) -> None:
     assert manifest.rejected == {"missing picture": 1}
 
 
+def test_two_pictures_for_one_side_are_a_mistake(tmp_path: Path) -> None:
+    for name in ("source/x.png", "source/x.webp", "target/x.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        PILImage.fromarray(noise(0)).save(tmp_path / name)
+    with pytest.raises(DataError, match=r"x.webp and x.png would be one and the same side"):
+        EditPairs(tmp_path)
+
+
+def test_zero_is_an_id(tmp_path: Path) -> None:
+    pairs: list[dict[str, Any]] = [*pair_folder(tmp_path / "in", 3)]
+    for pair, number in zip(pairs, (2, 1, 0), strict=True):
+        pair["id"] = number
+    (tmp_path / "in/edits.json").write_text(json.dumps(pairs))
+    assert not run(tmp_path / "in", tmp_path / "out").rejected
+    assert [row["key"] for row in rows_of(tmp_path / "out")] == ["2", "1", "0"]
+
+
+def test_a_file_that_cannot_be_read_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair_folder(tmp_path / "in", 3)
+    whole = Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path.name == "1.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return whole(path)
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    manifest = run(tmp_path / "in", tmp_path / "out", max_rejected=0.5)
+    assert manifest.kept == 2 and manifest.rejected == {"unreadable": 1}
+    assert manifest.told().endswith("before/1.png: Permission denied)")
+
+
 def test_strange_pictures_are_converted_or_left_out_by_reason(tmp_path: Path) -> None:
     root = tmp_path / "in"
     pairs = pair_folder(root, 13)

@@ -147,7 +147,7 @@ def test_the_command_line(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "9 of 10 records used; left out: 1 empty caption" in capsys.readouterr().out
     assert main(["data", "inspect", out, "--out", str(tmp_path / "sheet.png")]) == 0
     shown = capsys.readouterr().out
-    assert "9 rows in 1 shards" in shown and "empty caption" in shown and "64 x 48" in shown
+    assert "9 rows in 1 shard," in shown and "empty caption" in shown and "64 x 48" in shown
     with PILImage.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 900 and np.array(sheet).std() > 30
     assert main(["data", "inspect", out, "--json"]) == 0

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prw_flux.cli import build_parser, main
+from prw_flux.cli import build_parser, main, show
 from prw_flux.cli.train import configured
 from prw_flux.config import RunConfig
 from prw_flux.rundir import RunFolder
@@ -346,3 +346,14 @@ def test_a_signal_in_stage_3_then_resume_gives_the_same_bytes(
     assert err.count("\n") == 1 and f"prw-flux train --resume {cut}" in err
     subprocess.run([*command, "--resume", str(cut), "--no-evaluation"], check=True)
     assert hashes(cut) == hashes(whole)
+
+
+def test_no_bar_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "HF_DATASETS_DISABLE_PROGRESS_BARS"
+    monkeypatch.setenv(name, "")  # put back afterwards, whatever it was
+    for terminal, quiet, silenced in ((True, False, None), (False, False, "1"), (True, True, "1")):
+        monkeypatch.delenv(name)
+        monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal)
+        show.quiet_loading(quiet)
+        assert os.environ.get(name) == silenced
+        monkeypatch.setenv(name, "")

@@ -123,6 +123,7 @@ def test_referring_expressions(folder: Path) -> None:
     ("path", "value", "message"),
     [
         (("annotations", 1, "bbox"), [1, 2, 3], r"annotations\[1\]: bbox must be \[x, y, width"),
+        (("annotations", 1, "bbox"), [1, 2, 3, 10**400], r"annotations\[1\]: bbox must be \[x, y"),
         (("annotations", 1, "bbox"), None, r"annotations\[1\] has no 'bbox'"),
         (("annotations", 2, "image_id"), 99, r"annotations\[2\]: there is no image_id 99"),
         (("annotations", 2, "category_id"), "5", r"there is no category_id '5'"),
@@ -209,6 +210,9 @@ def test_masks_are_drawn_or_refused() -> None:
         RunLengths([1, 2], 4, 3).draw(4, 3)
     assert read_mask([], "here") is None
     assert isinstance(read_mask([POLYGON], "here"), Polygons)
+    for value in (float("nan"), float("inf"), 10**400):
+        with pytest.raises(Reject, match="a point that is not finite"):
+            Polygons([[*POLYGON[:-1], value]]).draw(4, 3)
     for raw in ([[1, 2, 3]], [["a"] * 6], {"counts": [1]}, {"size": [4, 3], "counts": 5}, "x"):
         with pytest.raises(DataError, match="here: segmentation must be polygons"):
             read_mask(raw, "here")

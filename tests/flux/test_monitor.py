@@ -17,8 +17,11 @@ from PIL import Image as PILImage
 
 from prw import ConfigError
 from prw_flux.config import RunConfig
+from prw_flux.data.annotations import PhotoError
+from prw_flux.data.choose import open_held_out
+from prw_flux.data.photos import PhotoFolder
 from prw_flux.grids import tiled
-from prw_flux.held_out import HeldOut, open_held_out
+from prw_flux.held_out import HeldOut
 from prw_flux.interrupt import Interrupted, Stop
 from prw_flux.objective import Objective
 from prw_flux.progress import Quiet
@@ -232,6 +235,13 @@ def test_a_source_without_sides_is_refused(
     config = short_config.with_settings(["data.source=one_source:ONE"])
     with pytest.raises(ConfigError, match="is one object, so nothing of it is held out"):
         open_held_out(config, module.ONE)
+
+
+def test_one_photo_cannot_be_on_both_sides(tmp_path: Path) -> None:
+    PILImage.fromarray(np.full((48, 64, 3), 90, np.uint8)).save(tmp_path / "a.png")
+    assert len(PhotoFolder(tmp_path, size=32)) == 1
+    with pytest.raises(PhotoError, match=r"has one photo.*or hold nothing out \("):
+        PhotoFolder(tmp_path, size=32, split="heldout")
 
 
 @pytest.mark.parametrize(

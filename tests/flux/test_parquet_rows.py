@@ -144,6 +144,21 @@ def test_control_maps(tmp_path: Path) -> None:
     assert again == found
 
 
+def test_a_column_of_nulls_has_no_type_and_is_right(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    buffer = BytesIO()
+    picture(0).save(buffer, "PNG")
+    stored = {"bytes": buffer.getvalue(), "path": None}
+    row = {"img_id": "1", "turn_index": 1, "source_img": stored, "mask_img": None,
+           "instruction": "Do it.", "target_img": stored}  # fmt: skip
+    (tmp_path / "in").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "in/a.parquet")
+    found, manifest = rows_of(tmp_path / "in", "magicbrush", "edit", tmp_path / "out")
+    assert manifest.kept == 1 and found[0]["mask"] is None
+
+
 def test_mistakes_name_the_file_and_the_column(tmp_path: Path) -> None:
     schema = {"before": ImageFeature(), "after": ImageFeature(), "caption": Value("string")}
     write(tmp_path / "x.parquet", [{"before": None, "after": None, "caption": "x"}], schema)

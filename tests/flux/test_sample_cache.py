@@ -95,28 +95,38 @@ def weights(run: RunFolder) -> dict[str, Any]:
 
 
 def losses(run: RunFolder) -> list[Any]:
-    return [(line["loss"], line["usage_noisy"]) for line in run.read_log()]
+    told = ("loss", "usage_noisy", "held_out_loss", "held_out_usage")
+    return [[line.get(name) for name in told] for line in run.read_log()]
 
 
-def forbid_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
+def forbid_encoders(monkeypatch: pytest.MonkeyPatch, *, vae: bool = True) -> None:
     from diffusers import AutoencoderTiny
     from transformers import CLIPTextModel, T5EncoderModel
 
     def refuse(*given: Any, **named: Any) -> Any:
         raise AssertionError("an encoder was loaded")
 
-    for model in (AutoencoderTiny, CLIPTextModel, T5EncoderModel):
+    for model in (CLIPTextModel, T5EncoderModel, *([AutoencoderTiny] if vae else [])):
         monkeypatch.setattr(model, "from_pretrained", refuse)
 
 
-@pytest.mark.parametrize("settings", [(), ("data.samples=none",), ("adapter.source_pooled=empty",)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("data.samples=none",),
+        ("adapter.source_pooled=empty", "precision=bf16"),
+        ("precision=bf16",),
+    ],
+)
 def test_training_from_a_cache_is_training_without_and_loads_no_encoder(
     short_config: RunConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     settings: tuple[str, ...],
 ) -> None:
-    config = short_config.with_settings(["caption_dropout=0.5", *settings])
+    looks = ["held_out.samples=5", "held_out.every=2"]
+    config = short_config.with_settings(["caption_dropout=0.5", *looks, *settings])
     live = trained(config, tmp_path / "live")
     made(config, tmp_path / "cache")
     forbid_encoders(monkeypatch)
@@ -124,6 +134,8 @@ def test_training_from_a_cache_is_training_without_and_loads_no_encoder(
         open_session(config)
     cached = trained(with_cache(config, tmp_path / "cache"), tmp_path / "cached")
     assert losses(live) == losses(cached)
+    looked = [line["step"] for line in cached.read_log() if "held_out_loss" in line]
+    assert looked == [2, 3] * 3
     for name, tensors in weights(live).items():
         theirs = weights(cached)[name]
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in tensors.items()), name
@@ -132,12 +144,57 @@ def test_training_from_a_cache_is_training_without_and_loads_no_encoder(
         assert told[0] == told[1]
 
 
+def test_a_cached_run_draws_the_same_grids_and_loads_the_autoencoder_alone(
+    short_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(short_config, stages=short_config.stages[:1]).with_settings(
+        ["sample_every=2", "evaluation.steps=2", "held_out.samples=2", "held_out.every=3"]
+    )
+    live = trained(config, tmp_path / "live")
+    assert made(config, tmp_path / "cache").samples == 6 + 4
+    forbid_encoders(monkeypatch, vae=False)
+    cached = trained(with_cache(config, tmp_path / "cache"), tmp_path / "cached")
+    assert losses(live) == losses(cached) and losses(cached)[-1][-2] is not None
+    grids = sorted(path.name for path in live.grids.iterdir())
+    assert grids == ["inpaint-0000002.png", "inpaint-0000003.png"]
+    pictures = [[(run.grids / name).read_bytes() for name in grids] for run in (live, cached)]
+    assert pictures[0] == pictures[1] and pictures[0][0] != pictures[0][1]
+
+
+def test_an_older_cache_gets_its_held_out_samples_by_the_same_command(
+    short_config: RunConfig, tmp_path: Path
+) -> None:
+    made(short_config, tmp_path)
+    config = short_config.with_settings(["held_out.samples=5"])
+    asked, tasks = with_cache(config, tmp_path), [load_task(s.task) for s in config.stages]
+    with pytest.raises(
+        CacheError, match="lacks all 5 held-out samples of stage 'inpaint', all 5 held-out"
+    ) as refused:
+        open_session(asked)
+    remedy = f"prw-flux cache build demo --set data.cache={tmp_path}, or go without (held_out."
+    assert remedy in str(refused.value)
+    added, again = made(config, tmp_path), made(config, tmp_path)
+    assert (added.samples, added.encoded, again.encoded) == (18 + 15, 15, 0)
+    assert not check(tmp_path)
+    assert open_tables(asked, tasks, {"inpaint"}).keys() == {
+        "ground", "ground held out", "control", "control held out"
+    }  # fmt: skip
+    (found, *_) = (tmp_path / "samples").glob("inpaint_held_out-*/00001.safetensors")
+    found.unlink()
+    assert check(tmp_path) == [
+        "inpaint held out: 2 of 5 samples are not encoded; run the same `cache build` again"
+    ]
+    with pytest.raises(CacheError, match="lacks 2 of 5 held-out samples of stage 'inpaint';"):
+        open_session(asked)
+
+
 def test_samples_of_two_sizes_come_in_the_same_batches(
     short_config: RunConfig, tmp_path: Path
 ) -> None:
     stage = f"{__name__}:Uneven"
     (first, *_) = short_config.stages
     config = replace(short_config, stages=(replace(first, task=stage, name="uneven"),))
+    config = config.with_settings(["held_out.samples=5"])
     made(config, tmp_path / "cache")
     live = trained(config, tmp_path / "live")
     cached = trained(with_cache(config, tmp_path / "cache"), tmp_path / "cached")
@@ -236,9 +293,9 @@ def test_two_processes_of_torchrun_build_one_cache(short_config: RunConfig, tmp_
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        (["seed=1"], r"all 6 samples of stage 'inpaint' \(it has some with seed 0, not 1"),
+        (["seed=1"], r"all 6 samples of stage 'inpaint' \(it has some with seed 0, not 1\)"),
         (["size=96"], "size 64, not 96"),
-        (["data.samples=8"], "count 6, not 8"),
+        (["data.samples=8"], r"count 6, not 8\)"),
         (["stages.0.task=edit"], "task inpaint, not edit"),
     ],
 )

@@ -153,11 +153,11 @@ def test_what_is_no_tar_is_named(tmp_path: Path) -> None:
 
 
 def test_a_json_that_is_none_is_counted_and_one_of_another_form_is_named(tmp_path: Path) -> None:
-    samples = captioned(3)
-    samples["00001"]["json"] = b"{not json"
+    samples = captioned(4)
+    samples["00001"]["json"], samples["00003"]["json"] = b"{not json", b"[" * 100_000
     path = write_tar(tmp_path / "a.tar", samples)
     manifest, _ = run(TarRows(path, "inpaint"), "inpaint", tmp_path / "o", max_rejected=0.5)
-    assert manifest.rejected == {"damaged json": 1}
+    assert manifest.rejected == {"damaged json": 2}
     samples["00002"]["json"] = {"boxes": [{"box": [1, 2, 3]}]}
     path = write_tar(tmp_path / "b.tar", samples)
     with pytest.raises(DataError, match=r"b.tar: 00002, json.boxes\[0\]: box must be"):
