@@ -80,7 +80,9 @@ class Texts:
         """Row of each text; new ones are encoded together."""
         new = [text for text in dict.fromkeys(texts) if text not in self._rows]
         if new:
-            text_BLE, pooled_BP = encode_prompts(new, **self._parts)
+            device = self._parts["text_encoder_2"].device.type
+            with torch.autocast(device, enabled=False):  # the same bits whoever asks, and when
+                text_BLE, pooled_BP = encode_prompts(new, **self._parts)
             for name, text, pooled in zip(new, text_BLE, pooled_BP, strict=True):
                 self._rows[name] = len(self._rows)
                 self._text_LE.append(text.to("cpu", torch.bfloat16))
