@@ -51,7 +51,10 @@ def gradients_of(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, Any
     """By name, those of the second stage's first step, and its losses."""
     session = open_session(config)
     data = open_training_data(config, session)
-    run = RunFolder.open(folder) if folder.exists() else RunFolder.create(folder, config)
+    if not ranks.once(folder.exists):
+        ranks.once(lambda: RunFolder.create(folder, config).path)
+    run = RunFolder.open(folder)
+    assert run.config == config
     trainer = Trainer(run, session, data, Quiet(), Stop(), ranks)
     for stage in config.stages[:2]:
         trainer._unlock(stage)
@@ -78,7 +81,7 @@ def gradients(ranks: Ranks, folder: Path) -> None:
     wanted = load_file(folder / "wanted.safetensors")
     for accumulate in (1, 2):
         split = config.with_settings([f"accumulate={accumulate}"])
-        found = gradients_of(split, ranks, folder / "gradients")
+        found = gradients_of(split, ranks, folder / f"gradients-{accumulate}")
         assert found.keys() == wanted.keys()
         for name, value in wanted.items():
             assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=f"{name}, {accumulate}")
@@ -131,12 +134,12 @@ def sharded(ranks: Ranks, folder: Path) -> None:
     config = RunConfig.from_json((folder / "config.json").read_text())
     split = config.with_settings(["checkpointing=true", "accumulate=2"])
     wanted = load_file(folder / "wanted.safetensors")
-    found = gradients_of(split, ranks, folder / "gradients")
+    found = gradients_of(split, ranks, folder / "gradients-sharded")
     for name, value in wanted.items():
         assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
     with_features = config.with_settings([*FEATURES, "checkpointing=true"])
     wanted = load_file(folder / "wanted-features.safetensors")
-    found = gradients_of(with_features, ranks, folder / "features")
+    found = gradients_of(with_features, ranks, folder / "features-sharded")
     for name, value in wanted.items():
         assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
     run = ranks.once(lambda: RunFolder.create(folder / "sharded", split).path)
