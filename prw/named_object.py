@@ -16,10 +16,12 @@ def named_object(spec: str, what: str) -> object:
         what: it is to be, for the message: "router", "recipe".
 
     Raises:
-        ConfigError: no such module can be imported, or it has no such object (the nearest public
-            name is told).
+        ConfigError: `spec` is no such name, no such module can be imported, or it has no such
+            object (the nearest public name is told).
     """
-    module_name, _, name = spec.partition(":")
+    module_name, colon, name = spec.partition(":")
+    if not colon:
+        raise ConfigError(f"{what} {spec!r}: write package.module:object")
     try:
         module = importlib.import_module(module_name)
     except ImportError as problem:

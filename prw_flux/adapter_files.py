@@ -25,26 +25,20 @@ LORA_WORDS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.")
 
 def open_adapter(
     location: str | os.PathLike[str], weight_name: str | None, options: dict[str, Any]
-) -> PRWAdapter:
-    """The adapter at a folder, in a file or on the Hub; arguments as in `load_prw_weights`."""
+) -> tuple[PRWAdapter, CoReDi | None]:
+    """The adapter at a folder, in a file or on the Hub; and the feature stream, if a run has one.
+
+    Args:
+        location, weight_name, options: as in `load_prw_weights`.
+    """
     path = Path(location)
     loose = path.suffix == ".safetensors" and not path.is_dir()
     if weight_name is not None or path.is_file() or loose:
-        return load_flat(adapter_file(_local_file(path, weight_name, options)))
-    folder = adapter_place(fetched_folder(location, options))
-    adapter: PRWAdapter = PRWAdapter.from_pretrained(folder)
-    return adapter
-
-
-def open_stream(
-    location: str | os.PathLike[str], weight_name: str | None, options: dict[str, Any]
-) -> CoReDi | None:
-    """The feature stream of a run whose adapter `open_adapter` has read; None where it has none."""
-    if weight_name is not None or Path(location).is_file():
-        return None
+        return load_flat(adapter_file(_local_file(path, weight_name, options))), None
     folder = fetched_folder(location, options)
-    place = folder / "coredi"
-    return CoReDi.load(place) if is_run(folder) and place.is_dir() else None
+    adapter: PRWAdapter = PRWAdapter.from_pretrained(adapter_place(folder))
+    stream = folder / "coredi"
+    return adapter, CoReDi.load(stream) if is_run(folder) and stream.is_dir() else None
 
 
 def is_adapter(path: Path) -> bool:

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from diffusers.utils.torch_utils import get_module_execution_device
 
 from prw_flux.adapter import PRWAdapter
-from prw_flux.adapter_files import is_adapter, open_adapter, open_stream, require_lora
+from prw_flux.adapter_files import is_adapter, open_adapter, require_lora
 from prw_flux.attach import attach, detach
 from prw_flux.coredi.model import CoReDi
 from prw_flux.locate import (
@@ -211,8 +211,7 @@ class PRWLoaderMixin:
             "cache_dir": cache_dir,
             "local_files_only": local_files_only,
         }
-        adapter = open_adapter(pretrained_model_name_or_path, weight_name, options)
-        stream = open_stream(pretrained_model_name_or_path, weight_name, options)
+        adapter, stream = open_adapter(pretrained_model_name_or_path, weight_name, options)
         own = self.transformer.dtype
         adapter.to(dtype or (own if own in WORKING else torch.bfloat16))
         adapter.to(self._execution_device)  # type: ignore[attr-defined]

@@ -112,9 +112,9 @@ def test_an_encoder_that_is_not_there_is_one_sentence(
         (lambda: ClipEncoder(str(dino_folder)), "is a 'vit' model, not a CLIP"),
         (lambda: DinoEncoder(str(clip_folder)), "is a 'clip' model, not a DINO"),
         (lambda: ClipEncoder("nobody/nothing"), "cannot be loaded"),
-        (lambda: OwnEncoder("squeeze"), "must name a callable"),
-        (lambda: OwnEncoder("no_such_module:x"), "No module named"),
-        (lambda: OwnEncoder("math:sinn"), "sinn"),
+        (lambda: OwnEncoder("squeeze"), "write package.module:object"),
+        (lambda: OwnEncoder("no_such_module:x"), "cannot import"),
+        (lambda: OwnEncoder("math:sinn"), "did you mean 'sin'"),
         (lambda: OwnEncoder("math:pi"), "must name a callable"),
         (lambda: OwnEncoder("builtins:len").images([picture(32, 32)]), r"\[1, D\]"),
     ]

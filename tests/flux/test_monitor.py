@@ -249,7 +249,7 @@ def test_one_photo_cannot_be_on_both_sides(tmp_path: Path) -> None:
     [
         ("tensorbord", "there is no 'tensorbord'; there are tensorboard, wandb, and"),
         ("nowhere_at_all:Tracker", "No module named 'nowhere_at_all'"),
-        ("json:Tracker", "has no attribute 'Tracker'"),
+        ("json:Tracker", "json has no 'Tracker'"),
     ],
 )
 def test_a_tracker_that_there_is_not(name: str, said: str) -> None:
