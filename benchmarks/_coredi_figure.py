@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 COLOURS = (
     "#999999", "#0072b2", "#56b4e9", "#009e73", "#f0c800", "#cc79a7", "#e69f00", "#000000",
@@ -18,6 +19,8 @@ PANELS = (
     ("feature_loss", "feature loss", "log"),
     ("loss", "image loss", "log"),
 )
+ROW = 0.62
+"""Inches of a row of maps."""
 QUALITY = (
     ("FD", "Fréchet distance to held-out pictures", "log"),
     ("C", "C: attributes of held-out scenes", "linear"),
@@ -29,17 +32,18 @@ def figure(lines: list[dict[str, Any]], arms: list[str]) -> Figure:
     present = [arm for arm in arms if any(line["arm"] == arm for line in lines)]
     colours = {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(arms)}
     learned = [arm for arm in present if first(lines, arm)["maps"]]
-    made = Figure(figsize=(16, 7.5 + 1.25 * len(learned)), layout="constrained")
-    top, bottom = made.subfigures(2, 1, height_ratios=[7.5, 1.25 * max(1, len(learned))])
+    below = 0.6 + ROW * max(1, len(learned))
+    made = Figure(figsize=(16, 7.5 + below), layout="constrained")
+    top, bottom = made.subfigures(2, 1, height_ratios=[7.5, below])
     axes = top.subplots(2, 3).flatten()
     for axis, (key, title, scale) in zip(axes, PANELS, strict=False):
         for arm in present:
             curve(axis, [pairs(line["log"], key) for line in of(lines, arm)], arm, colours[arm])
-        axis.set(title=title, xlabel="step", yscale=scale)
+        label(axis, title, scale)
     for axis, (key, title, scale) in zip(axes[4:], QUALITY, strict=True):
         for arm in present:
             curve(axis, [pairs(line["quality"], key) for line in of(lines, arm)], arm, colours[arm])
-        axis.set(title=title, xlabel="step", yscale=scale)
+        label(axis, title, scale)
         axis.set_visible(bool(axis.lines))
     handles, labels = axes[3].get_legend_handles_labels()
     top.legend(handles, labels, loc="outside lower center", ncols=len(present), frameon=False)
@@ -61,6 +65,15 @@ def first(lines: list[dict[str, Any]], arm: str) -> dict[str, Any]:
 def pairs(log: list[dict[str, float]], key: str) -> list[tuple[float, float]]:
     """(step, value) where there is a value."""
     return [(entry["step"], entry[key]) for entry in log if key in entry]
+
+
+def label(axis: Any, title: str, scale: str) -> None:
+    """Plain numbers on the axes, however short a logarithmic one is."""
+    axis.set(title=title, xlabel="step", yscale=scale)
+    if scale == "log":
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def curve(axis: Any, seeds: list[list[tuple[float, float]]], arm: str, colour: str) -> None:
