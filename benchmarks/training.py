@@ -16,6 +16,9 @@ is not finite, clipping, the optimizer, the log.
 ``steps``       the median step of each of these three; the bound of waiting ahead follows from what
                 a batch takes, max(0, batch - step) / step
 
+Pairs are timed by the processor's time on a CPU, which other programs do not take part in, and by
+the clock on CUDA; waiting and the steps it is part of by the clock in either case.
+
 Nothing is told unless the bare loop's first loss is the first one of the log, bit for bit.
 """
 
@@ -130,9 +133,12 @@ class Pairs(Quiet):
         self.bare, self.run, self.warmup = bare, run, warmup
         self.trainer: list[float] = []
         self.alone: list[float] = []
+        self.wall: list[float] = []
         self.first: float | None = None
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._clock = time.process_time if self._device == "cpu" else time.perf_counter
         self._stage: Stage | None = None
-        self._since: float | None = None
+        self._since: tuple[float, float] | None = None
 
     def begin(self, number: int, total: int, stage: Stage) -> None:
         self._stage = stage if number == 1 else None
@@ -142,22 +148,25 @@ class Pairs(Quiet):
     def stepped(self, done: int) -> None:
         if self._stage is None:
             return
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        synchronise(device)
-        now = time.perf_counter()
+        synchronise(self._device)
+        now = self._now()
         if self._since is not None and done > self.warmup:
-            self.trainer.append(now - self._since)
+            self.trainer.append(now[0] - self._since[0])
+            self.wall.append(now[1] - self._since[1])
         if self.bare is not None:
             step = self.bare.ready(self._stage, done - 1)
-            synchronise(device)
-            started = time.perf_counter()
+            synchronise(self._device)
+            started = self._clock()
             loss = step()
-            synchronise(device)
+            synchronise(self._device)
             if done > self.warmup:
-                self.alone.append(time.perf_counter() - started)
+                self.alone.append(self._clock() - started)
             if self.first is None:
                 self.first = float(loss)
-        self._since = time.perf_counter()
+        self._since = self._now()
+
+    def _now(self) -> tuple[float, float]:
+        return self._clock(), time.perf_counter()
 
 
 @dataclass(eq=False)
@@ -169,7 +178,7 @@ class Waits:
 
     def add(self, pairs: Pairs, seconds: float) -> None:
         """Those of one more."""
-        self.steps += pairs.trainer
+        self.steps += pairs.wall
         self.seconds += seconds
 
 
@@ -247,11 +256,11 @@ def main(arguments: list[str] | None = None) -> int:
         "overhead": round(statistics.median(ratios) - 1, 4),
         "with_log": round(sum(found.trainer) / sum(found.alone) - 1, 4),
         "waiting": {
-            "encoded before": round(waited / sum(found.trainer), 4),
+            "encoded before": round(waited / sum(found.wall), 4),
             **{name: round(waits.seconds / sum(waits.steps), 4) for name, waits in needed.items()},
         },
         "steps": {
-            "encoded before": spread(found.trainer),
+            "encoded before": spread(found.wall),
             **{name: spread(waits.steps) for name, waits in needed.items()},
         },
         "load": os.getloadavg()[0],
