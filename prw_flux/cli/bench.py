@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prw_flux.cli import show
-from prw_flux.cli.bench_open import NAMES, open_benchmark, open_encoders, open_judge, settled
+from prw_flux.cli.bench_open import (
+    NAMES,
+    open_benchmark,
+    open_encoders,
+    open_judge,
+    require_read,
+    settled,
+)
 from prw_flux.cli.bench_presets import B32, DINO, PRESETS
 from prw_flux.cli.bench_show import comparisons_of, tell
 from prw_flux.cli.bench_time import Stopwatch
@@ -94,6 +101,7 @@ def run_bench(args: argparse.Namespace) -> int:
     from prw_flux.share import gathering
 
     show.quiet_loading()
+    require_read(args)
     args, watch = settled(args), Stopwatch()
     run = _run_of(args)
     if run is None and args.results is None:

@@ -22,6 +22,28 @@ USES: Final = {
 }  # fmt: skip
 
 
+ONLY: Final = {
+    "per_task": ("shapes",), "samples": ("multigen", "dreambench"), "captions": ("emu_edit",),
+    "maps": ("multigen",), "fid": ("multigen",), "language": ("gedit",), "judge": ("gedit",),
+    "answers": ("gedit",), "questions": ("gedit",),
+    "data": tuple(name for name in NAMES if name != "shapes"),
+}  # fmt: skip
+"""Arguments that some benchmarks alone read."""
+
+
+def require_read(args: argparse.Namespace) -> None:
+    """Raise BenchmarkError for an argument that the benchmark would not read."""
+    from prw_flux.evaluation.benchmarks import BenchmarkError
+
+    for name, those in ONLY.items():
+        value = getattr(args, name)
+        if value is not None and args.bench not in those:
+            raise BenchmarkError(
+                f"--{name.replace('_', '-')} {value} means nothing to --bench {args.bench}: leave "
+                f"it out, it is for {', '.join(those)}."
+            )
+
+
 def open_encoders(args: argparse.Namespace) -> Encoders:
     """The models that the benchmark uses and the arguments name.
 

@@ -377,6 +377,9 @@ def test_a_mistake_is_one_sentence(
     both = [*bench, "--results", results, "--data", data]
     cases: list[tuple[list[str], str]] = [
         ([], "evaluate needs a RUN, or --bench"),
+        ([*both, "--samples", "4"], "--samples 4 means nothing to --bench magicbrush"),
+        (["--bench", "shapes", "--data", data], "means nothing to --bench shapes"),
+        ([*both, "--per-task", "9"], "it is for shapes."),
         (["runs/a", *both], "there is no folder runs/a"),
         ([*bench, "--data", data], "needs a RUN, or --results DIR"),
         ([*bench, "--results", results], "needs --data DIR"),
