@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -21,6 +22,15 @@ def between(page: Path, name: str) -> str:
         ValueError: the page has no such comments.
     """
     return _parts(page, name)[1]
+
+
+def require_marks(parser: argparse.ArgumentParser, page: Path | None, name: str) -> None:
+    """End with argparse's message, before the run, where a page that was asked for cannot be."""
+    if page is not None:
+        try:
+            between(page, name)
+        except (OSError, ValueError) as problem:
+            parser.error(f"--page: {problem}")
 
 
 def write_between(page: Path, name: str, text: str) -> None:

@@ -47,7 +47,7 @@ from benchmarks._coredi_course import Course, Size, unchanged
 from benchmarks._coredi_overhead import overhead
 from benchmarks._coredi_page import tables
 from benchmarks._coredi_worlds import WORLDS, Amount
-from benchmarks._page import between, write_between
+from benchmarks._page import require_marks, write_between
 from prw_flux.coredi import REDI, CoReDiConfig
 
 CHANNELS = 8
@@ -123,11 +123,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     found.add_argument("--figure", type=Path, help="where to draw the finished arms")
     found.add_argument("--page", type=Path, help="write the tables into this page")
     args = found.parse_args(arguments)
-    if args.page:
-        try:
-            between(args.page, "coredi")
-        except (OSError, ValueError) as problem:
-            found.error(f"--page: {problem}")
+    require_marks(found, args.page, "coredi")
     return args
 
 

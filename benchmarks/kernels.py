@@ -43,7 +43,7 @@ from benchmarks import _report
 from benchmarks._ceilings import clocks, copy_rate, gemm_rate, graphed, roofline, seconds
 from benchmarks._common import interleaved, keep, machine, new_file, parser, spread
 from benchmarks._kernels_page import tables
-from benchmarks._page import between, write_between
+from benchmarks._page import require_marks, write_between
 from benchmarks._peers import ROUTED, Plain, Problem, base, error, gradients, saved_bytes, truth
 from benchmarks._shapes import Shape, suite
 
@@ -65,11 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     found.add_argument("--page", type=Path, help="write the tables into this page")
     found.add_argument("--read", type=_report.earlier, help="an earlier --json: nothing is run")
     args = found.parse_args(arguments)
-    if args.page:
-        try:
-            between(args.page, f"kernels {args.device}")
-        except (OSError, ValueError) as problem:
-            found.error(f"--page: {problem}")
+    require_marks(found, args.page, f"kernels {args.device}")
     result = args.read or run(args)
     if result is None:
         return 1

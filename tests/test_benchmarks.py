@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import _flux, _peers, _report, kernels, pipeline
+from benchmarks import _flux, _peers, _report, coredi, kernels, pipeline
 from benchmarks._kernels_page import tables
 from benchmarks._page import between
 from benchmarks._shapes import Shape
-from benchmarks.coredi import steps_to
 from prw_flux import main_pass
 
 ROOT = Path(__file__).parent.parent
+COREDI = "benchmarks/results/2026-11-22-coredi-cpu.jsonl"
 KERNELS = "benchmarks/results/2026-11-22-kernels-cpu.json"
 NAMES = sorted(file.stem for file in (ROOT / "benchmarks").glob("[a-z]*.py"))
 
@@ -124,6 +124,17 @@ def test_the_page_tells_the_kept_result() -> None:
     assert rows in shown
 
 
+def test_the_page_of_features_tells_the_kept_lines() -> None:
+    result = json.loads((ROOT / COREDI).with_suffix(".json").read_text("utf-8"))
+    lines = coredi.read(ROOT / COREDI)
+    shown = between(ROOT / "docs" / "pages" / "coredi.md", "coredi")
+    assert shown.strip() == coredi.tables(result, lines)
+    for world, about in coredi.HEADLINE.items():
+        own = [line for line in lines if line["world"] == world]
+        for arm, told in coredi.summary(own, *about).items():
+            assert result["variants"][f"{world}: {arm}"] == told
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
@@ -163,10 +174,10 @@ def test_the_truth_in_pieces_is_the_truth(
 def test_steps_to_a_bar_are_those_after_which_it_is_held() -> None:
     """Between looks linearly; a look that falls back below the bar starts the count again."""
     rising = [{"step": 10, "C": 0.1}, {"step": 20, "C": 0.3}, {"step": 30, "C": 0.5}]
-    assert steps_to(rising, "C", 1, 0.2) == 15.0
-    assert steps_to(rising, "C", 1, 0.6) is None
-    assert steps_to(rising, "C", 1, 0.05) == 10.0
+    assert coredi.steps_to(rising, "C", 1, 0.2) == 15.0
+    assert coredi.steps_to(rising, "C", 1, 0.6) is None
+    assert coredi.steps_to(rising, "C", 1, 0.05) == 10.0
     dipped = [{"step": 10, "C": 0.4}, {"step": 20, "C": 0.2}, {"step": 30, "C": 0.6}]
-    assert steps_to(dipped, "C", 1, 0.3) == 22.5
+    assert coredi.steps_to(dipped, "C", 1, 0.3) == 22.5
     falling = [{"step": 10, "FD": 9.0}, {"step": 20, "FD": 5.0}]
-    assert steps_to(falling, "FD", -1, 7.0) == 15.0
+    assert coredi.steps_to(falling, "FD", -1, 7.0) == 15.0
