@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks._ablation_base import base_folder
 from benchmarks._ablation_plan import FINAL, ORDER, Arm, Phase, Protocol
 from benchmarks._ablation_train import Course, Store
 from benchmarks._squeezenet import features, weights
-from prw_flux import tiny
 from prw_flux.encode import to_pixels
 from prw_flux.evaluation import (
     ARMS,
@@ -58,7 +58,7 @@ def held_out(protocol: Protocol) -> Held:
     for task, count in zip(ORDER, protocol.items, strict=True):
         drawn = draw_samples(source, load_task(task), count, protocol.held_seed, unusable)
         samples[task] = drawn.samples
-    base = CoLoGenPipeline.from_pretrained(tiny.path(), dtype=torch.float32)
+    base = CoLoGenPipeline.from_pretrained(base_folder(protocol.base), dtype=torch.float32)
     return Held(samples, base, Sampling(steps=protocol.sampling, precision="bf16"))
 
 

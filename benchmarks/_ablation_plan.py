@@ -10,10 +10,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 
+from benchmarks._ablation_base import base_folder
 from prw_flux.batch_order import stable_hash
 from prw_flux.config import RunConfig
 from prw_flux.curriculum import Stage
@@ -38,6 +39,7 @@ class Protocol:
         items: held-out items of each task, in the same order.
         sampling: denoising steps.
         held_seed: of the held-out items and of their noise; the same for all training seeds.
+        base: share of its pretraining that the base has had.
     """
 
     version: int = 1
@@ -52,16 +54,23 @@ class Protocol:
     items: tuple[int, ...] = (64, 128, 64, 128, 512)
     sampling: int = 12
     held_seed: int = 0
+    base: float = 1.0
 
     @property
     def digest(self) -> str:
         """Eight letters that say which protocol a row belongs to."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        told = asdict(self)
+        if self.base == 1.0:
+            del told["base"]  # as the first rows were written
+        text = json.dumps(told, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
-    def scaled(self, factor: float) -> Protocol:
-        """The same with other lengths."""
-        return replace(self, steps=tuple(max(1, round(n * factor)) for n in self.steps))
+    def varied(
+        self, *, length: float = 1.0, rank: int | None = None, base: float = 1.0
+    ) -> Protocol:
+        """The same with stages of another length, experts of another rank or another base."""
+        steps = tuple(max(1, round(n * length)) for n in self.steps)
+        return replace(self, steps=steps, rank=rank or self.rank, base=base)
 
     def length(self, task: str) -> int:
         """Steps of the stage of a task."""
@@ -73,10 +82,22 @@ class Protocol:
         settings.setdefault("alpha", 2 * int(str(settings["rank"])))
         words = [f"adapter.{name}={value}" for name, value in settings.items()]
         words += [f"seed={seed}", f"data.samples={self.samples}"]
+        if self.base != 1.0:
+            words.append(f"base.path={base_folder(self.base)}")
         if self.batch_size < 8:
             words.append("optimizer.warmup=0")
         return demo().with_settings(words)
 
+
+VARIED: Final[Mapping[str, Mapping[str, Any]]] = {
+    "nothing": {},
+    "stages twice as long": {"length": 2},
+    "stages four times as long": {"length": 4},
+    "rank 4": {"rank": 4},
+    "rank 64": {"rank": 64},
+    "a tenth of the base's pretraining": {"base": 0.1},
+}
+"""What the diagnosis of H1 changes, one thing at a time."""
 
 QUICK: Final = Protocol(
     steps=(1, 1, 1, 1, 2), batch_size=5, samples=8, items=(2, 2, 2, 2, 4), sampling=2, rank=4
@@ -209,8 +230,6 @@ def arms(protocol: Protocol) -> dict[str, Arm]:
         add(f"density-{density}", f"density {density}", "sweeps",
             progressive(protocol, density=density))  # fmt: skip
     add("weight-2.0", "weight 2", "sweeps", progressive(protocol, weight=2.0))
-    for rank in (4, 64):
-        add(f"rank-{rank}", f"rank {rank}", "sweeps", progressive(protocol), rank=rank)
     add("tokens", "routed per token", "sweeps", progressive(protocol), granularity="token")
     add("current", "source at the current time", "sweeps", progressive(protocol),
         source_timestep="current")  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks._ablation_plan import FINAL, ORDER, Arm, Protocol
+from benchmarks._ablation_plan import FINAL, ORDER, VARIED, Arm, Protocol
 from benchmarks._ablation_statistics import (
     NONE,
     UNMEASURED,
@@ -28,9 +28,8 @@ KEPT: Final = (
     "Headline of every task when its own stage ended, then under the final router; * where the "
     "interval of the paired difference does not contain zero."
 )
-LENGTHS: Final = (1, 2, 4)
-LENGTHENED: Final = ("cologen", "cotrain", "joint-finetune", "baseline")
-NOT_LONGER: Final = f"Other lengths are {UNMEASURED}."
+COMPARED: Final = ("cologen", "cotrain", "joint-finetune", "baseline")
+NOT_VARIED: Final = f"Other lengths, ranks and bases are {UNMEASURED}."
 USAGE: Final = (
     "In training, with router noise, at the end of each stage; last, on held-out edits as pictures "
     "are made, without noise."
@@ -103,12 +102,12 @@ def pairs_table(rows: Rows, known: Mapping[str, Arm]) -> list[str]:
     return table(["`cologen` minus", "seeds", "C", "L", "S", "headline"], body, 1)
 
 
-def lengths_table(longer: Mapping[int, Rows]) -> list[str]:
-    """CoLoGen beside co-training where every stage is longer: does H1 wait for more training?"""
+def varied_table(varied: Mapping[str, Rows]) -> list[str]:
+    """CoLoGen beside the others with one thing of the protocol changed: what decides H1?"""
     parts = ("C", "L", "headline")
     body = []
-    for steps, rows in longer.items():
-        for name in LENGTHENED:
+    for what, rows in varied.items():
+        for name in COMPARED:
             means = [cell(rows.mean(name, FINAL, part)) for part in parts]
             differences = [
                 rows.difference([("cologen", FINAL, part)], [(name, FINAL, part)])
@@ -117,10 +116,10 @@ def lengths_table(longer: Mapping[int, Rows]) -> list[str]:
             ]  # fmt: skip
             if rows.of(name):
                 told = [str(d or "") for d in differences]
-                body.append([str(steps), f"`{name}`", str(len(rows.of(name))), *means, *told])
+                body.append([what, f"`{name}`", str(len(rows.of(name))), *means, *told])
     minus = [f"`cologen` minus it, {part}" for part in parts]
-    head = ["steps a stage", "arm", "seeds", *parts, *minus]
-    return table(head, body, 2) if len(longer) > 1 else [NOT_LONGER]
+    head = ["changed", "arm", "seeds", *parts, *minus]
+    return table(head, body, 2) if len(varied) > 1 else [NOT_VARIED]
 
 
 def custom_table(rows: Rows, known: Mapping[str, Arm]) -> list[str]:
@@ -272,14 +271,14 @@ def text(every: Sequence[Row], known: Mapping[str, Arm], protocol: Protocol) -> 
     """All tables, as they stand on the findings page.
 
     Args:
-        every: rows of this protocol, and of the same with other lengths.
+        every: rows of this protocol, and of the same with one thing changed.
         known: the arms.
-        protocol: whose rows all tables but that of the lengths show.
+        protocol: whose rows all tables show but the one of what was varied.
     """
     rows = own(every, protocol)
     found = Rows(rows)
-    scaled = {p.steps[-1]: own(every, p) for p in (protocol.scaled(f) for f in LENGTHS)}
-    longer = {steps: Rows(those) for steps, those in scaled.items() if those}
+    chosen = {what: own(every, protocol.varied(**change)) for what, change in VARIED.items()}
+    varied = {what: Rows(those) for what, those in chosen.items() if those}
     parts: list[list[str]] = [
         [origins(rows, protocol)],
         ["### Hypotheses"], hypotheses_table(found),
@@ -288,7 +287,7 @@ def text(every: Sequence[Row], known: Mapping[str, Arm], protocol: Protocol) -> 
         ["### Controls"], arms_table(found, known, "controls"),
         ["### Sweeps of `cologen`"], arms_table(found, known, "sweeps"),
         ["### Paired differences"], pairs_table(found, known),
-        ["### Stages of another length"], lengths_table(longer),
+        ["### Another length, rank or base"], varied_table(varied),
         ["### The customised task, final router"], custom_table(found, known),
         ["### Usage of the newest expert"], [USAGE],
         usage_table(found, known),

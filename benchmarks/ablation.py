@@ -1,6 +1,7 @@
 """Does it work? The ablation of CoLoGen's Table 5 where the truth is exact.
 
-    python -m benchmarks.ablation [--arms main,controls,NAME] [--seeds 3] [--steps-scale F]
+    python -m benchmarks.ablation [--arms main,controls,NAME] [--seeds 3]
+                                  [--steps-scale F] [--rank R] [--base-share F]
                                   [--results FILE] [--report] [--quick] [--json FILE]
 
 Every arm trains K/V experts on the frozen base of tiny-flux with ShapeWeave's samples: the same
@@ -10,8 +11,9 @@ trained, in which order, with which experts. `--arms` takes names, "main", "cont
 
 A finished (arm, seed) is one line of --results; what is there already is not trained again. Several
 processes may run the same command: each takes what no other one has. Lines of another protocol
-(--steps-scale is part of it) are kept and never mixed with this one's. `--report` trains nothing:
-it writes the tables into the findings page and the figures beside it.
+(lengths, rank and base are part of it) are kept and never mixed with this one's. A base with less
+pretraining is trained where it is first asked for, and kept among the temporary files. `--report`
+trains nothing: it writes the tables into the findings page and the figures beside it.
 """
 
 from __future__ import annotations
@@ -51,7 +53,11 @@ IN_QUICK: Final = ("cologen", "cotrain", "references")
 def main(arguments: list[str] | None = None) -> int:
     """Run what is missing, tell what is there; 1 where a check fails."""
     args = _parse(arguments)
-    protocol = QUICK if args.quick else Protocol().scaled(args.steps_scale)
+    protocol = (
+        QUICK
+        if args.quick
+        else Protocol().varied(length=args.steps_scale, rank=args.rank, base=args.base_share)
+    )
     known = arms(protocol)
     names = chosen(args.arms, known)
     if isinstance(names, str):
@@ -80,10 +86,16 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     found.add_argument("--arms", default="main", help="names or groups, separated by commas")
     found.add_argument("--seeds", type=int, default=3, help="trainings of each arm")
     found.add_argument("--steps-scale", type=float, default=1.0, help="of all lengths")
+    found.add_argument("--rank", type=int, default=None, help="of an expert")
+    found.add_argument("--base-share", type=float, default=1.0, help="of its pretraining")
     found.add_argument("--results", type=Path, default=None, help="finished arms as JSON lines")
     found.add_argument("--report", action="store_true", help="tables and figures, no training")
     found.add_argument("--page", type=Path, default=PAGE, help="where --report writes its tables")
     args = found.parse_args(arguments)
+    if args.steps_scale <= 0 or (args.rank is not None and args.rank < 1):
+        found.error(f"--steps-scale {args.steps_scale:g} and --rank {args.rank} must be positive")
+    if not 0 < args.base_share <= 1:
+        found.error(f"--base-share {args.base_share:g} must be above 0 and at most 1")
     if args.quick:
         args.arms = args.arms if args.arms != "main" else ",".join(IN_QUICK)
     if args.results is None:

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import ablation
-from benchmarks._ablation_plan import QUICK, Arm, Protocol, arms, picks, progressive
+from benchmarks import _ablation_base, ablation
+from benchmarks._ablation_plan import QUICK, VARIED, Arm, Protocol, arms, picks, progressive
 from benchmarks._ablation_report import text
 from benchmarks._ablation_statistics import NONE, UNMEASURED, Rows, hypotheses, own
 from benchmarks._ablation_train import Course
 from benchmarks._page import between
 from prw_flux.rundir import RunFolder
 from prw_flux.session import open_session
+from prw_flux.tiny.base import BaseRecipe
 from prw_flux.trainer import open_training_data, train
 
 
@@ -117,6 +118,30 @@ def test_what_is_there_is_not_trained_again(
     assert len(ablation.read(file)) == 5
 
 
+def test_what_is_varied_has_rows_and_a_base_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = {Protocol().varied(**change).digest for change in VARIED.values()}
+    assert len(digests) == len(VARIED)
+    every = ablation.read(ablation.RESULTS)
+    assert own(every, Protocol()) and {row["protocol"] for row in every} <= digests
+
+    built: list[BaseRecipe] = []
+
+    def build(out: Path, *, recipe: BaseRecipe) -> None:
+        assert (out / "vae" / "config.json").is_file()
+        built.append(recipe)
+        (out / "recipe.json").write_text("{}")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(_ablation_base, "build", build)
+    config = Protocol().varied(base=0.1).config(0)
+    assert Path(config.base.path).is_relative_to(tmp_path)
+    assert Protocol().varied(base=0.1).config(1).base == config.base
+    assert [phase.steps for phase in built[0].phases] == [1200, 360] and len(built) == 1
+    assert Protocol().config(0).base.path == "tiny-flux"
+
+
 def test_an_arm_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     protocol = small()
@@ -182,6 +207,10 @@ def test_bad_requests_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFix
     assert ablation.main(["--arms", "cologne", "--results", str(tmp_path / "x")]) == 1
     told = capsys.readouterr().err
     assert "no arm or group 'cologne'" in told and "cologen" in told
+    for words in (["--base-share", "2"], ["--rank", "0"], ["--steps-scale", "-1"]):
+        with pytest.raises(SystemExit):
+            ablation.main(words)
+        assert words[0] in capsys.readouterr().err
     page = tmp_path / "page.md"
     page.write_text("nothing")
     with pytest.raises(ValueError, match="to write between"):
