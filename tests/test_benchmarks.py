@@ -38,7 +38,7 @@ def test_it_checks_itself_and_reports(name: str, tmp_path: Path) -> None:
     told = json.loads(report.read_text())
     assert {"device", "torch", "commit", "variants"} <= set(told)
     timed = [v for v in told["variants"].values() if "median_ms" in v]
-    assert timed or name in ("ablation", "continual", "flip_rate", "timestep")
+    assert timed or name in ("ablation", "continual", "flip_rate", "stored_sources", "timestep")
     assert all(v["p20_ms"] <= v["median_ms"] <= v["p80_ms"] for v in timed)
     if name == "kernels":
         assert all(row["error"] < 3e-2 and row["base_ms"] > 0 for row in told["rows"])
@@ -50,6 +50,10 @@ def test_it_checks_itself_and_reports(name: str, tmp_path: Path) -> None:
     if name == "loading":
         names = {name.partition(",")[0] for name in told["variants"]}
         assert names == {"read", "plain", "folder", "file"}
+    if name == "stored_sources":
+        stored = told["variants"]
+        assert stored["float32"]["PSNR"] == 99.0 > stored["float8"]["PSNR"] > 30.0
+        assert stored["float32"]["KiB"] == 4 * stored["half"]["KiB"] > 2 * stored["float8"]["KiB"]
     if name == "timestep":
         assert set(told["variants"]) == {"zero", "current"}
         moved = told["variants"]["zero"]["changes"]["control"]
