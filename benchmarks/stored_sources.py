@@ -9,9 +9,9 @@ Held-out grounding requests of ShapeWeave, the same noise for every variant, the
              from a `SourceCache` of that dtype (float8: a scale per token and head)
 ``half``     from a float32 cache of a source of half the side (`source_size`)
 
-Told are Acc@0.5, the share of the boxes right with ``fresh`` that the variant keeps, the PSNR of its
-pictures to those of ``fresh`` (median and 20th percentile) and the size of one source. ``--run``
-reads a run of yours; without it the demo's grounding stage is trained, which takes CPU minutes.
+Told are Acc@0.5, the share of the boxes right with ``fresh`` that the variant keeps, the PSNR of
+its pictures to those of ``fresh`` (median and 20th percentile) and the size of one source.
+``--run`` reads a run of yours; without it the demo's grounding stage is trained: CPU minutes.
 
 Nothing is told unless the float32 cache gives the bits of ``fresh``.
 """
