@@ -40,7 +40,7 @@ from prw_flux.output import CoLoGenPipelineOutput, read_grounding
 from prw_flux.plan import Plan, caches_serve, make_plan, metas
 from prw_flux.references import Sizes
 from prw_flux.source_cache import SourceCache, SourceMeta
-from prw_flux.sources import Encoded, Source, following
+from prw_flux.sources import EncodedReference, Source, following
 from prw_flux.stored import require_storable
 from prw_flux.tasks.grounding import Ground, Overlay
 
@@ -177,7 +177,7 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
         pooled = self._source_pooled(plan, pooled)
         assert pooled is not None
         known = metas(plan, pooled, self.transformer, self.vae)
-        caches = self._source(plan, pooled, metas=known, storage=(device, dtype)).encode()
+        caches = self._source(plan, pooled, metas=known, storage=(device, dtype)).caches()
         self.maybe_free_model_hooks()
         return caches if images is not None else caches[0]
 
@@ -469,7 +469,7 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
         encoded = []
         for index, reference in enumerate(plan.references):
             encoded.append(
-                Encoded(
+                EncodedReference(
                     tokens_BSC=reference.tokens(self.vae, device, dtype),
                     ids_S3=reference.ids(device),
                     meta=metas[index] if metas is not None else None,
