@@ -19,6 +19,7 @@ import prw
 from prw_flux.adapter import PRWAdapter
 from prw_flux.attach import attached, bind
 from prw_flux.passes import source_pass
+from prw_flux.plan import Plan
 from prw_flux.source_cache import FluxCall, Recorded, SourceCache, SourceMeta, joined
 from prw_flux.step_caches import bridged
 
@@ -82,6 +83,44 @@ class Source:
         self.storage = storage
         self._fixed: Recorded | None = None  # serves every main pass
         self._by_pooled: list[tuple[Tensor, Recorded]] = []  # each serves the passes of one text
+
+    @classmethod
+    def of_plan(
+        cls,
+        transformer: FluxTransformer2DModel,
+        vae: Any,
+        plan: Plan,
+        pooled_BP: Tensor | None,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        metas: Sequence[SourceMeta] | None = None,
+        **options: Any,
+    ) -> Source:
+        """A source whose images are encoded now, and recorded when a main pass asks.
+
+        Args:
+            transformer, pooled_BP: As in `Source`.
+            vae: Encodes the images.
+            plan: With references.
+            device, dtype: Of the tokens and of the pooled text.
+            metas: Of caches that are kept, which then remember their pictures too.
+            options: Others of `Source`.
+        """
+        encoded = [
+            EncodedReference(
+                tokens_BSC=reference.tokens(vae, device, dtype),
+                ids_S3=reference.ids(device),
+                meta=None if metas is None else metas[index],
+                picture=None if metas is None else reference.picture(),
+            )
+            for index, reference in enumerate(plan.references)
+        ]
+        if pooled_BP is not None:
+            pooled_BP = pooled_BP.to(device=device, dtype=dtype)
+        return cls(
+            transformer, plan.adapter, encoded, pooled_BP, plan.call, scale=plan.scale, **options
+        )
 
     @classmethod
     def of_caches(
