@@ -199,7 +199,7 @@ def _generate(
             told=lambda done, total: progress.measured(f"{args.bench}: pictures", done, total),
         )  # fmt: skip
         gathered = share.gather(reasons)
-    if share.rank == 0:
+    if share.rank == 0 and share.count > 1:  # alone, `produce` has done so
         tidy(results)
     return {name: why for told in gathered for name, why in told.items()}
 
