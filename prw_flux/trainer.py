@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -35,8 +35,6 @@ from prw_flux.waiting import waiting
 
 logger = logging.getLogger(__name__)
 
-StageEnd = Callable[[RunFolder, int], None]
-
 
 class TrainingError(PRWError, RuntimeError):
     """Training cannot go on; the state before the step that failed is saved."""
@@ -61,7 +59,6 @@ def train(
     *,
     progress: Quiet | None = None,
     stop: Stop | None = None,
-    on_stage_end: StageEnd | None = None,
     ranks: Ranks | None = None,
 ) -> None:
     """Train the stages of a run that are not finished, from where its state says.
@@ -72,8 +69,6 @@ def train(
         data: from `open_training_data`.
         progress: told what happens.
         stop: asked after every step whether to save and leave.
-        on_stage_end: called with the run and the number of each stage that has been finished, on
-            the first rank.
         ranks: the processes that train together; every one calls this, and the first writes.
 
     Raises:
@@ -108,8 +103,6 @@ def train(
         for number in range(position.stage, len(run.config.stages)):
             trainer.run_stage(number, position, monitor)
             position = Position(stage=number + 1)
-            if on_stage_end is not None and ranks.first:
-                on_stage_end(run, number)
 
 
 def _warn_of_stages_without_memory(adapter: PRWAdapter) -> None:
