@@ -220,6 +220,14 @@ class PRWAdapter(ModelMixin, ConfigMixin):
         """
         return None if self.config.source_timestep == "zero" else guidance_B
 
+    def source_text(self, sentence: str) -> str | None:
+        """The text whose pooled embedding modulates the source of a task with this sentence.
+
+        None is the prompt, whatever it is.
+        """
+        texts = {"task": sentence, "prompt": None, "empty": ""}
+        return texts[self.config.source_pooled]
+
     # Identity ---------------------------------------------------------------------------------
 
     @property

@@ -66,7 +66,7 @@ def caches_serve(
     if not asked.caches:
         return False
     what = _misfit(plan, asked, pooled, transformer, vae)
-    if what is None and branches > 1 and plan.adapter.config.source_pooled == "prompt":
+    if what is None and branches > 1 and plan.text is None:
         what = "prompt than the negative one, which true CFG needs a source for"
     if what is None:
         return True

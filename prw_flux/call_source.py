@@ -106,7 +106,7 @@ def source_of(
     """
     if asked.caches:
         seen = asked.pooled
-        if seen is None and plan.sentence is None:
+        if seen is None and plan.text is None:
             embedded = flux["prompt_embeds"] is not None
             seen = flux["pooled_prompt_embeds"] if embedded else pooled(pipe, flux["prompt"] or "")
         negative = any(flux[k] is not None for k in ("negative_prompt", "negative_prompt_embeds"))
@@ -142,7 +142,7 @@ def source_pooled(
     pipe: CoLoGenPipeline, plan: Plan, asked: Asked, prompt: str | Sequence[str] | None = None
 ) -> Tensor | None:
     """[B, P] that modulates the source; None where that is a prompt, and none is given here."""
-    text = prompt if plan.sentence is None else plan.sentence
+    text = prompt if plan.text is None else plan.text
     if asked.pooled is not None or text is None:
         return asked.pooled
     return pooled(pipe, text)

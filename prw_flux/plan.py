@@ -34,10 +34,9 @@ class Plan:
     size: tuple[int, int]
 
     @property
-    def sentence(self) -> str | None:
-        """The text whose pooled embedding modulates the source; None where it is the prompt."""
-        texts = {"task": self.spec.sentence, "prompt": None, "empty": ""}
-        return texts[self.adapter.config.source_pooled]
+    def text(self) -> str | None:
+        """What modulates the source, see `PRWAdapter.source_text`."""
+        return self.adapter.source_text(self.spec.sentence)
 
 
 def make_plan(adapter: PRWAdapter, asked: Asked, channels: int) -> Plan:
