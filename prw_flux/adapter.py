@@ -7,7 +7,6 @@ quantised, offloaded and fused, and an adapter saves, loads and travels without 
 from __future__ import annotations
 
 import difflib
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,16 +24,12 @@ from torch import Tensor, nn
 import prw
 from prw import Pool
 from prw.checkpoint import Stored, read
-from prw.fingerprint import TOLERANCE, difference, drift
 from prw_flux.locate import (
     adapter_folder,
     base_fingerprint,
     stored_settings,
 )
-from prw_flux.source_cache import Recorded
 from prw_flux.tasks import TASKS
-
-logger = logging.getLogger(__name__)
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "source_timestep": ("zero", "current"),
@@ -225,6 +220,14 @@ class PRWAdapter(ModelMixin, ConfigMixin):
         """
         return None if self.config.source_timestep == "zero" else guidance_B
 
+    def source_text(self, sentence: str) -> str | None:
+        """The text whose pooled embedding modulates the source of a task with this sentence.
+
+        None is the prompt, whatever it is.
+        """
+        texts = {"task": sentence, "prompt": None, "empty": ""}
+        return texts[self.config.source_pooled]
+
     # Identity ---------------------------------------------------------------------------------
 
     @property
@@ -237,83 +240,6 @@ class PRWAdapter(ModelMixin, ConfigMixin):
         stages = ",".join(f"{s.name}{'*' if s.open else ''}" for s in self.weave.stages)
         writes = tuple((id(p), p._version) for p in self.parameters())
         return f"{self._identity}/{stages}/{hash(writes):x}"
-
-    def require_layers(self, cache: Recorded) -> None:
-        """Raise unless `cache` has one slot per block."""
-        if len(cache) != len(self.blocks):
-            raise ValueError(
-                f"A source cache of {len(cache)} blocks does not fit {len(self.blocks)} blocks."
-            )
-
-    def require_fit(self, transformer: FluxTransformer2DModel) -> None:
-        """Raise unless the adapter was made for `transformer`; warn where only weights differ."""
-        config = self.config
-        here = (config.num_layers, config.num_single_layers, config.inner_dim)
-        there = (
-            len(transformer.transformer_blocks),
-            len(transformer.single_transformer_blocks),
-            transformer.inner_dim,
-        )
-        if here != there:
-            raise ValueError(
-                f"This adapter was made for {here[0]} + {here[1]} blocks of width {here[2]}, the "
-                f"transformer has {there[0]} + {there[1]} of width {there[2]}: load the base it "
-                "was trained on, or an adapter of this one."
-            )
-        if transformer.config.in_channels != transformer.out_channels:
-            raise ValueError(
-                f"The transformer reads {transformer.config.in_channels} channels and writes "
-                f"{transformer.out_channels}: a source needs a FLUX.1 without channel conditioning "
-                "(dev, schnell, Kontext), not Fill, Canny or Depth."
-            )
-        self._require_base(transformer)
-
-    def require_device(self, transformer: FluxTransformer2DModel) -> None:
-        """Raise unless the adapter lies where `transformer` computes.
-
-        Offloading moves the layers of a transformer to a device as they run. It leaves the adapter
-        alone, whose experts no layer calls, so the adapter has to be there already.
-        """
-        here = next((p.device for p in self.parameters()), None)
-        there = get_module_execution_device(transformer)
-        if here is None or (here.type, here.index or 0) == (there.type, there.index or 0):
-            return
-        if here.type == "meta":
-            raise ValueError(
-                "The weights of this adapter are on the meta device (offloading was enabled with "
-                "the adapter among the offloaded models, or it was never loaded): load it again "
-                "and leave it out of offloading, as CoLoGenPipeline does."
-            )
-        raise ValueError(
-            f"The adapter is on {here}, but the transformer computes on {there}: call "
-            f"adapter.to({str(there)!r}). Offloading never moves an adapter that joined after it "
-            "was enabled."
-        )
-
-    def enable_group_offload(self, onload_device: torch.device, **_: Any) -> None:
-        """Move to `onload_device` and stay: 3.8 % of FLUX.1 with five experts of rank 128.
-
-        Group offloading waits for a layer to be called; experts are reached from the attention.
-        """
-        self.to(onload_device)
-
-    def _require_base(self, transformer: FluxTransformer2DModel) -> None:
-        if not self.weave.fingerprint:  # built by hand, from shapes alone
-            return
-        found = base_fingerprint(transformer)
-        problem = difference(self.weave.fingerprint, found)
-        if problem is not None:
-            raise ValueError(
-                f"This adapter was made for another base: {problem}; load the base it was trained "
-                "on, or an adapter of this one."
-            )
-        distance = drift(self.weave.fingerprint, found)
-        if distance > TOLERANCE:
-            logger.warning(
-                "The weights of this transformer differ by %.1f%% from those the adapter was "
-                "trained on; expected for a quantised base, else check which base it was.",
-                100.0 * distance,
-            )
 
     # Files ------------------------------------------------------------------------------------
 
@@ -364,6 +290,15 @@ class PRWAdapter(ModelMixin, ConfigMixin):
         adapter.weave.adopt(stored)
         adapter.eval()
         return adapter
+
+    # Devices ----------------------------------------------------------------------------------
+
+    def enable_group_offload(self, onload_device: torch.device, **_: Any) -> None:
+        """Move to `onload_device` and stay: 3.8 % of FLUX.1 with five experts of rank 128.
+
+        Group offloading waits for a layer to be called; experts are reached from the attention.
+        """
+        self.to(onload_device)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As `torch.nn.Module.to`; routers never go below float32.

@@ -1,102 +1,15 @@
-"""The arguments of a pipeline call, checked before anything is computed."""
+"""What no pipeline call can be given, refused before anything is computed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor
 
-from prw_flux.encode import ImageInput
-from prw_flux.references import Sizes
-from prw_flux.source_cache import SourceCache
 from prw_flux.tasks.inpainting import Inpaint
-
-Images: TypeAlias = tuple[ImageInput | Sequence[ImageInput], ...]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Asked:
-    """What a call says about its source, and nothing is computed of yet.
-
-    Attributes:
-        images: one entry per reference, each an image or a batch.
-        caches: of `encode_source`, one per reference.
-        task, route, scale: None where the call does not say.
-        sizes: of result and source.
-        mask_image: the hole of an inpainting source.
-        pooled: [B, P] instead of the pooled text that the adapter asks for.
-    """
-
-    images: Images = ()
-    caches: tuple[SourceCache, ...] = ()
-    task: str | None = None
-    route: str | None = None
-    scale: float | None = None
-    sizes: Sizes = Sizes()
-    mask_image: Any = None
-    pooled: Tensor | None = None
-
-
-def text_first(image: Any, prompt: Any) -> tuple[Any, Any]:
-    """(image, prompt), where a text may stand first, as in FluxPipeline.
-
-    Raises:
-        TypeError: for two texts, or a path.
-    """
-    is_text = isinstance(image, str) or (
-        isinstance(image, list) and bool(image) and all(isinstance(one, str) for one in image)
-    )
-    if is_text and isinstance(prompt, (str, list)):
-        raise TypeError(
-            f"image must be PIL, numpy, a tensor or latents, got the text {image!r}: open a file "
-            "first, diffusers.utils.load_image(...)."
-        )
-    if is_text and prompt is None:
-        return None, image
-    if prompt is not None and not isinstance(prompt, (str, list)):
-        raise TypeError(
-            f"prompt must be a str or a list of str, got {type(prompt).__name__}; the source comes "
-            "first, as in FluxKontextPipeline: pass image= and prompt= by name."
-        )
-    return image, prompt
-
-
-def all_images(image: Any, images: Any) -> Images:
-    """One entry per reference, from either keyword.
-
-    Raises:
-        ValueError, TypeError: both are given, or `images` is not a list.
-    """
-    if images is None:
-        return () if image is None else (image,)
-    if image is not None:
-        raise ValueError("Pass image= (one source, or a batch) or images= (references), not both.")
-    if not isinstance(images, (list, tuple)) or not images:
-        raise TypeError("images= is a list with one entry per reference, and at least one.")
-    return tuple(images)
-
-
-def all_caches(source_cache: Any) -> tuple[SourceCache, ...]:
-    """One cache per reference.
-
-    Raises:
-        TypeError: something else was given.
-    """
-    if source_cache is None:
-        return ()
-    caches = tuple(source_cache) if isinstance(source_cache, (list, tuple)) else (source_cache,)
-    odd = next((c for c in caches if not isinstance(c, SourceCache)), None)
-    if odd is not None or not caches:
-        what = type(odd).__name__ if caches else "an empty list"
-        raise TypeError(
-            f"source_cache must be what encode_source returned, got {what}: a file is read with "
-            "SourceCache.load(path)."
-        )
-    return caches
 
 
 def require_no_source(given: Mapping[str, Any]) -> None:
@@ -152,24 +65,6 @@ def require_sizes(step: int, **given: Any) -> None:
         )
 
 
-def plain(value: Any) -> Any:
-    """A size, or two of them, as plain ints, whatever library counted them."""
-    if isinstance(value, (tuple, list)):
-        return tuple(int(part) for part in value)
-    return None if value is None else int(value)
-
-
-def require_encoded(asked: Asked) -> None:
-    """Raise ValueError for what acts when a source is encoded, in a call that has only a cache."""
-    late = {"mask_image": asked.mask_image, "source_size": asked.sizes.source_size}
-    found = [f"{name}=" for name, value in late.items() if value is not None]
-    if found:
-        raise ValueError(
-            f"{' and '.join(found)} would come too late for a source that is encoded: give it to "
-            "encode_source, or pass image= beside the cache."
-        )
-
-
 def require_mask(mask_image: Any, task: str) -> None:
     """Raise ValueError for a mask that the task does not know."""
     if mask_image is not None and task != Inpaint.name:
@@ -198,13 +93,6 @@ def require_no_ip_adapter(given: Mapping[str, Any]) -> None:
             f"{found[0]}= belongs to an IP-Adapter, which cannot stand beside a source: leave one "
             "of them out."
         )
-
-
-def prompt_count(prompt: Any, prompt_embeds: Tensor | None) -> int:
-    """Prompts of a call."""
-    if prompt_embeds is not None:
-        return int(prompt_embeds.shape[0])
-    return len(prompt) if isinstance(prompt, list) else 1
 
 
 def require_counts(

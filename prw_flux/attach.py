@@ -15,6 +15,7 @@ from diffusers.models.transformers.transformer_flux import (
 )
 
 from prw_flux.adapter import PRWAdapter
+from prw_flux.fit import require_fit
 from prw_flux.processor import PRWFluxAttnProcessor
 from prw_flux.source_cache import Recorded
 
@@ -35,7 +36,7 @@ def attach(transformer: FluxTransformer2DModel, adapter: PRWAdapter) -> None:
             (nunchaku's) or processors (of an IP-Adapter) are in place.
     """
     _require_stock_layers(transformer)
-    adapter.require_fit(transformer)
+    require_fit(adapter, transformer)
     _require_replaceable(transformer)
     _install(transformer, [PRWFluxAttnProcessor(adapter, i) for i in range(len(adapter.blocks))])
 

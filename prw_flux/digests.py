@@ -1,11 +1,11 @@
-"""What a recorded source depends on, as short digests that mean the same in every process."""
+"""What a recorded source or a picture depends on, as digests that mean the same everywhere."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 from uuid import uuid4
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prw_flux.adapter import PRWAdapter
+from prw_flux.coredi.model import SETTINGS, CoReDi
 from prw_flux.locate import base_fingerprint
 
 SAMPLES = 16
@@ -32,13 +33,25 @@ def adapter_digest(adapter: PRWAdapter) -> str:
         return adapter.known_digest[1]
     settings = {k: v for k, v in adapter.config.items() if not k.startswith("_")}
     stages = [stage.name for stage in adapter.weave.stages]
-    found = hashlib.sha256(json.dumps([settings, stages], sort_keys=True, default=str).encode())
-    for name, tensor in sorted(adapter.state_dict().items()):
+    adapter.known_digest = (state, _weights_digest([settings, stages], adapter.state_dict()))
+    return adapter.known_digest[1]
+
+
+def stream_digest(coredi: CoReDi) -> str:
+    """Of a feature stream: what it is now, and what it was at the end of every stage."""
+    tensors = coredi.state_dict()
+    for stage, kept in coredi.snapshots.items():
+        tensors |= {f"{stage}/{name}": tensor for name, tensor in kept.items()}
+    return _weights_digest([getattr(coredi.config, name) for name in SETTINGS], tensors)
+
+
+def _weights_digest(settings: Any, tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
         found.update(raw.numpy().data)
-    adapter.known_digest = (state, found.hexdigest())
-    return adapter.known_digest[1]
+    return found.hexdigest()
 
 
 def base_digest(transformer: nn.Module, vae: nn.Module) -> str:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import logging
+import resource
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Final, final
 
+import torch
+
 import prw
 from prw import ConfigError
 from prw.telemetry import merged, summarise
+from prw_flux.coredi.collapse import Watch
 from prw_flux.curriculum import Stage
 from prw_flux.data.choose import open_held_out, require_feeds
 from prw_flux.draws import held_out_stage
 from prw_flux.grids import Grids
 from prw_flux.held_out import HeldOut
-from prw_flux.objective import Objective
+from prw_flux.objective import Objective, StepLoss
+from prw_flux.optimization import learning_rate
+from prw_flux.progress import Quiet
+from prw_flux.resume import Position, steps_before
 from prw_flux.rundir import RunFolder
 from prw_flux.sample_cache.wanted import held_out_count
 from prw_flux.samples import Samples
@@ -41,6 +48,7 @@ class Monitor:
         step: steps of the curriculum that are done.
         averaged: inside it the adapter has the moving averages; None where the run has none.
         writes: whether this process is the one that writes.
+        progress: told each line of the log.
 
     Raises:
         ConfigError: a tracker that cannot be used, or data without a held-out side.
@@ -55,10 +63,13 @@ class Monitor:
         step: int = 0,
         averaged: Averaged | None = None,
         writes: bool = True,
+        progress: Quiet | None = None,
     ) -> None:
         config = run.config
         self.run, self.config, self.objective = run, config, objective
         self.averaged, self.writes = averaged, writes
+        self.progress = progress or Quiet()
+        self.watch = Watch(config.coredi)
         self.data = open_held_out(config, data) if held_out_count(config) else None
         self.trackers = Trackers.open(run, step) if writes else Trackers()
         self._held_out: HeldOut | None = None
@@ -67,6 +78,7 @@ class Monitor:
     def begin(self, number: int) -> None:
         """Stage `number` begins, or goes on: its held-out samples are encoded."""
         self._held_out, self._grids = None, None
+        self.watch = Watch(self.config.coredi)
         task, stage = self.objective.session.tasks[number], self.config.stages[number]
         if self.data is None:
             return
@@ -101,17 +113,59 @@ class Monitor:
 
     # After a step -----------------------------------------------------------------------------
 
-    def is_due(self, stage: Stage, step: int) -> bool:
+    def after(self, loss: StepLoss, samples: Samples, stage: Stage, position: Position) -> None:
+        """A step was taken: a line for the log and a grid of pictures, where they are due.
+
+        Args:
+            loss: of the step.
+            samples: that the stage trains on.
+            stage: that trains.
+            position: after the step.
+        """
+        done = steps_before(self.config, position)
+        if self._is_logged(stage, position.step):
+            line = self._line(loss, samples, stage, position)
+            self._log(line, stage, done)
+            self.progress.logged(line)
+        self._draw(stage, position.step, done)
+
+    def _is_logged(self, stage: Stage, step: int) -> bool:
+        ends = step in (1, stage.steps) or step % self.config.log_every == 0
+        return ends or self._is_due(stage, step)
+
+    def _is_due(self, stage: Stage, step: int) -> bool:
         """Whether held-out samples are looked at after `step` steps of a stage."""
         due = step % self.config.held_out.every == 0 or step == stage.steps
         return self._held_out is not None and due
 
-    def held_out(self, stage: Stage, step: int) -> dict[str, float]:
-        """For the log: loss, usage and margin on held-out samples, nothing where they are not due.
+    def _line(
+        self, loss: StepLoss, samples: Samples, stage: Stage, position: Position
+    ) -> dict[str, Any]:
+        """All that is known after a step."""
+        quiet = self.objective.quiet(samples, stage, position.step - 1)
+        line: dict[str, Any] = {
+            "stage": stage.name,
+            "task": samples.task.name,
+            "step": position.step,
+            "loss": float(loss.flow),
+            "gate_loss": float(loss.gate),
+            "usage_noisy": self.objective.usage(loss.records),
+            "usage_deterministic": self.objective.usage([quiet]),
+            "lr": learning_rate(self.config.optimizer, stage, position.step - 1),
+            "seconds": round(position.seconds, 3),
+            "memory_mib": memory_mib(),
+        }
+        if loss.features is not None:
+            line |= loss.features.line(self.watch, position.step)
+        line |= self._routing(loss.records, quiet)
+        return line | self._measured(stage, position.step)
+
+    def _measured(self, stage: Stage, step: int) -> dict[str, float]:
+        """Loss, usage and margin on held-out samples, nothing where they are not due.
 
         ``held_out_loss_ema`` is that of the moving averages, where the run has them.
         """
-        if self._held_out is None or not self.is_due(stage, step):
+        if self._held_out is None or not self._is_due(stage, step):
             return {}
         found = self._held_out.measure()
         line = {
@@ -124,8 +178,8 @@ class Monitor:
                 line["held_out_loss_ema"] = self._held_out.measure().loss
         return line
 
-    def routing(self, noisy: Sequence[prw.Record], quiet: prw.Record) -> dict[str, Any]:
-        """For the log: margins of the gate, and by block the usage in both modes and the margin.
+    def _routing(self, noisy: Sequence[prw.Record], quiet: prw.Record) -> dict[str, Any]:
+        """Margins of the gate, and by block the usage in both modes and the margin.
 
         Args:
             noisy: of this process's forwards of the step.
@@ -144,25 +198,18 @@ class Monitor:
             },
         }
 
-    def log(self, line: Mapping[str, Any], stage: Stage, done: int) -> dict[str, Any]:
-        """Write a line, tell the trackers, and return what was written.
+    def _log(self, line: Mapping[str, Any], stage: Stage, done: int) -> None:
+        """Write a line and tell the trackers.
 
         The figures of single blocks are written with every tenth line and those of held-out looks.
-
-        Args:
-            line: what was measured.
-            stage: that trains.
-            done: steps of the curriculum.
         """
         step, often = line["step"], BLOCKS_EVERY * self.config.log_every
         whole = step in (1, stage.steps) or step % often == 0 or "held_out_loss" in line
-        written = {k: v for k, v in line.items() if k != "blocks" or whole}
         if self.writes:
-            self.run.log(written)
+            self.run.log({k: v for k, v in line.items() if k != "blocks" or whole})
             self.trackers.log(tracked(line), done)
-        return written
 
-    def look(self, stage: Stage, step: int, done: int) -> None:
+    def _draw(self, stage: Stage, step: int, done: int) -> None:
         """Draw a grid where one is due, with the averages where the run has them."""
         if self._grids is None or (step % self.config.sample_every and step != stage.steps):
             return
@@ -178,3 +225,10 @@ class Monitor:
     def close(self) -> None:
         """Write what trackers still hold."""
         self.trackers.close()
+
+
+def memory_mib() -> int:
+    """Largest memory so far: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10

@@ -221,10 +221,9 @@ class Objective:
 
     def source_pooled(self, samples: Samples) -> Tensor | None:
         """[1, P] what modulates the source, encoded if need be; None for the pooled caption."""
-        kind = self.config.adapter.source_pooled
-        if kind == "prompt":
+        text = self.session.adapter.source_text(samples.task.sentence)
+        if text is None:
             return None
-        text = samples.task.sentence if kind == "task" else ""
         return samples.alone(text)[1].to(self.session.device)
 
     # Between steps ----------------------------------------------------------------------------

@@ -58,6 +58,15 @@ def read_grounding(images: Any, picture: Tensor, prompts: Sequence[str]) -> list
     return found
 
 
+def returned(
+    images: Any, grounding: list[Overlay] | None, return_dict: bool
+) -> CoLoGenPipelineOutput | tuple[Any, ...]:
+    """An output, or a tuple of what is not None."""
+    if return_dict:
+        return CoLoGenPipelineOutput(images=images, grounding=grounding)
+    return (images,) if grounding is None else (images, grounding)
+
+
 def _array(image: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """uint8 [H, W, 3] of one result of any output_type but "latent"."""
     if isinstance(image, Image.Image):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import prw
 from prw_flux.adapter import PRWAdapter
 from prw_flux.attach import attach, bound, require_attached
+from prw_flux.fit import require_device, require_layers
 from prw_flux.parallel import require_spreadable
 from prw_flux.source_cache import FluxCall, Recorded, SourceCache, SourceMeta
 from prw_flux.step_caches import bridged
@@ -54,7 +55,7 @@ def source_pass(
     """
     adapter = require_attached(transformer)
     batch = source_BSC.shape[0]
-    adapter.require_device(transformer)
+    require_device(adapter, transformer)
     require_spreadable(transformer, source_BSC)
     cache = SourceCache(len(adapter.blocks), meta)
     flux_call = FluxCall(cache, "source", adapter.resolve(call), scale)
@@ -109,7 +110,7 @@ def main_pass(
     context: AbstractContextManager[None] = nullcontext()
     if cache is not None:
         adapter = require_attached(transformer)
-        adapter.require_layers(cache)
+        require_layers(adapter, cache)
         extra = {"joint_attention_kwargs": {"prw": FluxCall(cache, "main")}}
         context = bound(transformer, cache)
     with context:

@@ -31,18 +31,26 @@ from transformers import (
 
 from prw_flux import arguments
 from prw_flux.adapter import PRWAdapter
-from prw_flux.arguments import Asked
-from prw_flux.attach import attach, attached
+from prw_flux.asked import Asked, all_caches, all_images, prompt_count, sizes_of, text_first
+from prw_flux.attach import attach
+from prw_flux.cache_origin import metas
+from prw_flux.call_source import (
+    plan_of,
+    require_pooled,
+    require_possible,
+    source_of,
+    source_of_images,
+    source_pooled,
+)
 from prw_flux.coredi.sampling import Carried, Generators, beside
 from prw_flux.encode import ImageInput, sequence_length
 from prw_flux.loader import PRWLoaderMixin
-from prw_flux.output import CoLoGenPipelineOutput, read_grounding
-from prw_flux.plan import Plan, caches_serve, make_plan, metas
+from prw_flux.output import read_grounding, returned
 from prw_flux.references import Sizes
-from prw_flux.source_cache import SourceCache, SourceMeta
-from prw_flux.sources import Encoded, Source, following
+from prw_flux.source_cache import SourceCache
+from prw_flux.sources import following
 from prw_flux.stored import require_storable
-from prw_flux.tasks.grounding import Ground, Overlay
+from prw_flux.tasks.grounding import Ground
 
 
 class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
@@ -147,7 +155,7 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
                 be wrong at the next step; or for an unknown task or route.
         """
         asked = Asked(
-            images=arguments.all_images(image, images),
+            images=all_images(image, images),
             task=task,
             route=route,
             scale=source_scale,
@@ -158,26 +166,22 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
         require_storable(dtype)
         if not asked.images:
             raise ValueError("encode_source needs a source: pass image= or images=.")
-        plan = self._plan(asked)
-        self._require_pooled(asked, [one.batch for one in plan.references])
-        config = plan.adapter.config
-        if config.source_timestep == "current":
+        plan = plan_of(self, asked)
+        require_pooled(self, asked, [one.batch for one in plan.references])
+        if plan.adapter.config.source_timestep == "current":
             raise ValueError(
                 'This adapter was trained with source_timestep="current": its source changes with '
                 "every step and cannot be encoded once. Pass image= to each call instead."
             )
-        pooled = source_pooled_embeds
-        if config.source_pooled == "prompt" and pooled is None:
-            if prompt is None:
-                raise ValueError(
-                    'This adapter was trained with source_pooled="prompt": give encode_source the '
-                    "prompt= that the calls will use."
-                )
-            pooled = self._pooled(prompt)
-        pooled = self._source_pooled(plan, pooled)
-        assert pooled is not None
+        pooled = source_pooled(self, plan, asked, prompt)
+        if pooled is None:
+            raise ValueError(
+                'This adapter was trained with source_pooled="prompt": give encode_source the '
+                "prompt= that the calls will use."
+            )
         known = metas(plan, pooled, self.transformer, self.vae)
-        caches = self._source(plan, pooled, metas=known, storage=(device, dtype)).encode()
+        source = source_of_images(self, plan, pooled, metas=known, storage=(device, dtype))
+        caches = source.caches()
         self.maybe_free_model_hooks()
         return caches if images is not None else caches[0]
 
@@ -285,11 +289,11 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
                 an unknown task or route, a source without an adapter, a cache that was made by
                 another adapter, base, task, route or pooled text.
         """
-        image, prompt = arguments.text_first(image, prompt)
+        image, prompt = text_first(image, prompt)
         arguments.require_kwargs(joint_attention_kwargs)
         if max_sequence_length is None:
             max_sequence_length = sequence_length(self.tokenizer_2)
-        texts = {
+        flux = {
             "prompt": prompt,
             "prompt_2": prompt_2,
             "negative_prompt": negative_prompt,
@@ -300,8 +304,6 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
             "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
             "callback_on_step_end_tensor_inputs": list(callback_on_step_end_tensor_inputs or ()),
             "max_sequence_length": max_sequence_length,
-        }
-        flux = texts | {
             "true_cfg_scale": true_cfg_scale,
             "num_inference_steps": num_inference_steps,
             "sigmas": sigmas,
@@ -318,8 +320,8 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
             "callback_on_step_end": callback_on_step_end,
         }
         asked = Asked(
-            images=arguments.all_images(image, images),
-            caches=arguments.all_caches(source_cache),
+            images=all_images(image, images),
+            caches=all_caches(source_cache),
             task=task,
             route=route,
             scale=source_scale,
@@ -338,52 +340,31 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
                      None if representation_scale == 1.0 else representation_scale}
             )  # fmt: skip
             (results,) = super().__call__(height=height, width=width, return_dict=False, **flux)
-            return _returned(results, None, return_dict)
+            return returned(results, None, return_dict)
 
-        plan = self._plan(asked)
-        arguments.require_numbers(
-            image_guidance_scale=image_guidance_scale, representation_scale=representation_scale
+        plan = plan_of(self, asked)
+        require_possible(
+            self,
+            plan,
+            asked,
+            flux,
+            keep=use_kv_cache,
+            image_guidance=image_guidance_scale,
+            representation=representation_scale,
         )
-        arguments.require_stream(
-            self.coredi is not None, representation_scale, image_guidance_scale
-        )
-        arguments.require_no_ip_adapter({k: v for k, v in flux.items() if "ip_adapter" in k})
-        self.check_inputs(height=plan.size[0], width=plan.size[1], **texts)
-        prompts = arguments.prompt_count(prompt, prompt_embeds)
-        arguments.require_counts(
-            prompts,
-            {k: v for k, v in texts.items() if "prompt" in k},
-            num_images_per_prompt=num_images_per_prompt,
-            num_inference_steps=num_inference_steps,
-            generator=generator,
-        )
-        self._require_match(plan, asked, prompts, prompts * num_images_per_prompt, latents)
-        if asked.caches and not use_kv_cache:
-            raise ValueError("use_kv_cache=False would not use the source_cache: leave one out.")
-        seen = source_pooled_embeds
-        if asked.caches and seen is None and plan.adapter.config.source_pooled == "prompt":
-            seen = self._pooled(prompt or "") if prompt_embeds is None else pooled_prompt_embeds
-        negative = negative_prompt is not None or negative_prompt_embeds is not None
-        branches = 2 if true_cfg_scale > 1 and negative else 1
-        if caches_serve(plan, asked, seen, self.transformer, self.vae, branches=branches):
-            source = Source.of_caches(self.transformer, plan.adapter, asked.caches)
-        else:
-            source = self._source(
-                plan,
-                self._source_pooled(plan, source_pooled_embeds),
-                images_per_prompt=num_images_per_prompt,
-                keep=use_kv_cache,
-            )
+        source = source_of(self, plan, asked, flux, keep=use_kv_cache)
         features = self._features(route or "free", generator, float(representation_scale))
         with features, following(self.transformer, source, float(image_guidance_scale)):
             (results,) = super().__call__(
                 height=plan.size[0], width=plan.size[1], return_dict=False, **flux
             )
-        marks = None
+        grounding = None
         if plan.spec.name == Ground.name and output_type != "latent":
-            asks = [prompt] if isinstance(prompt, str) else prompt or [""] * prompts
-            marks = _marks(plan, asked, results, asks)
-        return _returned(results, marks, return_dict)
+            picture = plan.references[0].picture() if plan.references else asked.caches[0].picture
+            asks = [prompt] if isinstance(prompt, str) else prompt
+            asks = asks or [""] * prompt_count(prompt, prompt_embeds)
+            grounding = None if picture is None else read_grounding(results, picture, asks)
+        return returned(results, grounding, return_dict)
 
     def _features(
         self, route: str, generator: Generators, scale: float
@@ -396,125 +377,6 @@ class CoLoGenPipeline(PRWLoaderMixin, FluxPipeline):
             coredi, self.transformer, route=route, generator=generator, representation=scale
         )
 
-    def _attached_adapter(self) -> PRWAdapter:
-        adapter: PRWAdapter | None = self.prw
-        if adapter is None:
-            raise ValueError(
-                "This pipeline has no PRW adapter, so it cannot use a source image: "
-                "pipe.load_prw_weights(...), or CoLoGenPipeline.from_pipe(pipe, prw=adapter)."
-            )
-        if attached(self.transformer) is not adapter:
-            attach(self.transformer, adapter)
-        return adapter
-
-    def _sizes(
-        self,
-        height: int | None,
-        width: int | None,
-        source_size: int | tuple[int, int] | None,
-        max_area: int | None,
-        auto_resize: bool,
-    ) -> Sizes:
-        step = 2 * self.vae_scale_factor
-        arguments.require_sizes(
-            step, height=height, width=width, source_size=source_size, max_area=max_area
-        )
-        resolution = self.prw.config.resolution if self.prw is not None else None
-        return Sizes(
-            height=arguments.plain(height),
-            width=arguments.plain(width),
-            source_size=arguments.plain(source_size),
-            resolution=resolution if max_area is None else int(max_area) ** 0.5,
-            auto_resize=auto_resize,
-            step=step,
-        )
-
-    def _plan(self, asked: Asked) -> Plan:
-        return make_plan(self._attached_adapter(), asked, self.transformer.config.in_channels // 4)
-
-    def _require_match(
-        self, plan: Plan, asked: Asked, prompts: int, samples: int, latents: Tensor | None
-    ) -> None:
-        """Raise ValueError unless sources, prompts and given noise belong together."""
-        batches = [one.batch for one in plan.references] + [one.batch for one in asked.caches]
-        arguments.require_pairs(batches, prompts)
-        self._require_pooled(asked, (*batches, prompts))
-        channels = self.transformer.config.in_channels
-        step = 2 * self.vae_scale_factor
-        arguments.require_latents(latents, plan.size, step, channels, samples)
-
-    def _require_pooled(self, asked: Asked, batches: Sequence[int]) -> None:
-        width = self.transformer.config.pooled_projection_dim
-        arguments.require_pooled(asked.pooled, width, batches)
-
-    def _source_pooled(self, plan: Plan, given: Tensor | None) -> Tensor | None:
-        """The pooled text of the source; None where it is that of each main pass."""
-        mode = plan.adapter.config.source_pooled
-        if given is not None or mode == "prompt":
-            return given
-        return self._pooled("" if mode == "empty" else plan.spec.sentence)
-
-    def _source(
-        self,
-        plan: Plan,
-        pooled: Tensor | None,
-        *,
-        metas: Sequence[SourceMeta] | None = None,
-        images_per_prompt: int = 1,
-        keep: bool = True,
-        storage: tuple[torch.device | str | None, torch.dtype | None] = (None, None),
-    ) -> Source:
-        """Encode the images of a plan, to be recorded by the transformer."""
-        device, dtype = self._execution_device, self._source_dtype()
-        encoded = []
-        for index, reference in enumerate(plan.references):
-            encoded.append(
-                Encoded(
-                    tokens_BSC=reference.tokens(self.vae, device, dtype),
-                    ids_S3=reference.ids(device),
-                    meta=metas[index] if metas is not None else None,
-                    picture=reference.picture() if metas is not None else None,
-                )
-            )
-        return Source(
-            self.transformer,
-            plan.adapter,
-            encoded,
-            None if pooled is None else pooled.to(device=device, dtype=dtype),
-            plan.call,
-            scale=plan.scale,
-            images_per_prompt=images_per_prompt,
-            keep=keep,
-            storage=storage,
-        )
-
-    def _source_dtype(self) -> torch.dtype:
-        """As FluxPipeline chooses the dtype of its latents."""
-        model = self.text_encoder if self.text_encoder is not None else self.transformer
-        dtype: torch.dtype = model.dtype
-        return dtype
-
-    def _pooled(self, prompt: str | Sequence[str]) -> Tensor:
-        """[B, P] pooled CLIP embedding."""
-        if self.text_encoder is None:
-            raise ValueError(
-                "Without a text encoder the source needs source_pooled_embeds=, the pooled CLIP "
-                "embedding that the adapter was trained with."
-            )
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        pooled: Tensor = self._get_clip_prompt_embeds(texts)
-        return pooled
-
-
-def _marks(plan: Plan, asked: Asked, results: Any, prompts: Sequence[str]) -> list[Overlay] | None:
-    """What the results of a grounding call mark; None where the source was given as latents."""
-    picture = plan.references[0].picture() if plan.references else asked.caches[0].picture
-    return None if picture is None else read_grounding(results, picture, prompts)
-
-
-def _returned(
-    images: Any, grounding: list[Overlay] | None, return_dict: bool
-) -> CoLoGenPipelineOutput | tuple[Any, ...]:
-    if return_dict:
-        return CoLoGenPipelineOutput(images=images, grounding=grounding)
-    return (images,) if grounding is None else (images, grounding)
+    def _sizes(self, *said: Any) -> Sizes:
+        trained = self.prw.config.resolution if self.prw is not None else None
+        return sizes_of(*said, step=2 * self.vae_scale_factor, trained=trained)

@@ -1,21 +1,15 @@
-"""From what a call says about its source to what will be encoded, or which cache serves it."""
+"""From what a call says about its source to what will be encoded, and where it is placed."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor, nn
 
 import prw
 from prw_flux import arguments
 from prw_flux.adapter import PRWAdapter, TaskSpec
-from prw_flux.arguments import Asked
-from prw_flux.digests import adapter_digest, base_digest, tensor_digest
+from prw_flux.asked import Asked
 from prw_flux.references import Reference, references
-from prw_flux.source_cache import SourceMeta
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +33,11 @@ class Plan:
     references: tuple[Reference, ...]
     size: tuple[int, int]
 
+    @property
+    def text(self) -> str | None:
+        """What modulates the source, see `PRWAdapter.source_text`."""
+        return self.adapter.source_text(self.spec.sentence)
+
 
 def make_plan(adapter: PRWAdapter, asked: Asked, channels: int) -> Plan:
     """Check and fit everything a call says about its source.
@@ -56,7 +55,7 @@ def make_plan(adapter: PRWAdapter, asked: Asked, channels: int) -> Plan:
     if asked.caches:
         task = asked.caches[0].meta.task if task is None else task
         if not asked.images:
-            arguments.require_encoded(asked)
+            _require_encoded(asked)
             _require_apart(adapter, asked)
     spec = adapter.task(task)
     adapter.require_trained(spec.name)
@@ -79,6 +78,17 @@ def make_plan(adapter: PRWAdapter, asked: Asked, channels: int) -> Plan:
         references=found,
         size=size,
     )
+
+
+def _require_encoded(asked: Asked) -> None:
+    """Raise ValueError for what acts when a source is encoded, in a call that has only a cache."""
+    late = {"mask_image": asked.mask_image, "source_size": asked.sizes.source_size}
+    found = [f"{name}=" for name, value in late.items() if value is not None]
+    if found:
+        raise ValueError(
+            f"{' and '.join(found)} would come too late for a source that is encoded: give it to "
+            "encode_source, or pass image= beside the cache."
+        )
 
 
 def _require_apart(adapter: PRWAdapter, asked: Asked) -> None:
@@ -104,104 +114,3 @@ def _warn_of_rounding(asked: Asked, size: tuple[int, int]) -> None:
         if wanted is not None and wanted != used:
             logger.warning("%s=%d is no multiple of %d: the result has %d.",
                            name, wanted, asked.sizes.step, used)  # fmt: skip
-
-
-def metas(plan: Plan, pooled: Tensor, transformer: nn.Module, vae: nn.Module) -> list[SourceMeta]:
-    """What the caches of a plan's references remember of where they come from.
-
-    Args:
-        plan: with references.
-        pooled: [B, P] that modulates the source.
-        transformer, vae: what the source goes through.
-    """
-    config = plan.adapter.config
-    common = SourceMeta(
-        adapter=adapter_digest(plan.adapter),
-        base=base_digest(transformer, vae),
-        source_timestep=config.source_timestep,
-        source_pooled=config.source_pooled,
-        pooled=tensor_digest(pooled),
-        task=plan.spec.name,
-        route=plan.route,
-        scale=plan.scale,
-        height=plan.size[0],
-        width=plan.size[1],
-    )
-    return [
-        dataclasses.replace(common, image=one.digest(), place=one.place) for one in plan.references
-    ]
-
-
-def caches_serve(
-    plan: Plan,
-    asked: Asked,
-    pooled: Tensor | None,
-    transformer: nn.Module,
-    vae: nn.Module,
-    *,
-    branches: int = 1,
-) -> bool:
-    """Whether the caches of a call are what it would record itself; False where there are none.
-
-    Args:
-        plan, asked: the call.
-        pooled: [B, P] that must have modulated the source; None where that is not known.
-        transformer, vae: what the source went through.
-        branches: prompts per result, 2 under true CFG.
-
-    Raises:
-        ValueError: If they are not, and there is no image to encode instead. With one, a line in
-            the log says so.
-    """
-    if not asked.caches:
-        return False
-    what = _misfit(plan, asked, pooled, transformer, vae)
-    if what is None and branches > 1 and plan.adapter.config.source_pooled == "prompt":
-        what = "prompt than the negative one, which true CFG needs a source for"
-    if what is None:
-        return True
-    if not plan.references:
-        raise ValueError(
-            f"This source cache was made with another {what}: call encode_source again, or pass "
-            "image= beside it."
-        )
-    logger.warning("The source cache was made with another %s: the source is encoded again.", what)
-    return False
-
-
-def _misfit(
-    plan: Plan, asked: Asked, pooled: Tensor | None, transformer: nn.Module, vae: nn.Module
-) -> str | None:
-    """The first thing in which a cache is not what this call would record, in words."""
-    adapter, config = plan.adapter, plan.adapter.config
-    for cache in asked.caches:
-        if len(cache) != len(adapter.blocks):
-            return f"number of blocks ({len(cache)}, not {len(adapter.blocks)})"
-    if plan.references and len(asked.caches) != len(plan.references):
-        return f"number of references ({len(asked.caches)}, not {len(plan.references)})"
-    known: dict[str, Any] = {
-        "source_timestep": config.source_timestep,
-        "source_pooled": config.source_pooled,
-        "task": asked.task,
-        "route": asked.route,
-        "scale": asked.scale,
-    }
-    if plan.references:
-        known |= {"task": plan.spec.name, "route": plan.route, "scale": plan.scale}
-    digests = {
-        "adapter": adapter_digest(adapter),
-        "base": base_digest(transformer, vae),
-        "pooled": tensor_digest(pooled) if pooled is not None else None,
-    }
-    for index, cache in enumerate(asked.caches):
-        own: dict[str, Any] = {}
-        if plan.references:
-            reference = plan.references[index]
-            own = {"place": reference.place, "image": reference.digest()}
-        task = adapter.tasks.get(cache.meta.task or "")
-        if task is None or task.aligned:
-            own |= {"height": plan.size[0], "width": plan.size[1]}
-        what = cache.meta.difference(**known, **own, **digests)
-        if what is not None:
-            return what
-    return None

@@ -19,13 +19,14 @@ import prw
 from prw_flux.adapter import PRWAdapter
 from prw_flux.attach import attached, bind
 from prw_flux.passes import source_pass
+from prw_flux.plan import Plan
 from prw_flux.source_cache import FluxCall, Recorded, SourceCache, SourceMeta, joined
 from prw_flux.step_caches import bridged
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Encoded:
-    """One reference as the transformer reads it.
+class EncodedReference:
+    """A `prw_flux.references.Reference` as the transformer reads it.
 
     Attributes:
         tokens_BSC: packed latents; one serves all prompts, else one per prompt.
@@ -62,7 +63,7 @@ class Source:
         self,
         transformer: FluxTransformer2DModel,
         adapter: PRWAdapter,
-        references: Sequence[Encoded],
+        references: Sequence[EncodedReference],
         pooled_BP: Tensor | None,
         call: prw.Call,
         *,
@@ -80,8 +81,46 @@ class Source:
         self.images_per_prompt = images_per_prompt
         self.keep = keep and adapter.config.source_timestep == "zero"
         self.storage = storage
-        self.recorded: list[tuple[Tensor, Recorded]] = []
-        self.fixed: Recorded | None = None
+        self._fixed: Recorded | None = None  # serves every main pass
+        self._by_pooled: list[tuple[Tensor, Recorded]] = []  # each serves the passes of one text
+
+    @classmethod
+    def of_plan(
+        cls,
+        transformer: FluxTransformer2DModel,
+        vae: Any,
+        plan: Plan,
+        pooled_BP: Tensor | None,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        metas: Sequence[SourceMeta] | None = None,
+        **options: Any,
+    ) -> Source:
+        """A source whose images are encoded now, and recorded when a main pass asks.
+
+        Args:
+            transformer, pooled_BP: As in `Source`.
+            vae: Encodes the images.
+            plan: With references.
+            device, dtype: Of the tokens and of the pooled text.
+            metas: Of caches that are kept, which then remember their pictures too.
+            options: Others of `Source`.
+        """
+        encoded = [
+            EncodedReference(
+                tokens_BSC=reference.tokens(vae, device, dtype),
+                ids_S3=reference.ids(device),
+                meta=None if metas is None else metas[index],
+                picture=None if metas is None else reference.picture(),
+            )
+            for index, reference in enumerate(plan.references)
+        ]
+        if pooled_BP is not None:
+            pooled_BP = pooled_BP.to(device=device, dtype=dtype)
+        return cls(
+            transformer, plan.adapter, encoded, pooled_BP, plan.call, scale=plan.scale, **options
+        )
 
     @classmethod
     def of_caches(
@@ -92,25 +131,25 @@ class Source:
     ) -> Source:
         """A source that was recorded before."""
         source = cls(transformer, adapter, (), None, prw.Call())
-        source.fixed = joined(caches)
+        source._fixed = joined(caches)
         return source
 
     def prepare(self) -> None:
         """Record now what depends on neither time nor prompt, outside the sampling loop."""
-        if self.keep and self.fixed is None and self.pooled_BP is not None:
-            self.fixed = joined(self.encode())
+        if self.keep and self._fixed is None and self.pooled_BP is not None:
+            self._fixed = joined(self.caches())
 
-    def encode(self) -> list[SourceCache]:
-        """One cache per reference, of a source that depends on neither time nor prompt."""
+    def caches(self) -> list[SourceCache]:
+        """One cache per reference, recorded now; for what depends on neither time nor prompt."""
         assert self.pooled_BP is not None
         zero = self.references[0].tokens_BSC.new_zeros(1)
         return self._record(zero, self.adapter.source_guidance(None), self.pooled_BP)
 
     def at(self, timestep_M: Tensor, guidance_M: Tensor | None, pooled_MP: Tensor) -> Recorded:
         """What a main pass with this time, guidance and pooled text sees."""
-        if self.fixed is not None:
-            return self.fixed
-        for known, cache in self.recorded:
+        if self._fixed is not None:
+            return self._fixed
+        for known, cache in self._by_pooled:
             if known is pooled_MP:
                 return cache
         pooled = pooled_MP[:: self.images_per_prompt] if self.pooled_BP is None else self.pooled_BP
@@ -118,7 +157,7 @@ class Source:
         guidance = self.adapter.source_guidance(guidance_M)
         found = joined(self._record(time, guidance[:1] if guidance is not None else None, pooled))
         if self.keep:
-            self.recorded.append((pooled_MP, found))
+            self._by_pooled.append((pooled_MP, found))
         return found
 
     def _record(

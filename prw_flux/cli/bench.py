@@ -170,7 +170,7 @@ def _generate(
     watch: Stopwatch,
 ) -> dict[str, str]:
     """Make this rank's share of the pictures and wait for the others'; why some are not there."""
-    from prw_flux.digests import adapter_digest
+    from prw_flux.digests import adapter_digest, stream_digest
     from prw_flux.evaluation.benchmarks import Making, produce
     from prw_flux.evaluation.benchmarks.making import tidy
     from prw_flux.evaluation.generate import Sampling
@@ -194,11 +194,12 @@ def _generate(
         reasons = produce(
             pipe, benchmark, results, making,
             adapter=adapter_digest(pipe.prw),
+            features=None if pipe.coredi is None else stream_digest(pipe.coredi),
             share=share,
             told=lambda done, total: progress.measured(f"{args.bench}: pictures", done, total),
         )  # fmt: skip
         gathered = share.gather(reasons)
-    if share.rank == 0:
+    if share.rank == 0 and share.count > 1:  # alone, `produce` has done so
         tidy(results)
     return {name: why for told in gathered for name, why in told.items()}
 

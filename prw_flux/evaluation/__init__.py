@@ -3,7 +3,7 @@
 from prw_flux.evaluation.arms import ARMS, Request
 from prw_flux.evaluation.generate import Sampling, generate
 from prw_flux.evaluation.routing import count_experts
-from prw_flux.evaluation.runner import NothingToMeasure, Settings, evaluate_run, evaluate_stage
+from prw_flux.evaluation.runner import NothingToMeasure, Settings, evaluate_run
 from prw_flux.evaluation.samples import EvaluationSample, draw_samples
 from prw_flux.evaluation.shapes import METRICS, score, unusable
 from prw_flux.evaluation.statistics import Interval, bootstrap, paired_bootstrap
@@ -23,7 +23,6 @@ __all__ = [
     "count_experts",
     "draw_samples",
     "evaluate_run",
-    "evaluate_stage",
     "generate",
     "markdown",
     "paired_bootstrap",

@@ -99,11 +99,8 @@ def _pooled(
     sentence: str,
     samples: Sequence[EvaluationSample],
 ) -> Tensor:
-    texts = {
-        "task": [sentence],
-        "empty": [""],
-        "prompt": [sample.triple.text for sample in samples],
-    }[adapter.config.source_pooled]
+    text = adapter.source_text(sentence)
+    texts = [sample.triple.text for sample in samples] if text is None else [text]
     return encode_pooled(texts, tokenizer=pipe.tokenizer, text_encoder=pipe.text_encoder)
 
 

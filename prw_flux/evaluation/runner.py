@@ -145,38 +145,6 @@ def evaluate_run(
     return result
 
 
-def evaluate_stage(
-    run: str | Path,
-    stage: str,
-    settings: Settings | None = None,
-    *,
-    pipe: CoLoGenPipeline | None = None,
-    source: DataSource | None = None,
-) -> dict[str, Any]:
-    """The metric of every task seen until `stage`, by the model as it was at that stage's end.
-
-    Returns:
-        {"stage", "n", "tasks": {task: {"mean", "low", "high", "n"}}}
-
-    Raises:
-        ValueError: there is no such finished stage.
-    """
-    folder = RunFolder.open(run)
-    settings = settings or Settings(sampling=Sampling(precision=folder.config.precision))
-    stages = finished_stages(folder)
-    if stage not in stages:
-        raise ValueError(f"{stage!r} is no finished stage of {folder.path}: {', '.join(stages)}")
-    if pipe is None:
-        pipe = load_pipeline(folder)
-    if source is None:
-        source = ShapeWeave(size=folder.config.size, seed=settings.seed, split="heldout")
-    seen = list(stages.values())[: list(stages).index(stage) + 1]
-    tasks = [t for t in dict.fromkeys(seen) if t in METRICS and t in source.tasks()]
-    bench = _Bench(pipe, settings, _draw(source, tasks, settings), lambda *told: None, stages)
-    rows = {t: bootstrap(bench.at(t, f"stage:{stage}", settings.n)).to_json() for t in tasks}
-    return {"stage": stage, "n": settings.n, "tasks": rows}
-
-
 def load_pipeline(folder: RunFolder, *, base: str | None = None, local: int = 0) -> CoLoGenPipeline:
     """The trained pipeline, on a GPU if there is one; on a CPU in float32.
 
@@ -311,11 +279,7 @@ class _Bench:
         return {"n": count, "stages": names, "tasks": tasks, "router": router, "at_stage": pinned}
 
     def _cell(self, task: str, route: str, count: int) -> float:
-        values = self.at(task, route, count)
-        return sum(values) / len(values)
-
-    def at(self, task: str, route: str, count: int) -> list[float]:
-        """Headlines of the first `count` samples of a task under a route."""
+        """Mean headline of the first `count` samples of a task under a route."""
         if route == "free" and "prw" in self.settings.arms:
             rows = self._arm(task, "prw")[:count]
         elif route == f"stage:{self.own[task]}" and "stage" in self.settings.arms:
@@ -327,7 +291,7 @@ class _Bench:
             pictures = self.generate(f"{task} at {route}", samples, route)
             rows = [score(s, image) for s, image in zip(samples, pictures, strict=True)]
             self._scores[task, route] = rows
-        return [row["headline"] for row in rows]
+        return sum(row["headline"] for row in rows) / len(rows)
 
     def generate(
         self, what: str, samples: Sequence[EvaluationSample], route: str = "free"

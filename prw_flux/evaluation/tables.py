@@ -101,6 +101,6 @@ def signed(number: float) -> str:
     return f"{round(number, 2) + 0.0:+.2f}"
 
 
-def beats(row: Mapping[str, Any], ours: str, least: float = 0.10) -> bool:
-    """Whether an arm is ahead of every baseline by `least` in the mean, and surely ahead at all."""
-    return all(d["mean"] >= least and d["low"] > 0 for d in row["differences"][ours].values())
+def beats(row: Mapping[str, Any], ours: str) -> bool:
+    """Whether an arm is ahead of every baseline by 0.1 in the mean, and surely ahead at all."""
+    return all(d["mean"] >= 0.1 and d["low"] > 0 for d in row["differences"][ours].values())

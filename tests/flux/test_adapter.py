@@ -15,6 +15,7 @@ from torch.testing import assert_close
 import prw
 from prw_flux import PRWAdapter, attach, attached, detach
 from prw_flux.attach import processors
+from prw_flux.fit import require_layers
 from prw_flux.processor import PRWFluxAttnProcessor
 from prw_flux.source_cache import SourceCache
 
@@ -91,7 +92,7 @@ def test_shapes_must_fit(make_transformer: Any) -> None:
     by_hand = PRWAdapter(num_layers=1, num_single_layers=2, inner_dim=32, rank=4)
     attach(transformer, by_hand)
     with pytest.raises(ValueError, match="cache of 2 blocks does not fit 3"):
-        by_hand.require_layers(SourceCache(2))
+        require_layers(by_hand, SourceCache(2))
     transformer.out_channels = 16
     with pytest.raises(ValueError, match="without channel conditioning"):
         attach(transformer, by_hand)

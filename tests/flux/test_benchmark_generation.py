@@ -99,7 +99,8 @@ def made(
     benchmark: Any, results: Path, pipe: Any = None, *, batch: int = 1, **more: Any
 ) -> tuple[Pipe, dict[str, str]]:
     pipe = pipe or Pipe()
-    making = Making(sampling=Sampling(steps=2, batch_size=batch), **more.pop("making", {}))
+    sampling = Sampling(steps=2, batch_size=batch, representation=more.pop("representation", 1.0))
+    making = Making(sampling=sampling, **more.pop("making", {}))
     return pipe, produce(pipe, benchmark, results, making, adapter="a", **more)
 
 
@@ -245,9 +246,26 @@ def test_pictures_that_were_made_otherwise_are_not_mixed_with_new_ones(
     made(sessions, tmp_path / "gen")
     with pytest.raises(BenchmarkError, match="made with seed 0 and not 1: name another folder"):
         made(sessions, tmp_path / "gen", making={"seed": 1})
+    with pytest.raises(BenchmarkError, match="made with features None and not 'f', representation"):
+        made(sessions, tmp_path / "gen", features="f")
     (tmp_path / "gen" / RECORD).write_text("{")
     with pytest.raises(BenchmarkError, match="cannot be read"):
         made(sessions, tmp_path / "gen")
+
+
+def test_the_features_and_their_strength_are_part_of_how_pictures_are_made(
+    sessions: MagicBrush, tmp_path: Path
+) -> None:
+    results = tmp_path / "gen"
+    made(sessions, results, features="f")
+    written = json.loads((results / RECORD).read_text())
+    assert (written["features"], written["representation"]) == ("f", 1.0)
+    with pytest.raises(BenchmarkError, match="made with features 'f' and not 'g': name"):
+        made(sessions, results, features="g")
+    with pytest.raises(BenchmarkError, match="made with representation 1.0 and not 0.5: name"):
+        made(sessions, results, features="f", representation=0.5)
+    pipe, _ = made(sessions, results, features="f")
+    assert not pipe.calls
 
 
 def test_a_source_that_cannot_be_read_costs_what_hangs_on_it_and_no_more(

@@ -16,6 +16,7 @@ import torch
 from torch.testing import assert_close
 
 from prw_flux import CoLoGenPipeline, PRWAdapter, attach
+from prw_flux.fit import require_device
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
 
@@ -87,10 +88,10 @@ def test_the_device_where_a_transformer_computes_counts(
     transformer = make_transformer()
     adapter = make_adapter(transformer)
     attach(transformer, adapter)
-    adapter.require_device(transformer)
+    require_device(adapter, transformer)
     accelerate.cpu_offload(transformer, torch.device("meta"))
     with pytest.raises(ValueError, match=r"adapter is on cpu, .* on meta: call adapter.to\('meta"):
-        adapter.require_device(transformer)
+        require_device(adapter, transformer)
 
 
 def test_fp8_storage_of_the_base_leaves_experts_wide(make_bare_pipe: Any, edited: Any) -> None:

@@ -331,7 +331,9 @@ def test_held_out_samples_are_read_with_their_features(config: RunConfig, tmp_pa
     assert monitor._held_out.measure().loss != pytest.approx(logged, rel=1e-6)
 
 
-def test_from_a_dinov2_in_a_folder_to_a_report(config: RunConfig, tmp_path: Path) -> None:
+def test_from_a_dinov2_in_a_folder_to_a_report(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The command line alone: train, evaluate with and without features, look, generate."""
     torch.manual_seed(0)
     settings = Dinov2Config(
@@ -353,6 +355,15 @@ def test_from_a_dinov2_in_a_folder_to_a_report(config: RunConfig, tmp_path: Path
     assert with_features and with_features != without
     facts = inspected(Path(out))["features"]
     assert (facts["width"], facts["channels"], facts["stages"]) == (24, 4, ["inpaint"])
+
+    bench = ["evaluate", out, "--bench", "shapes", "--per-task", "1", "--steps", "1", "--json"]
+    assert main(bench) == 0
+    (made,) = Path(out, "benchmarks").rglob("generation.json")
+    written = json.loads(made.read_text())
+    assert written["representation"] == 1.0 and len(written["features"]) == 64
+    capsys.readouterr()
+    assert main([*bench, "--representation", "0"]) == 1
+    assert "made with representation 1.0 and not 0.0" in capsys.readouterr().err
 
     Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / "source.png")
     command = ["generate", "--run", out, "--prompt", "a red star", "--steps", "2", "--task",

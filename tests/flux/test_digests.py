@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from prw_flux import PRWAdapter
-from prw_flux.digests import adapter_digest, base_digest, tensor_digest
+from prw_flux.coredi import CoReDi, CoReDiConfig
+from prw_flux.digests import adapter_digest, base_digest, stream_digest, tensor_digest
 
 
 def test_tensors(make_transformer: Any) -> None:
@@ -72,3 +73,15 @@ def test_a_lora_makes_another_base(make_base: Any) -> None:
     assert len({first, with_lora, weaker, off}) == 4
     pipe.transformer.enable_adapters()
     assert base_digest(pipe.transformer, pipe.vae) == weaker
+
+
+def test_a_feature_stream_is_known_again(tmp_path: Path) -> None:
+    stream = CoReDi(CoReDiConfig(enabled=True, channels=4), 10, 32)
+    first = stream_digest(stream)
+    stream.save(tmp_path / "coredi")
+    assert stream_digest(CoReDi.load(tmp_path / "coredi")) == first
+    stream.close_stage("inpaint")
+    closed = stream_digest(stream)
+    with torch.no_grad():
+        next(stream.parameters()).add_(1.0)
+    assert len({first, closed, stream_digest(stream)}) == 3

@@ -24,7 +24,6 @@ from prw_flux.evaluation import (
     count_experts,
     draw_samples,
     evaluate_run,
-    evaluate_stage,
     generate,
     markdown,
     paired_bootstrap,
@@ -291,14 +290,6 @@ def test_evaluate_run_writes_what_the_report_reads(run: RunFolder, pipe: CoLoGen
     assert all(done <= total for _, done, total in told)
     assert "| ground | Acc@0.5 |" in (run.path / "evaluation.md").read_text()
     assert markdown(found) and rich_table(found).row_count == 3
-
-
-def test_evaluate_stage_is_a_row_of_the_matrix(run: RunFolder, pipe: CoLoGenPipeline) -> None:
-    settings = Settings(n=2, history=2, sampling=FAST)
-    row = evaluate_stage(run.path, "ground", settings, pipe=pipe)
-    assert list(row["tasks"]) == ["inpaint", "ground"] and row["n"] == 2
-    with pytest.raises(ValueError, match="'edit' is no finished stage"):
-        evaluate_stage(run.path, "edit", settings, pipe=pipe)
 
 
 def test_what_cannot_be_evaluated_is_refused(tmp_path: Path, short_config: Any) -> None:

@@ -83,7 +83,7 @@ def test_a_full_disk_at_every_write_of_every_save(
             if before is not None:
                 assert after is not None and after.path.name >= before.path.name
 
-    monkeypatch.setattr(trainer_module, "save_state", stubborn)
+    monkeypatch.setattr("prw_flux.learners.save_state", stubborn)
     run = RunFolder.create(tmp_path / "run", config)
     go(run)
     assert contents(run) == contents(whole)
@@ -114,7 +114,7 @@ def test_a_file_that_may_not_grow(
             refused += 1
         save_state(run, *args)
 
-    monkeypatch.setattr(trainer_module, "save_state", limited)
+    monkeypatch.setattr("prw_flux.learners.save_state", limited)
     run = RunFolder.create(tmp_path / "run", config)
     go(run)
     assert refused == 12 and contents(run) == contents(whole)

@@ -50,10 +50,15 @@ def test_a_run_unlocks_its_stages_and_freezes_veterans(
     short_config: RunConfig, tmp_path: Path
 ) -> None:
     after: list[dict[str, str]] = []
+
+    class Looks(Quiet):
+        def begin(self, number: int, total: int, stage: Any) -> None:
+            if number:
+                after.append(experts(RunFolder.open(tmp_path / "run")))
+
     config = short_config.with_settings(["remember=0"])  # else a newcomer may never be chosen
-    run = run_of(
-        config, tmp_path / "run", on_stage_end=lambda run, number: after.append(experts(run))
-    )
+    run = run_of(config, tmp_path / "run", progress=Looks())
+    after.append(experts(run))
     assert [list(seen) for seen in after] == [
         ["0-inpaint"],
         ["0-inpaint", "1-ground"],

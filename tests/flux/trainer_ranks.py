@@ -64,7 +64,7 @@ def gradients_of(config: RunConfig, ranks: Ranks, folder: Path) -> dict[str, Any
     learning = dict(session.adapter.weave.named_parameters())
     if session.coredi is not None:
         trainer._begin_features(samples)
-        trainer._share_weights()
+        trainer.learners.spread(ranks)
         learning |= {n: p for n, p in session.coredi.named_parameters() if p.requires_grad}
     loss = trainer._gradients(samples, config.stages[1], 0)
     found = {name: p.grad.clone() for name, p in learning.items() if p.grad is not None}

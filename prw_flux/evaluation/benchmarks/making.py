@@ -60,12 +60,11 @@ class Making:
             raise ValueError(f"the side must be a positive multiple of 16, got {self.side}")
 
     def to_json(self) -> dict[str, Any]:
-        """What decides how a picture looks."""
+        """What decides how a picture looks, beside the weights and the features' strength."""
         s = self.sampling
-        guided = {} if s.representation == 1.0 else {"representation": s.representation}
         return {"steps": s.steps, "guidance": s.guidance, "precision": s.precision,
                 "batch": s.batch_size, "seed": self.seed, "route": self.route,
-                "side": self.side, **guided}  # fmt: skip
+                "side": self.side}  # fmt: skip
 
 
 def produce(
@@ -75,6 +74,7 @@ def produce(
     making: Making,
     *,
     adapter: str,
+    features: str | None = None,
     share: Share | None = None,
     told: Told = lambda done, total: None,
 ) -> dict[str, str]:
@@ -87,7 +87,9 @@ def produce(
         pipe: with an adapter.
         results: the folder; `generation.json` in it says how its pictures were made.
         adapter: what the pictures are made with, a digest.
-        share: None is one process.
+        features: likewise of the feature stream, where there is one.
+        share: None is one process, which also removes what a killed one left in the folder; of
+            several, `tidy` is for when all of them are done.
 
     Returns:
         Why a picture could not be made, by its place.
@@ -99,7 +101,10 @@ def produce(
     share = share or Share()
     asks = benchmark.asks()
     require_able(pipe, asks, making)
-    record(results, {"benchmark": benchmark.name, "adapter": adapter, **making.to_json()})
+    facts = {"benchmark": benchmark.name, "adapter": adapter, **making.to_json()}
+    if features is not None:
+        facts |= {"features": features, "representation": making.sampling.representation}
+    record(results, facts)
     if share.count == 1:
         tidy(results)
     units = list(calls(benchmark, asks, making.sampling.batch_size))[share.rank :: share.count]

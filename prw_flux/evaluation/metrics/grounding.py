@@ -14,8 +14,8 @@ from prw_flux.tasks.base import Box, Mask, box_iou
 HIT = 0.5
 
 
-def box_accuracy(found: Sequence[Box | None], wanted: Sequence[Box], hit: float = HIT) -> float:
-    """Acc@0.5: the share of answers whose box has an IoU of at least `hit`.
+def box_accuracy(found: Sequence[Box | None], wanted: Sequence[Box]) -> float:
+    """Acc@0.5: the share of answers whose box has an IoU of at least 0.5.
 
     An answer without a mark counts as wrong. Some scripts ask for more than 0.5; an IoU of exactly
     0.5 is the only case where that differs.
@@ -24,7 +24,7 @@ def box_accuracy(found: Sequence[Box | None], wanted: Sequence[Box], hit: float 
         ValueError: the numbers differ, or there is nothing to score.
     """
     _paired(found, wanted)
-    right = [a is not None and box_iou(a, b) >= hit for a, b in zip(found, wanted, strict=True)]
+    right = [a is not None and box_iou(a, b) >= HIT for a, b in zip(found, wanted, strict=True)]
     return float(np.mean(right))
 
 
