@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prw import ConfigError, PRWError
+from prw_flux import zero
 from prw_flux.config import RunConfig
 
 T = TypeVar("T")
@@ -133,16 +134,13 @@ def join() -> Ranks:
     Chooses the device: the local rank's GPU, or the CPU where there is none.
 
     Raises:
-        ConfigError: the launcher asks for what this trainer does not do.
+        ConfigError: the launcher asks for DeepSpeed, which is not installed.
     """
     count = int(os.environ.get("WORLD_SIZE", "1"))
+    if zero.is_launched():
+        zero.require_installed()
     if count == 1:
         return Ranks()
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise ConfigError(
-            "DeepSpeed is not used here, because only the small experts train and every rank holds "
-            "them whole: launch with --multi_gpu, or shard the base with --use_fsdp"
-        )
     from accelerate import PartialState
 
     on_cpu = not torch.cuda.is_available() or bool(os.environ.get("ACCELERATE_USE_CPU"))

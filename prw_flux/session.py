@@ -14,7 +14,7 @@ import torch
 from prw import CheckpointError, ConfigError
 from prw.checkpoint import read
 from prw.fingerprint import TOLERANCE, drift
-from prw_flux import sharding
+from prw_flux import sharding, zero
 from prw_flux.adapter import PRWAdapter
 from prw_flux.config import RunConfig
 from prw_flux.coredi.encoders import FeatureEncoder, load_encoder
@@ -117,6 +117,8 @@ def open_session(config: RunConfig, adapter: Path | None = None) -> Session:
     tasks = tuple(load_task(stage.task) for stage in config.stages)
     if sharding.is_asked_for():
         sharding.require_shardable(config)
+    if zero.is_launched():
+        zero.require_fits(config)
     tables: Mapping[str, Table] = {}
     if config.data.cache is not None:
         finished = {s.name for s in read(adapter).ledger.stages if not s.open} if adapter else set()
@@ -141,6 +143,8 @@ def open_session(config: RunConfig, adapter: Path | None = None) -> Session:
         pipe.transformer.enable_gradient_checkpointing()
     if sharding.is_asked_for():
         sharding.shard(pipe.transformer)
+    elif zero.is_asked_for():
+        zero.shard(pipe.transformer)
     if not config.coredi.enabled:
         return Session(pipe, passes, tasks, tables=tables)
     encoder = load_encoder(config.coredi.encoder, pipe.transformer.device)
