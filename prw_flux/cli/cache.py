@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from prw import ConfigError
 from prw_flux.cli import show
 from prw_flux.cli.data_build import bar
+
+DAMAGED: Final = 1
+UNFINISHED: Final = 3
+"""Exit statuses of `cache check`; 2 is that of a mistake in the command line."""
 
 EPILOG = """Several processes share the work, each writes files of its own:
   accelerate launch --num_processes 8 -m prw_flux.cli cache build RECIPE --out CACHE
@@ -38,7 +42,11 @@ def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
     build.add_argument("--photos", metavar="DIR", help="a folder of your photos")
     build.add_argument("--json", action="store_true", help="print the result for a script")
     build.set_defaults(run=run_build, parent=None, stages=[])
-    check = below.add_parser("check", parents=[common], help="verify the hash of every file")
+    check = below.add_parser(
+        "check",
+        parents=[common],
+        help="verify the hash of every file; exit status 1: damaged, 3: unfinished",
+    )
     check.add_argument("folder", help="a cache made by `cache build`")
     check.add_argument("--workers", type=int, default=4, help="threads (default: 4)")
     check.add_argument(
@@ -96,18 +104,19 @@ def _config(args: argparse.Namespace) -> Any:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """Verify a cache; exit status 1 where something is wrong."""
-    from prw_flux.sample_cache.check import check
+    """Verify a cache; exit status 1 where something is damaged, 3 where samples are lacking."""
+    from prw_flux.sample_cache.check import check, unfinished
     from prw_flux.sample_cache.table import tables
 
     folder = Path(args.folder)
     with bar("checking") as tick:
         problems = check(folder, workers=args.workers, repair=args.repair, tick=tick)
-    counts = {table.identity.name: len(table) for table in tables(folder)}
+    lacking = unfinished(folder)
+    counts = {table.identity.name: len(table) - table.missing() for table in tables(folder)}
     if args.json:
-        show.answer({"samples": counts, "problems": problems})
+        show.answer({"samples": counts, "problems": problems, "unfinished": lacking})
     else:
         whole = [f"{folder}: {sum(counts.values()):,} samples, all as they were encoded"]
-        for line in problems or whole:
-            show.human().print(line, markup=False)
-    return 1 if problems else 0
+        for line in [*(problems or whole), *lacking]:
+            show.human().print(line, markup=False, soft_wrap=True)
+    return DAMAGED if problems else UNFINISHED if lacking else 0

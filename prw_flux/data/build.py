@@ -4,17 +4,20 @@
     OUT/build.json                     what it was built from, shards with their sha256, rejects
 
 A shard and then the new build.json are put in place in one step each. A build that was killed goes
-on after its last shard; a shard that build.json does not know is written again.
+on after its last shard; a shard that build.json does not know is written again. One that stopped
+because too much was left out, or whose input has changed since, begins again: pictures that were
+mended are looked at once more.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -26,7 +29,7 @@ from prw import ConfigError, atomic
 from prw_flux.data.extractors import Extractor
 from prw_flux.data.remote import fingerprint
 from prw_flux.data.row_checks import RowMaker
-from prw_flux.data.rows import REQUIRED, DataError, Reader, Record, Reject, Row, features
+from prw_flux.data.rows import CHOSEN, REQUIRED, DataError, Reader, Record, Reject, Row, features
 
 MANIFEST: Final = "build.json"
 FORMAT: Final = 2
@@ -35,6 +38,10 @@ JUDGED_FROM: Final = 100
 CHUNK: Final = 32
 ROW_GROUP: Final = 100
 BUCKET: Final = 16
+INPUT: Final = ("fingerprint", "listed", "records")
+"""What `made_from` says of the content of the input; the rest is what was asked for."""
+
+log = logging.getLogger(__name__)
 
 
 @final
@@ -52,6 +59,7 @@ class Manifest:
         sizes: rows by the size of their picture, in steps of 16 pixels.
         shards: file, rows, bytes and sha256 of each.
         done: whether all records were read.
+        stopped: the share that was left out where the build stopped for it.
     """
 
     task: str
@@ -64,6 +72,16 @@ class Manifest:
     sizes: Counter[str] = field(default_factory=Counter)
     shards: list[dict[str, Any]] = field(default_factory=list)
     done: bool = False
+    stopped: float | None = None
+
+    @property
+    def share(self) -> float:
+        """Of the records that could be judged, those that cannot be used.
+
+        What was left out by choice (`CHOSEN`) is no fault of the data and counts on neither side.
+        """
+        chosen = sum(self.rejected[reason] for reason in CHOSEN)
+        return (sum(self.rejected.values()) - chosen) / max(1, self.read - chosen)
 
     def told(self) -> str:
         """One sentence: rows, rejects by reason."""
@@ -126,8 +144,8 @@ def build(
         out: the folder.
         made_from: what to note about the input; a fingerprint of its files is added.
         extractors: make conditions of every target.
-        max_rejected: largest share of records that may be left out, judged after each shard from
-            the hundredth record on, and at the end.
+        max_rejected: largest share of records that may be unusable, judged after each shard from
+            the hundredth record on, and at the end. Records left out by choice do not count.
         shard_rows, shard_bytes: a shard ends at the first of the two.
         workers: threads that decode pictures.
         tick: told how many of how many records are done.
@@ -135,7 +153,8 @@ def build(
     Raises:
         ConfigError: a number is out of range.
         DataError: the folder holds something else, too many records are left out, or none is
-            usable. Shards that are done stay, so that another `max_rejected` can go on from them.
+            usable. Shards that are done stay: with a larger `max_rejected` the build goes on after
+            them, with the same one it begins again, as the data will have been mended.
     """
     if task not in REQUIRED:
         raise DataError(f"there is no task {task!r}; there are {', '.join(REQUIRED)}")
@@ -146,10 +165,11 @@ def build(
         raise ConfigError(f"shards and workers must be at least 1, got {given}")
     made_from = json.loads(json.dumps(made_from))
     made_from |= {"fingerprint": fingerprint(reader.inputs), "records": len(reader)}
+    made_from |= {"listed": reader.listed} if reader.listed else {}
     made_from |= {f"method of {one.condition}": one.method for one in extractors}
-    manifest = _opened(out, task, made_from)
+    manifest = _opened(out, task, made_from, max_rejected)
     if manifest.done:
-        _judge(manifest, max_rejected, last=True)
+        _judge(out, manifest, max_rejected, last=True)
         return manifest
     schema = features().arrow_schema
     keys = _known_keys(out, manifest)
@@ -173,37 +193,62 @@ def build(
             if len(rows) >= shard_rows or size >= shard_bytes:
                 _close_shard(out, manifest, rows, schema)
                 rows, size = [], 0
-                _judge(manifest, max_rejected)
+                _judge(out, manifest, max_rejected)
             if manifest.read % CHUNK == 0:
                 tick(manifest.read, len(reader))
     tick(manifest.read, len(reader))
-    _judge(manifest, max_rejected, last=True)
+    _judge(out, manifest, max_rejected, last=True)
     manifest.done = True
     _close_shard(out, manifest, rows, schema)
     return manifest
 
 
-def _opened(out: Path, task: str, made_from: dict[str, Any]) -> Manifest:
+def _opened(out: Path, task: str, made_from: dict[str, Any], max_rejected: float) -> Manifest:
+    """The manifest to go on with, or a new one; raises DataError where it is another data set's."""
     if not (out / MANIFEST).is_file():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise DataError(f"{out} exists and is not a data set; choose another folder")
-        manifest = Manifest(task=task, made_from=made_from)
-        _save(out, manifest)
-        return manifest
+        return _begun(out, Manifest(task=task, made_from=made_from))
     manifest = read_manifest(out)
-    old = {"task": manifest.task, **manifest.made_from}
-    new = {"task": task, **made_from}
-    for name in sorted({*old, *new}):
-        if old.get(name) != new.get(name):
-            raise DataError(
-                f"{out} was begun with {name} {old.get(name)!r}, not {new.get(name)!r}; choose "
-                "another folder, or remove it"
-            )
+    old, new = {"task": manifest.task, **manifest.made_from}, {"task": task, **made_from}
+    changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    why = ""
+    if changed:
+        asked = [name for name in changed if name not in INPUT]
+        if manifest.done or (asked and manifest.shards):
+            raise DataError(_another(out, old, new, asked or changed))
+        why = f"{asked[0]} is another" if asked else "its input has changed"
+    elif not manifest.done and manifest.stopped is not None and manifest.stopped > max_rejected:
+        why = f"it stopped with {manifest.stopped:.1%} left out, above {max_rejected:.1%}"
+    if why:
+        if manifest.shards:
+            log.warning("%s begins again without its %d rows: %s", out, manifest.kept, why)
+        manifest = _begun(out, Manifest(task=task, made_from=made_from))
+    manifest.stopped = None
     known = {out / shard["file"] for shard in manifest.shards}
     for left in (out / "data").glob("*"):
         if left not in known:
             left.unlink()
     return manifest
+
+
+def _begun(out: Path, manifest: Manifest) -> Manifest:
+    _save(out, manifest)
+    return manifest
+
+
+def _another(out: Path, old: dict[str, Any], new: dict[str, Any], changed: list[str]) -> str:
+    """Why a folder cannot be gone on with; what was asked for is named before the input."""
+    name = changed[0]
+    if name in INPUT:
+        return (
+            f"the input of {out} has changed since it was built ({name} {old.get(name)!r}, now "
+            f"{new.get(name)!r}); choose another folder, or remove it to build again"
+        )
+    return (
+        f"{out} was begun with {name} {old.get(name)!r}, not {new.get(name)!r}; choose another "
+        "folder, or remove it"
+    )
 
 
 def _known_keys(out: Path, manifest: Manifest) -> set[int]:
@@ -252,15 +297,16 @@ def _note(manifest: Manifest, refusal: Reject) -> None:
         examples.append(str(refusal))
 
 
-def _judge(manifest: Manifest, max_rejected: float, *, last: bool = False) -> None:
-    left_out = sum(manifest.rejected.values())
+def _judge(out: Path, manifest: Manifest, max_rejected: float, *, last: bool = False) -> None:
     if not last and manifest.read < JUDGED_FROM:
         return
-    if left_out > max_rejected * manifest.read:
-        share = f"{left_out / manifest.read:.1%}"
+    if manifest.share > max_rejected:
+        if not manifest.done:
+            _save(out, replace(read_manifest(out), stopped=manifest.share))
         raise DataError(
-            f"{share} of the records cannot be used, above the limit of {max_rejected:.1%}: "
-            f"{manifest.told()}; mend the data, or raise --max-rejected"
+            f"{manifest.share:.1%} of the records cannot be used, above the limit of "
+            f"{max_rejected:.1%}: {manifest.told()}; mend the data and build again, or raise "
+            "--max-rejected"
         )
     if last and not manifest.kept and not manifest.sizes:
         told = f"no record can be used: {manifest.told()}" if manifest.read else ""

@@ -46,7 +46,9 @@ class Instances:
         if not isinstance(raw, dict):
             raise DataError(f"{path.name}: expected an object, got {short(raw)}")
         self.path, self.root = path, images
-        self.files = dict(self._pictures(_part(raw, "images", path)))
+        images_of = _part(raw, "images", path)
+        self.files = dict(self._pictures(images_of))
+        self.places = {entry["id"]: f"{where}, id {entry['id']}" for entry, where in images_of}
         self.names = {
             entry["id"]: str(value_of(entry, ("name",), str, where)).replace("_", " ")
             for entry, where in _part(raw, "categories", path)
@@ -108,6 +110,7 @@ class CocoGround:
 
     def __init__(self, path: Path, images: Path, *, licence: str = "") -> None:
         self.inputs: tuple[Path | str, ...] = (path,)
+        self.listed = ""
         self._found, self._licence = Instances(path, images), licence
         self._images = list(self._found.by_image)
 
@@ -117,8 +120,7 @@ class CocoGround:
     def records(self, start: int = 0) -> Iterator[Record]:
         """The records from number `start` on."""
         for image in self._images[start:]:
-            numbers = self._found.by_image[image]
-            where = self._found.objects[numbers[0]][1]
+            where = self._found.places[image]
             yield Record(
                 where=where,
                 key=str(image),
@@ -140,6 +142,7 @@ class CocoInpaint:
 
     def __init__(self, path: Path, images: Path, captions: Path, *, licence: str = "") -> None:
         self.inputs: tuple[Path | str, ...] = (path, captions)
+        self.listed = ""
         self._found, self._licence = Instances(path, images), licence
         raw = read_json(captions)
         if not isinstance(raw, dict):
@@ -157,7 +160,7 @@ class CocoInpaint:
         for entry, where in self._captions[start:]:
             image = entry["image_id"]
             yield Record(
-                where=where,
+                where=f"{where}, image {image}",
                 key=f"{image}/{entry['id']}",
                 text=entry["caption"],
                 target=self._found.picture(image, where),

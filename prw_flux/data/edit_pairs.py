@@ -19,6 +19,7 @@ from typing import Any, Final, final
 from prw_flux.data.input_files import entries, optional_of, picture_in, read_json, value_of
 from prw_flux.data.listing import SUFFIXES
 from prw_flux.data.rows import DataError, Picture, Record
+from prw_flux.tasks.base import digest_of
 
 LISTS: Final = ("edits.json", "pairs.json", "metadata.json", "metadata.jsonl")
 SOURCE: Final = ("source", "before", "input")
@@ -47,6 +48,7 @@ class EditPairs:
         lists = [root / name for name in LISTS if (root / name).is_file()]
         self.inputs: tuple[Path | str, ...] = tuple(lists[:1])
         self._records = list(_listed(lists[0], licence) if lists else _side_by_side(root, licence))
+        self.listed = "" if lists else digest_of(*((one.key, one.text) for one in self._records))
         if not self._records:
             raise DataError(
                 f"{root} has no pairs: neither {', '.join(LISTS)} nor source/ and target/"

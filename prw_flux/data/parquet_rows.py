@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from prw_flux.data.column_map import ColumnMap, require
-from prw_flux.data.input_files import near, short
+from prw_flux.data.input_files import near
 from prw_flux.data.remote import Place, found_files, name_of, opened
 from prw_flux.data.rows import DataError, Picture, Record
 from prw_flux.data.shard_cache import ShardCache
@@ -52,6 +52,7 @@ class ParquetRows:
         cache: ShardCache | None = None,
     ) -> None:
         self.inputs = found_files(path, ".parquet")
+        self.listed = ""
         self._cache = cache or ShardCache()
         require(task, columns, conditions_made)
         self._map, self._licence = columns, licence
@@ -214,6 +215,5 @@ def _unrated(value: Any, where: str) -> tuple[str, str] | None:
     ratings = [] if value is None else list(value.values())
     if not ratings or any(rating is None for rating in ratings):
         return "not rated", f"{where} has no ratings"
-    if min(ratings) < MIN_QUALITY:
-        return "low rating", f"{where} is rated {short(value)}"
-    return None
+    low = ", ".join(f"{name} {rating}" for name, rating in value.items() if rating < MIN_QUALITY)
+    return ("low rating", f"{where} is rated {low}, below {MIN_QUALITY}") if low else None

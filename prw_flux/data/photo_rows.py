@@ -13,7 +13,7 @@ from prw_flux.data.annotations import PhotoNote, ThingNote
 from prw_flux.data.images import Image, ImageError, open_map
 from prw_flux.data.listing import open_default, open_folder
 from prw_flux.data.rows import Picture, Record, Reject, ThingBox
-from prw_flux.tasks.base import mask_box
+from prw_flux.tasks.base import digest_of, mask_box
 
 
 @final
@@ -63,6 +63,7 @@ class PhotoRows:
             notes = sorted([*root.rglob("captions.json"), *root.glob("annotations.json")])
         self.inputs: tuple[Path | str, ...] = tuple(notes)
         self._found = list(self._pairs() if task == "customise" else self._photos(task))
+        self.listed = digest_of(*((one.key, one.text) for one in self._found))
 
     def __len__(self) -> int:
         return len(self._found)

@@ -41,6 +41,7 @@ class References:
         if path.suffix in (".p", ".pkl", ".pickle"):
             raise DataError(f"{path} is a pickle, which may run any program; convert it to JSON")
         self.inputs: tuple[Path | str, ...] = (path, instances)
+        self.listed = ""
         self._found, self._licence = Instances(instances, images), licence
         self._sentences = list(self._listed(path, split))
         if not self._sentences:
@@ -53,11 +54,12 @@ class References:
     def records(self, start: int = 0) -> Iterator[Record]:
         """The records from number `start` on."""
         for where, key, number, words in self._sentences[start:]:
+            image = self._found.objects[number][0]["image_id"]
             yield Record(
-                where=where,
+                where=f"{where}, image {image}",
                 key=key,
                 text=words,
-                source=self._found.picture(self._found.objects[number][0]["image_id"], where),
+                source=self._found.picture(image, where),
                 boxes=(self._found.thing(number, words.strip()),),
                 licence=self._licence,
                 refused=None if words.strip() else ("empty caption", f"{where} has no words"),

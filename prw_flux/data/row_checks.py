@@ -58,6 +58,14 @@ class RowMaker:
         Raises:
             Reject: with the reason.
         """
+        try:
+            return self._checked(record)
+        except ImageError as problem:
+            raise _placed(record, problem.reason, str(problem)) from None
+        except Reject as problem:
+            raise _placed(record, problem.reason, str(problem)) from None
+
+    def _checked(self, record: Record) -> Row:
         if record.refused is not None:
             raise Reject(*record.refused)
         words = [record.key, record.text, record.licence, *record.conditions]
@@ -65,10 +73,7 @@ class RowMaker:
         for word in words:
             if not is_text(word):
                 raise Reject("damaged text", f"{record.where}: {word!a} is not valid Unicode")
-        try:
-            return self._row(record)
-        except ImageError as problem:
-            raise Reject(problem.reason, str(problem)) from None
+        return self._row(record)
 
     def _row(self, record: Record) -> Row:
         text = " ".join(record.text.split())
@@ -168,6 +173,11 @@ class RowMaker:
         if refusal is not None and not rows and "boxes" in REQUIRED[self.task]:
             raise refusal
         return rows
+
+
+def _placed(record: Record, reason: str, told: str) -> Reject:
+    """A refusal that names the place in the input as well as the file."""
+    return Reject(reason, told if record.where in told else f"{record.where}: {told}")
 
 
 def conversion(data: bytes) -> str | None:

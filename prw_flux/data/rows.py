@@ -40,6 +40,10 @@ REQUIRED: Final[Mapping[str, tuple[str, ...]]] = {
 """What a row of each task must have."""
 
 
+CHOSEN: Final = ("low rating", "not rated")
+"""Reasons that are a choice among good records, not a fault of the data."""
+
+
 def is_text(word: str) -> bool:
     """Whether it can be stored; JSON may hold halves of a character (lone surrogates)."""
     try:
@@ -148,6 +152,8 @@ class Reader(Protocol):
 
     inputs: tuple[Path | str, ...]
     """The files (or URLs) that decide the records, without the pictures that they name."""
+    listed: str
+    """Digest of names and words that a folder alone decides; empty where a file lists them."""
 
     def __len__(self) -> int:
         """Number of records."""

@@ -3,8 +3,9 @@
     000001.src.jpg  000001.tgt.jpg  000001.mask.png  000001.depth.png  000001.json
 
 FIELD is everything after the first dot of the file name. Which field is what comes from a column
-map ("target=tgt.jpg", "text=json.caption"), or else from the names below. Nothing is unpacked to
-disk, so no name in a tar can lead anywhere, and only what the map names is read.
+map ("target=tgt.jpg", "text=json.caption"), or else from the names below; of "tgt.png;tgt.jpg" each
+sample gives the first that it has. Nothing is unpacked to disk, so no name in a tar can lead
+anywhere, and only what the map names is read.
 """
 
 from __future__ import annotations
@@ -55,24 +56,28 @@ class Content(NamedTuple):
     file: BinaryIO
 
     def picture(self, field: str | None) -> Picture | None:
-        """The picture of a field."""
-        if field is None or field not in self.members:
+        """The picture of a field, of several names the first that is there."""
+        field = next((one for one in _names(field) if one in self.members), None)
+        if field is None:
             return None
         return Picture(name=f"{self.where}.{field}", data=_bytes(self.members[field], self.file))
 
     def text(self, field: str | None) -> str:
-        """A text: a field, or "json.NAME" for an entry of the json.
+        """A text: a field, or "json.NAME" of the json; of several names the first with words.
 
         Raises:
             DataError: the entry is no text or number.
         """
-        name, _, entry = (field or "").partition(".")
+        return next(filter(str.strip, map(self._one_text, _names(field))), "")
+
+    def _one_text(self, field: str) -> str:
+        name, _, entry = field.partition(".")
         if name == "json":
             value = self.facts.get(entry)
             if not isinstance(value, str | int | float | None):
                 raise DataError(f"{self.where}: {field} must be a text, got {short(value)}")
             return "" if value is None else str(value)
-        member = self.members.get(field or "")
+        member = self.members.get(field)
         return "" if member is None else _bytes(member, self.file).decode("utf-8", "replace")
 
 
@@ -85,13 +90,14 @@ class TarRows:
             that are elsewhere are copied into a cache one after the other.
         task: what the records are for. The things of ground and inpaint are read from the list
             "boxes" of the sample's json: {"box": [x0, y0, x1, y1], "phrase", "label"}.
-        columns: the map; None goes by the names of the first sample's fields.
+        columns: the map; None goes by the names of the fields, and of the entries of the first
+            sample's json.
         licence: of samples that name none.
         conditions_made: conditions will be made of the targets, so no field needs to have any.
         cache: of tars that are elsewhere.
 
     Raises:
-        DataError: there are no tars, one is no tar at all, or the first sample lacks a field.
+        DataError: there are no tars, one is no tar at all, or no sample has a field.
         ConfigError: the map lacks what the task needs.
     """
 
@@ -106,20 +112,19 @@ class TarRows:
         cache: ShardCache | None = None,
     ) -> None:
         self.inputs = found_files(path, ".tar")
+        self.listed = ""
         self._cache, self._licence, self._task = cache or ShardCache(), licence, task
-        self._rows = [sum(1 for _ in _samples(self._cache.local(file))) for file in self.inputs]
-        first, facts = self._first()
-        self._map = columns or guessed([*first, *(f"json.{name}" for name in facts)])
+        fields: dict[str, None] = {}
+        self._rows = [self._walked(file, fields) for file in self.inputs]
+        self._map = columns or guessed([*fields, *(f"json.{name}" for name in self._first())])
         if task != "ground":
             require(task, self._map, conditions_made)
         elif not self._map.source:  # a picture without a name of its own
             self._map = replace(self._map, source=self._map.target, target=None)
         for column in self._map.columns:
-            if column not in first and not (column.startswith("json.") and "json" in first):
-                raise DataError(
-                    f"{name_of(self.inputs[0])}: the first sample has no field "
-                    f"{column!r}{near(column, first)}"
-                )
+            needs = ("json" if one.startswith("json.") else one for one in _names(column))
+            if not any(need in fields for need in needs):
+                raise DataError(f"{path}: no sample has the field {column!r}{near(column, fields)}")
 
     def __len__(self) -> int:
         return sum(self._rows)
@@ -137,14 +142,21 @@ class TarRows:
                         yield self._record(file, sample, bytes_of)
             start = 0
 
-    def _first(self) -> tuple[Members, Mapping[str, Any]]:
-        """The members of the first sample, and the content of its json."""
+    def _walked(self, file: Place, fields: dict[str, None]) -> int:
+        """The number of samples of a tar; their fields are added."""
+        count = 0
+        for sample in _samples(self._cache.local(file)):
+            fields.update(dict.fromkeys(sample.members))
+            count += 1
+        return count
+
+    def _first(self) -> Mapping[str, Any]:
+        """The content of the first sample's json."""
         for file, rows in zip(self.inputs, self._rows, strict=True):
             if rows:
                 local = self._cache.local(file)
-                sample = next(_samples(local))
                 with local.open("rb") as bytes_of:
-                    return sample.members, _facts(sample, bytes_of) or {}
+                    return _facts(next(_samples(local)), bytes_of) or {}
         raise DataError(f"{name_of(self.inputs[0])} has no samples")
 
     def _record(self, file: Place, sample: Sample, bytes_of: BinaryIO) -> Record:
@@ -172,21 +184,32 @@ class TarRows:
 
 
 def guessed(fields: Sequence[str]) -> ColumnMap:
-    """The map of some fields by their usual names; entries of the json are "json.NAME"."""
+    """The map of some fields by their usual names; entries of the json are "json.NAME".
+
+    Samples differ (one has `tgt.png`, the next `tgt.jpg`), so every name that is there is taken.
+    """
+
+    def among(usual: Sequence[str]) -> str | None:
+        return ";".join(one for one in usual if one in fields) or None
+
     found: dict[str, str] = {}
     for name, words in WORDS.items():
-        usual = [f"{word}.{suffix}".lstrip(".") for word in words for suffix in SUFFIXES]
-        field = next((one for one in usual if one in fields), None)
+        field = among([f"{word}.{suffix}".lstrip(".") for word in words for suffix in SUFFIXES])
         if field is not None:
             found[name] = field
     return ColumnMap(
         source=found.get("source"),
         target=found.get("target"),
         mask=found.get("mask"),
-        text=next((one for one in TEXTS if one in fields), None),
-        licence=next((one for one in LICENCES if one in fields), None),
+        text=among(TEXTS),
+        licence=among(LICENCES),
         conditions={name: found[name] for name in (*MAPS, "canny") if name in found},
     )
+
+
+def _names(field: str | None) -> list[str]:
+    """The names that a map gives for one thing, the preferred one first."""
+    return field.split(";") if field else []
 
 
 def _samples(path: Path) -> Iterator[Sample]:

@@ -23,7 +23,7 @@ def check(
     repair: bool = False,
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """What is wrong with a cache, one sentence each; nothing where it is whole.
+    """What is damaged in a cache, one sentence each; what it lacks is told by `unfinished`.
 
     Args:
         cache: its folder.
@@ -48,14 +48,22 @@ def check(
     if repair:
         for path in damaged | needing:
             path.unlink(missing_ok=True)
-    return told + [f"{table.identity.stage}: {_lacks(table)}" for table in tables(cache)
-                   if table.missing()]  # fmt: skip
+    return told
+
+
+def unfinished(cache: Path) -> list[str]:
+    """The stages of which not every sample is encoded, one sentence each.
+
+    Nothing is damaged: a build was stopped, or its configuration was given up since.
+    """
+    return [_lacks(table) for table in tables(cache) if table.missing()]
 
 
 def _lacks(table: Table) -> str:
+    have = len(table) - table.missing()
     return (
-        f"{table.missing():,} of {len(table):,} samples are not encoded; run the same "
-        "`cache build` again"
+        f"{table.identity.stage}: unfinished, {have:,} of {len(table):,} samples: run the same "
+        f"`cache build` again, or remove {table.folder} if it is no longer wanted"
     )
 
 

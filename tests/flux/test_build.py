@@ -176,6 +176,82 @@ def test_too_many_rejects_stop_the_build(tmp_path: Path) -> None:
     assert run(tmp_path / "in", tmp_path / "out", max_rejected=0.2).kept == 7
 
 
+def test_a_build_that_stopped_begins_again_when_the_data_is_mended(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also the records of shards that were finished: the mended ones may be among them."""
+    pair_folder(tmp_path / "in", 120)
+    run(tmp_path / "in", tmp_path / "whole", shard_rows=50)
+    damaged = [tmp_path / "in" / "before" / f"{i}.png" for i in (3, 57, 110)]
+    good = [path.read_bytes() for path in damaged]
+    for path in damaged:
+        path.write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"2\.5% of the records.*mend the data and build again"):
+        run(tmp_path / "in", tmp_path / "out", shard_rows=50, max_rejected=0.02)
+    assert len(read_manifest(tmp_path / "out").shards) == 2
+    for path, content in zip(damaged, good, strict=True):
+        path.write_bytes(content)
+    manifest = run(tmp_path / "in", tmp_path / "out", shard_rows=50, max_rejected=0.02)
+    assert manifest == read_manifest(tmp_path / "whole") == read_manifest(tmp_path / "out")
+    assert "begins again without its 100 rows: it stopped with 2.5% left out" in caplog.text
+
+
+def test_a_raised_limit_goes_on_after_the_finished_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = pair_folder(tmp_path / "in", 104)
+    pairs[2]["instruction"] = pairs[3]["instruction"] = ""
+    (tmp_path / "in" / "edits.json").write_text(json.dumps(pairs))
+    with pytest.raises(DataError, match=r"1\.9% of the records"):
+        run(tmp_path / "in", tmp_path / "out", shard_rows=101, max_rejected=0.01)
+    (first,) = read_manifest(tmp_path / "out").shards
+    starts: list[int] = []
+    real = EditPairs.records
+    monkeypatch.setattr(
+        EditPairs, "records", lambda self, start=0: starts.append(start) or real(self, start)
+    )
+    manifest = run(tmp_path / "in", tmp_path / "out", shard_rows=101, max_rejected=0.5)
+    assert starts == [103] and manifest.shards[0] == first and manifest.kept == 102
+    assert manifest.stopped is None and manifest.rejected == {"empty caption": 2}
+
+
+def test_an_unfinished_build_follows_its_input_and_keeps_to_what_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = pair_folder(tmp_path / "in", 6)
+    real = building._close_shard
+
+    def twice(out: Path, manifest: Any, *args: Any) -> None:
+        if len(manifest.shards) == 2:
+            raise KeyboardInterrupt
+        real(out, manifest, *args)
+
+    monkeypatch.setattr(building, "_close_shard", twice)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "in", tmp_path / "out", shard_rows=2)
+    monkeypatch.undo()
+    with pytest.raises(DataError, match="begun with kind 'pairs', not 'others'; choose another"):
+        build(EditPairs(tmp_path / "in"), "edit", tmp_path / "out", made_from={"kind": "others"})
+    assert len(read_manifest(tmp_path / "out").shards) == 2
+    (tmp_path / "in" / "edits.json").write_text(json.dumps(pairs[1:]))
+    run(tmp_path / "in", tmp_path / "out")
+    assert [row["key"] for row in rows_of(tmp_path / "out")] == [f"pair{i}" for i in range(1, 6)]
+
+
+def test_a_folder_without_a_list_is_told_apart_by_its_names(tmp_path: Path) -> None:
+    for name in ("source/a.png", "source/b.png", "target/a.png", "target/b.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        PILImage.fromarray(noise(len(name))).save(tmp_path / "in" / name)
+    for key in "ab":
+        (tmp_path / "in" / "target" / f"{key}.txt").write_text("words")
+    run(tmp_path / "in", tmp_path / "out")
+    for side in ("source", "target"):
+        (tmp_path / "in" / side / "a.png").rename(tmp_path / "in" / side / "c.png")
+    (tmp_path / "in/target/a.txt").rename(tmp_path / "in/target/c.txt")
+    with pytest.raises(DataError, match=r"the input of .*out has changed since it was built"):
+        run(tmp_path / "in", tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     "change", [{"max_rejected": 2.0}, {"max_rejected": float("nan")}, {"workers": 0},
                {"shard_rows": 0}],
@@ -225,7 +301,7 @@ def test_a_finished_build_is_left_alone_and_another_input_is_refused(
         )
     pairs[0]["instruction"] = "something else"
     (tmp_path / "in" / "edits.json").write_text(json.dumps(pairs))
-    with pytest.raises(DataError, match="begun with fingerprint"):
+    with pytest.raises(DataError, match="has changed since it was built .fingerprint"):
         run(tmp_path / "in", tmp_path / "out")
     with pytest.raises(DataError, match="is not a data set; choose another folder"):
         run(tmp_path / "in", tmp_path / "in")

@@ -144,6 +144,29 @@ def test_mistakes_are_named(folder: Path, path: tuple[Any, ...], value: Any, mes
         made(folder, "coco", "ground", "instances.json")
 
 
+def test_a_missing_picture_is_named_by_its_file_and_its_entry(folder: Path) -> None:
+    captions = [{"id": i, "image_id": i, "caption": "words"} for i in (1, 2)]
+    write(folder, {"annotations": captions}, "captions.json")
+    references = [{"ref_id": 7, "ann_id": 12, "sentences": ["a dog"]},
+                  {"ref_id": 8, "ann_id": 10, "sentences": ["a dog"]}]  # fmt: skip
+    write(folder, references, "refs.json")
+    (folder / "images/val/two.png").unlink()
+    file = f"no such file: {folder / 'images/val/two.png'}"
+    for kind, task, name, options, place in (
+        ("coco", "ground", "instances.json", {}, "instances.json: images[1], id 2"),
+        ("coco", "inpaint", "instances.json", {"captions": str(folder / "captions.json")},
+         "captions.json: annotations[1], image 2"),
+        ("refcoco", "ground", "refs.json", {"instances": str(folder / "instances.json")},
+         "refs.json[0]: sentences[0], image 2"),
+    ):  # fmt: skip
+        origin = Origin(
+            kind=kind, path=str(folder / name), images=str(folder / "images"), **options
+        )
+        out = folder / f"{kind}-{task}"
+        manifest = build(open_reader(origin, task), task, out, made_from={}, max_rejected=0.5)
+        assert manifest.examples == {"missing": [f"{place}: {file}"]}
+
+
 def test_references_that_lead_nowhere(folder: Path) -> None:
     options = {"instances": str(folder / "instances.json")}
     for content, message in (

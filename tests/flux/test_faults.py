@@ -248,6 +248,7 @@ def test_a_damaged_picture_in_every_shard(
 
     class Reader:
         inputs: tuple[Path, ...] = ()
+        listed = ""
 
         def __len__(self) -> int:
             return 24

@@ -25,6 +25,7 @@ class Listed:
     """A reader over a list."""
 
     inputs: tuple[Path, ...] = ()
+    listed = ""
 
     def __init__(self, records: list[Record]) -> None:
         self.found = records

@@ -114,6 +114,8 @@ def test_subjects200k(tmp_path: Path) -> None:
         tmp_path / "x.parquet", "subjects200k", "customise", tmp_path / "out", licence="Apache-2.0"
     )
     assert manifest.rejected == {"low rating": 2, "not rated": 2}
+    assert manifest.share == 0  # a choice among good pairs, which stops no build
+    assert manifest.examples["low rating"][0] == "x.parquet row 1 is rated imageQuality 3, below 5"
     assert manifest.converted == {"cut out": 4}
     assert [(row["key"], row["text"]) for row in found] == [
         ("x:0/1", "a mug in snow"), ("x:0/0", "a mug on a desk"),

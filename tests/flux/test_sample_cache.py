@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -25,7 +26,7 @@ from prw_flux.config import RunConfig
 from prw_flux.rundir import RunFolder
 from prw_flux.sample_cache import store, table
 from prw_flux.sample_cache.build import Built, build, encoders
-from prw_flux.sample_cache.check import check
+from prw_flux.sample_cache.check import check, unfinished
 from prw_flux.sample_cache.errors import CacheError
 from prw_flux.sample_cache.opened import open_tables
 from prw_flux.sample_cache.table import Table, tables
@@ -162,7 +163,7 @@ def test_a_cached_run_draws_the_same_grids_and_loads_the_autoencoder_alone(
 
 
 def test_an_older_cache_gets_its_held_out_samples_by_the_same_command(
-    short_config: RunConfig, tmp_path: Path
+    short_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made(short_config, tmp_path)
     config = short_config.with_settings(["held_out.samples=5"])
@@ -175,15 +176,19 @@ def test_an_older_cache_gets_its_held_out_samples_by_the_same_command(
     assert remedy in str(refused.value)
     added, again = made(config, tmp_path), made(config, tmp_path)
     assert (added.samples, added.encoded, again.encoded) == (18 + 15, 15, 0)
-    assert not check(tmp_path)
+    assert not check(tmp_path) and not unfinished(tmp_path)
     assert open_tables(asked, tasks, {"inpaint"}).keys() == {
         "ground", "ground held out", "control", "control held out"
     }  # fmt: skip
     (found, *_) = (tmp_path / "samples").glob("inpaint_held_out-*/00001.safetensors")
     found.unlink()
-    assert check(tmp_path) == [
-        "inpaint held out: 2 of 5 samples are not encoded; run the same `cache build` again"
-    ]
+    assert not check(tmp_path)
+    (told,) = unfinished(tmp_path)
+    assert told.startswith(
+        "inpaint held out: unfinished, 3 of 5 samples: run the same `cache build` again, or remove "
+    )
+    assert main(["cache", "check", str(tmp_path), "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["unfinished"] == [told]
     with pytest.raises(CacheError, match="lacks 2 of 5 held-out samples of stage 'inpaint';"):
         open_session(asked)
 
@@ -231,7 +236,7 @@ def test_a_build_that_was_killed_goes_on_where_it_was(
     done = made(short_config, tmp_path / "cut", data)
     assert 0 < done.encoded < 18 == done.samples
     assert data.read["inpaint", 2] == 0 and data.read["inpaint", 4] == 1
-    assert not check(tmp_path / "cut")
+    assert not check(tmp_path / "cut") and not unfinished(tmp_path / "cut")
     for one, other in zip(tables(tmp_path / "whole"), tables(tmp_path / "cut"), strict=True):
         assert one.identity == other.identity
         require_equal(one, other)
@@ -257,7 +262,7 @@ def test_ranks_share_the_work_and_write_files_of_their_own(
         seen = {p: p.stat().st_mtime_ns for p in (tmp_path / "three").rglob("*.safetensors")}
         assert before.items() <= seen.items()
         assert len(seen) > len(before)
-    assert not check(tmp_path / "three")
+    assert not check(tmp_path / "three") and not unfinished(tmp_path / "three")
     for one, other in zip(tables(tmp_path / "one"), tables(tmp_path / "three"), strict=True):
         require_equal(one, other)
     monkey = {"RANK": "3", "WORLD_SIZE": "2"}
@@ -343,7 +348,7 @@ def test_an_incomplete_cache_says_how_many_and_what_to_do(
     made(short_config, tmp_path, share=Share(rank=0, count=2))
     with pytest.raises(CacheError, match=r"lacks 2 of 6 samples of stage 'inpaint', 2 of 6"):
         open_session(with_cache(short_config, tmp_path))
-    assert "2 of 6 samples are not encoded" in check(tmp_path)[0]
+    assert "control: unfinished, 4 of 6 samples" in unfinished(tmp_path)[0]
 
 
 def test_a_full_disk_leaves_nothing_half_written(
@@ -365,10 +370,10 @@ def test_a_full_disk_leaves_nothing_half_written(
         with pytest.raises(CacheError, match="No space left on device.*make room"):
             made(short_config, tmp_path)
         assert not [p for p in tmp_path.rglob("*") if p.suffix not in (".safetensors", ".json", "")]
-        assert not [told for told in check(tmp_path) if "not encoded" not in told]
+        assert not check(tmp_path)
     written, fails_at = 0, -1
     assert made(short_config, tmp_path).samples == 18
-    assert not check(tmp_path)
+    assert not check(tmp_path) and not unfinished(tmp_path)
 
 
 @pytest.mark.parametrize("which", ["shards", "samples"])
@@ -384,10 +389,11 @@ def test_damage_is_found_and_mended(
         found.unlink()
     else:
         found.write_bytes(data if how == "flip" else data[:-40])
-    assert any(found.name in told or "not encoded" in told for told in check(tmp_path))
-    assert main(["cache", "check", str(tmp_path), "--repair"]) == 1
+    assert any(found.name in told for told in check(tmp_path)) or unfinished(tmp_path)
+    expected = 3 if (which, how) == ("samples", "gone") else 1
+    assert main(["cache", "check", str(tmp_path), "--repair"]) == expected
     assert made(short_config, tmp_path).encoded > 0
-    assert not check(tmp_path)
+    assert not check(tmp_path) and not unfinished(tmp_path)
     config = with_cache(short_config, tmp_path)
     assert set(open_tables(config, [load_task(s.task) for s in config.stages])) == {
         "inpaint", "ground", "control"

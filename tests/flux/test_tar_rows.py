@@ -102,7 +102,7 @@ def test_maps_name_fields_and_entries(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the task 'edit' needs --map source="):
         TarRows(path, "edit", column_map(["target=new.png"]))
     wrong = column_map(["source=orig.jpg", "target=new.jpg", "text=json.ask"])
-    with pytest.raises(DataError, match="no field 'new.jpg'; did you mean 'new.png'"):
+    with pytest.raises(DataError, match="has the field 'new.jpg'; did you mean 'new.png'"):
         TarRows(path, "edit", wrong)
     odd = column_map(["source=orig.jpg", "target=new.png", "text=json.ask", "licence=json.ask"])
     bad = write_tar(tmp_path / "b.tar", {"k": {**fields, "json": {"ask": ["a"]}}})
@@ -150,6 +150,29 @@ def test_what_is_no_tar_is_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "empty.tar", {})
     with pytest.raises(DataError, match="empty.tar has no samples"):
         TarRows(tmp_path / "empty.tar", "inpaint")
+
+
+def test_samples_of_one_tar_may_differ_in_their_fields(tmp_path: Path) -> None:
+    one = {"src.png": picture(0), "tgt.png": picture(1), "txt": b"first"}
+    mask = np.zeros((48, 64), np.uint8)
+    mask[4:9] = 255
+    file = io.BytesIO()
+    PILImage.fromarray(mask).save(file, "PNG")
+    other = {"src.jpg": picture(2, kind="JPEG"), "tgt.png": picture(3),
+             "mask.png": file.getvalue(), "caption": b"second", "txt": b" "}  # fmt: skip
+    write_tar(tmp_path / "a.tar", {"0": one, "1": other})
+    reader = TarRows(tmp_path / "a.tar", "edit")
+    manifest, rows = run(reader, "edit", tmp_path / "out", max_rejected=0)
+    assert manifest.kept == 2 and [row["text"] for row in rows] == ["first", "second"]
+    assert rows[0]["mask"] is None and rows[1]["mask"] is not None
+    assert rows[1]["source"]["bytes"] == other["src.jpg"]
+    columns = column_map(["source=src.jpg;src.png", "target=tgt.png", "text=txt"])
+    first, second = TarRows(tmp_path / "a.tar", "edit", columns).records()
+    assert first.source is not None and first.source.data == one["src.png"]
+    assert second.source is not None and second.source.data == other["src.jpg"]
+    with pytest.raises(DataError, match="no sample has the field 'json.words'"):
+        TarRows(tmp_path / "a.tar", "edit", column_map(["source=src.png", "target=tgt.png",
+                                                        "text=json.words"]))  # fmt: skip
 
 
 def test_a_json_that_is_none_is_counted_and_one_of_another_form_is_named(tmp_path: Path) -> None:
