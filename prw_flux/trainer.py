@@ -250,6 +250,7 @@ class Trainer:
             reading=self._reading,
             encoding=self.session.encoding,
             cache=self.session.tables.get(stage.name),
+            ranks=self.ranks,
         )
 
         def tick(done: int) -> None:
@@ -300,7 +301,7 @@ class Trainer:
     def _drawn(self, samples: Samples) -> dict[str, dict[str, int]]:
         """Draws by kind, rejected ones by reason; of all ranks where each draws its own."""
         found = {"rejected": samples.tally.rejected, "kinds": samples.tally.kinds}
-        if samples.count is None:
+        if samples.count is None and samples.cache is None:
             found = {k: sum(self.ranks.gathered(v), Counter()) for k, v in found.items()}
         return {name: dict(counts) for name, counts in found.items()}
 

@@ -17,6 +17,7 @@ import torch
 from prw import ConfigError
 from prw_flux.config import RunConfig
 from prw_flux.draws import Draws, Tally
+from prw_flux.encoded import Texts
 from prw_flux.sample_cache.errors import CacheError
 from prw_flux.sample_cache.identity import Drawn, encoder_digests, identity
 from prw_flux.sample_cache.store import (
@@ -28,9 +29,10 @@ from prw_flux.sample_cache.store import (
 from prw_flux.sample_cache.table import BlockRow, Table, write_block
 from prw_flux.sample_cache.wanted import wanted
 from prw_flux.sample_cache.writer import BlockShards, Writer
-from prw_flux.samples import CHUNK, Samples
+from prw_flux.sample_encoder import SampleEncoder
 from prw_flux.share import Share
 from prw_flux.tasks import DataSource, Task, Triple
+from prw_flux.together import CHUNK
 
 Tick = Callable[[str, int, int], None]
 
@@ -139,7 +141,7 @@ class Work:
         self.writer, self.table, self.draws, self.drawn, self.load = (
             writer, table, draws, drawn, load
         )  # fmt: skip
-        self._samples: Samples | None = None
+        self._encoder: SampleEncoder | None = None
 
     def make(self, block: int) -> None:
         """Draw, encode and write one block."""
@@ -189,7 +191,7 @@ class Work:
         new = {k: p for k, p in zip(keys, pictures, strict=True) if shards.where(k) is None}
         for shape in dict.fromkeys(picture.shape for picture in new.values()):
             here = {key: picture for key, picture in new.items() if picture.shape == shape}
-            latents, grid = self._encoder().latents(list(here.values()))
+            latents, grid = self.encoder.latents(list(here.values()))
             for key, one in zip(here, latents, strict=True):
                 shards.add_latents(key, grid, one)
         return [
@@ -202,21 +204,19 @@ class Work:
         keys = {text: text_key(self.writer.encoders["texts"], text) for text in texts}
         new = [text for text, key in keys.items() if shards.where(key) is None]
         if new:
-            known = self._encoder().texts
+            known = self.encoder.texts
             for text, row in zip(new, known.rows(new), strict=True):
                 shards.add_text(keys[text], known.pair(row))
             known.trim()
         return [(keys[text], shards.found(keys[text])) for text in texts]
 
-    def _encoder(self) -> Any:
+    @property
+    def encoder(self) -> SampleEncoder:
         """The one that training itself would use."""
-        if self._samples is None:
-            draws = self.draws
-            self._samples = Samples(
-                draws.data, draws.task, self.load(),
-                stage=draws.stage, seed=draws.seed, batch_size=1, count=None,
-            )  # fmt: skip
-        return self._samples
+        if self._encoder is None:
+            pipe = self.load()
+            self._encoder = SampleEncoder(pipe, Texts(pipe))
+        return self._encoder
 
 
 def encoders(config: RunConfig, share: Share) -> Any:
