@@ -156,6 +156,11 @@ class Encoded:
             features_NRCD=None if features is None else features[chosen],
         )
 
+    def features(self, count: int) -> Tensor:
+        """[at most `count`, R, C, D] semantic features of the first samples, bf16."""
+        assert self.features_NRCD is not None
+        return self.features_NRCD[:count]
+
     @classmethod
     def merged(cls, parts: Sequence[Encoded]) -> Encoded:
         """Parts of one size as one."""

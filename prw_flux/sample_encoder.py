@@ -27,6 +27,11 @@ def alike(triples: Iterable[Triple]) -> list[list[Triple]]:
     return list(groups.values())
 
 
+def semantic(encoder: FeatureEncoder, images: Sequence[Image], grid: Grid) -> Tensor:
+    """Features [B, R, C, D] in bf16 on the CPU of pictures of one size, one place per token."""
+    return encoder(to_pixels(np.stack(images)), grid).to("cpu", torch.bfloat16).contiguous()
+
+
 @final
 class SampleEncoder:
     """Encodes samples; whatever it makes is in bf16, contiguous, on the CPU.
@@ -56,7 +61,7 @@ class SampleEncoder:
         target, target_grid = self.latents(targets)
         found = [source, target]
         if self.feature_encoder is not None:
-            found.append(self.features(targets, target_grid))
+            found.append(semantic(self.feature_encoder, targets, target_grid))
         return found, (source_grid, target_grid)
 
     def latents(self, images: Sequence[Image]) -> tuple[Tensor, Grid]:
@@ -67,9 +72,3 @@ class SampleEncoder:
             latents = encode_image(vae, pixels)
         grid = latents.shape[-2] // 2, latents.shape[-1] // 2
         return pack(latents).to("cpu", torch.bfloat16).contiguous(), grid
-
-    def features(self, images: Sequence[Image], grid: Grid) -> Tensor:
-        """Semantic features [B, R, C, D] of pictures of one size, one place per token."""
-        assert self.feature_encoder is not None
-        found = self.feature_encoder(to_pixels(np.stack(images)), grid)
-        return found.to("cpu", torch.bfloat16).contiguous()

@@ -26,7 +26,7 @@ from prw_flux.draws import Draws, SampleError
 from prw_flux.encode import position_ids, source_offset
 from prw_flux.encoded import Batch, Encoded, Ready, Texts
 from prw_flux.ranks import Ranks
-from prw_flux.sample_encoder import SampleEncoder
+from prw_flux.sample_encoder import SampleEncoder, semantic
 from prw_flux.tasks import DataSource, Task, Triple
 from prw_flux.together import CHUNK, Together
 
@@ -116,10 +116,10 @@ class Samples:
     def features(self, count: int) -> Tensor:
         """[at most `count`, R, C, D] semantic features of first samples of one size, float32."""
         if self._buckets:
-            largest = max(self._buckets, key=len)
-            assert isinstance(largest, Encoded) and largest.features_NRCD is not None
-            return largest.features_NRCD[:count].float()
-        assert self.encoder is not None
+            return max(self._buckets, key=len).features(count).float()
+        if self.cache is not None:
+            return self.cache.first_features(count).float()
+        assert self.encoder is not None and self.encoder.feature_encoder is not None
         found: list[Tensor] = []
         shape: tuple[int, ...] = ()
         for start in range(0, count, CHUNK):
@@ -129,7 +129,8 @@ class Samples:
             shape = shape or images[0].shape
             alike = [image for image in images if image.shape == shape]
             if alike:
-                found.append(self.encoder.features(alike, self.encoder.latents(alike[:1])[1]))
+                grid = self.encoder.latents(alike[:1])[1]
+                found.append(semantic(self.encoder.feature_encoder, alike, grid))
         return torch.cat(found).float()
 
     @contextmanager
