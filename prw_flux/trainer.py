@@ -23,7 +23,7 @@ from prw_flux.curriculum import Stage
 from prw_flux.data.choose import open_run_data, require_feeds
 from prw_flux.interrupt import Interrupted, Requested, Stop
 from prw_flux.monitor import Monitor
-from prw_flux.objective import Objective, StepLoss
+from prw_flux.objective import Objective, StepLoss, features_of
 from prw_flux.optimization import learning_rate, new_optimizer
 from prw_flux.progress import Quiet
 from prw_flux.ranks import Ranks, noticing, require_even
@@ -327,6 +327,9 @@ class Trainer:
         self.ranks.wait()  # over gloo: nobody waits on a device for a rank that is gone
         gate = self.objective.gate(parts, stage)
         gate.backward()
+        features = features_of(parts)
+        if features is not None:
+            features.backward()
         average(self._learning())
         return self.objective.of_step(parts, gate)
 
