@@ -54,8 +54,8 @@ class DataConfig:
             "segmentation" with weights, as in "depth:PATH-OR-HUB-ID". Nothing leaves it to the maps
             that the data has and to the three without weights.
         cache: folder of samples that `cache build` has encoded; training then reads them from disk,
-            those held out as well, and loads no text encoder, and the autoencoder only where
-            `sample_every` draws pictures. None encodes while training.
+            those held out as well, and loads no encoder of texts or features, and the autoencoder
+            only where `sample_every` draws pictures. None encodes while training.
         prefetch: batches that another thread may draw and encode, or read from the cache, before
             their step; 0 does it between the steps, for a source that must stay in one thread. The
             bits are the same. Samples that were encoded before their stage are in memory.
@@ -185,7 +185,8 @@ class RunConfig:
         recipe: the name it was made by.
         seed: of everything that is random: data, order, noise, initialisation.
         accumulate: micro-batches that a rank's part of a batch is split into: less memory, the same
-            step, the veteran gate's usage included, which is counted over the whole batch.
+            step, the veteran gate's usage and the statistics of features included, which are
+            those of the whole batch.
         checkpointing: compute the blocks again in the backward: less memory, the same gradients.
         precision: "fp32", or "bf16" autocast with the base stored in bf16; experts and routers
             are fp32 in either.
@@ -262,11 +263,6 @@ class RunConfig:
             raise ConfigError(
                 f"coredi.normalise=batch needs two samples or more, got a batch of one: raise "
                 f"stages.{small[0]}.batch_size, or set coredi.normalise=none"
-            )
-        if self.coredi.enabled and self.accumulate > 1:
-            raise ConfigError(
-                f"accumulate={self.accumulate} cannot be had with a feature stream, whose "
-                "statistics are those of whole batches: use accumulate=1, on more ranks"
             )
         for name in ("remember", "sample_every"):
             if getattr(self, name) < 0:

@@ -48,6 +48,21 @@ class Tally:
         self.kinds.update(other.kinds)
 
 
+@dataclass
+class Pictures:
+    """How many pictures were drawn, how many of them cannot be used, and what the first has."""
+
+    drawn: int = 0
+    unusable: int = 0
+    example: str = ""
+
+    def add(self, other: Pictures) -> None:
+        """Count what another counted, too."""
+        self.drawn += other.drawn
+        self.unusable += other.unusable
+        self.example = self.example or other.example
+
+
 class Draws:
     """The samples of a stage before they are encoded.
 
@@ -59,7 +74,7 @@ class Draws:
         max_rejected: largest share of the drawn pictures that may be unusable; see `DataConfig`.
 
     Attributes:
-        tally: what this process has drawn.
+        tally, pictures: what this process has drawn, and what it was told of by `count`.
     """
 
     def __init__(
@@ -72,9 +87,17 @@ class Draws:
         max_rejected: float = 1.0,
     ) -> None:
         self.data, self.task, self.stage, self.seed = data, task, stage, seed
-        self.max_rejected, self.tally = max_rejected, Tally()
-        self._drawn, self._unusable = 0, 0
-        self._example: ImageError | None = None
+        self.max_rejected, self.tally, self.pictures = max_rejected, Tally(), Pictures()
+
+    def apart(self) -> Draws:
+        """The same samples, with counts of their own, which are judged where they are `count`ed."""
+        return Draws(self.data, self.task, stage=self.stage, seed=self.seed)
+
+    def count(self, tally: Tally, pictures: Pictures) -> None:
+        """Add what was drawn `apart`, here or on another rank; raises like `judge`."""
+        self.tally.add(tally)
+        self.pictures.add(pictures)
+        self.judge()
 
     def triple(self, index: int) -> Triple:
         """Sample `index`: the first usable one of a fixed sequence of examples.
@@ -84,7 +107,7 @@ class Draws:
         """
         reasons: Counter[str] = Counter()
         for attempt in range(TRIES):
-            self._drawn += 1
+            self.pictures.drawn += 1
             try:
                 example = self.data.example(self.task.name, index + attempt * STRIDE)
                 triple = self.task(example, stable_hash(self.seed, self.stage, index, attempt))
@@ -94,7 +117,7 @@ class Draws:
                 continue
             except ImageError as problem:
                 reasons[f"picture {problem.reason}"] += 1
-                self._unusable, self._example = self._unusable + 1, self._example or problem
+                self.pictures.add(Pictures(unusable=1, example=str(problem)))
                 self.judge()
                 continue
             self.tally.rejected.update(reasons)
@@ -106,11 +129,12 @@ class Draws:
 
     def judge(self, *, last: bool = False) -> None:
         """Raise SampleError where too many pictures are unusable; a few, only after the last."""
-        if self._unusable <= self.max_rejected * self._drawn:
+        drawn, unusable = self.pictures.drawn, self.pictures.unusable
+        if unusable <= self.max_rejected * drawn:
             return
-        if last or self._drawn >= JUDGED_FROM:
+        if last or drawn >= JUDGED_FROM:
             raise SampleError(
-                f"{self._unusable} of {self._drawn} pictures of {self.data.name} cannot be used, "
-                f"above data.max_rejected={self.max_rejected:g} (the first: {self._example}): mend "
-                "them (prw-flux data check finds them in built data), or raise the limit"
+                f"{unusable} of {drawn} pictures of {self.data.name} cannot be used, above "
+                f"data.max_rejected={self.max_rejected:g} (the first: {self.pictures.example}): "
+                "mend them (prw-flux data check finds them in built data), or raise the limit"
             )

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from prw_flux.encode import encode_prompts
+
+Grid: TypeAlias = tuple[int, int]
+"""Rows and columns of tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,16 +81,29 @@ class Texts:
 
     def rows(self, texts: Sequence[str]) -> list[int]:
         """Row of each text; new ones are encoded together."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._rows]
+        new = self.new(texts)
         if new:
-            device = self._parts["text_encoder_2"].device.type
-            with torch.autocast(device, enabled=False):  # the same bits whoever asks, and when
-                text_BLE, pooled_BP = encode_prompts(new, **self._parts)
-            for name, text, pooled in zip(new, text_BLE, pooled_BP, strict=True):
-                self._rows[name] = len(self._rows)
-                self._text_LE.append(text.to("cpu", torch.bfloat16))
-                self._pooled_P.append(pooled.to("cpu", torch.bfloat16))
+            self.add(new, *self.encoded(new))
         return [self._rows[text] for text in texts]
+
+    def new(self, texts: Sequence[str]) -> list[str]:
+        """Those that have no row, once."""
+        return [text for text in dict.fromkeys(texts) if text not in self._rows]
+
+    def encoded(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """text [B, L, E] and pooled [B, P] of texts, in bf16 on the CPU, encoded together."""
+        device = self._parts["text_encoder_2"].device.type
+        with torch.autocast(device, enabled=False):  # the same bits whoever asks, and when
+            text_BLE, pooled_BP = encode_prompts(texts, **self._parts)
+        text_BLE, pooled_BP = (x.to("cpu", torch.bfloat16) for x in (text_BLE, pooled_BP))
+        return text_BLE.contiguous(), pooled_BP.contiguous()
+
+    def add(self, new: Sequence[str], text_BLE: Tensor, pooled_BP: Tensor) -> None:
+        """Give texts rows of their own, with what `encoded` made of them, here or elsewhere."""
+        for name, text, pooled in zip(new, text_BLE, pooled_BP, strict=True):
+            self._rows[name] = len(self._rows)
+            self._text_LE.append(text)
+            self._pooled_P.append(pooled)
 
     def gather(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """text [B, L, E] and pooled [B, P] of some rows, float32."""
@@ -111,12 +127,18 @@ class Encoded:
     source_NSC: Tensor
     target_NTC: Tensor
     rows: list[int]
-    source_grid: tuple[int, int]
-    target_grid: tuple[int, int]
+    source_grid: Grid
+    target_grid: Grid
     features_NRCD: Tensor | None = None
 
+    @classmethod
+    def of(cls, pictures: Sequence[Tensor], grids: tuple[Grid, Grid], rows: list[int]) -> Encoded:
+        """From sources, targets and, where there are some, features."""
+        source, target, *features = pictures
+        return cls(source, target, rows, *grids, features[0] if features else None)
+
     @property
-    def grids(self) -> tuple[tuple[int, int], tuple[int, int]]:
+    def grids(self) -> tuple[Grid, Grid]:
         """What the samples of a bucket agree in: the token grids of source and target."""
         return self.source_grid, self.target_grid
 
@@ -133,6 +155,11 @@ class Encoded:
             rows=[self.rows[i] for i in chosen],
             features_NRCD=None if features is None else features[chosen],
         )
+
+    def features(self, count: int) -> Tensor:
+        """[at most `count`, R, C, D] semantic features of the first samples, bf16."""
+        assert self.features_NRCD is not None
+        return self.features_NRCD[:count]
 
     @classmethod
     def merged(cls, parts: Sequence[Encoded]) -> Encoded:

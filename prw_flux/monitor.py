@@ -109,6 +109,7 @@ class Monitor:
             encoder=session.encoder,
             max_rejected=config.data.max_rejected,
             cache=session.tables.get(name),
+            ranks=self.objective.ranks,
         )
 
     # After a step -----------------------------------------------------------------------------

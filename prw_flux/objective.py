@@ -23,7 +23,7 @@ from prw_flux.arithmetic import arithmetic
 from prw_flux.batch_order import stable_hash
 from prw_flux.config import RunConfig
 from prw_flux.coredi.stream import joined
-from prw_flux.coredi.training import FeatureStep
+from prw_flux.coredi.training import FeaturePart, FeatureStep
 from prw_flux.curriculum import Stage
 from prw_flux.encoded import Batch
 from prw_flux.flow import flow_loss, interpolate, resolution_shift, sample_times
@@ -37,19 +37,17 @@ from prw_flux.session import Session
 class PartLoss:
     """The losses of a micro-batch, as its part of the step's, and the routings of its forward.
 
-    With a feature stream, its losses as well.
+    With a feature stream, that of its features as well.
     """
 
     flow: Tensor
     record: prw.Record
-    features: FeatureStep | None = None
+    features: FeaturePart | None = None
 
     @property
     def total(self) -> Tensor:
-        """What is minimised, beside the veteran gate's loss."""
-        if self.features is None:
-            return self.flow
-        return self.flow + self.features.loss + self.features.penalty
+        """What is minimised, beside what is the whole step's: the veteran gate, regularisers."""
+        return self.flow if self.features is None else self.flow + self.features.loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +59,7 @@ class StepLoss:
         gate: the veteran gate's.
         total: everything that was minimised.
         records: the routings of this rank.
-        features: of this rank's last micro-batch, where there is a feature stream.
+        features: of this rank, where there is a feature stream.
     """
 
     flow: Tensor
@@ -89,6 +87,12 @@ class Drawn:
         return Drawn(self.times_B[start:stop], self.noise_BTC[start:stop])
 
 
+def features_of(parts: Sequence[PartLoss]) -> FeatureStep | None:
+    """What all micro-batches of a step share, where there is a feature stream."""
+    found = parts[0].features
+    return None if found is None else found.step
+
+
 @final
 class Objective:
     """What a run minimises, and what it asks its routers between steps.
@@ -110,7 +114,7 @@ class Objective:
     def parts(self, samples: Samples, stage: Stage, step: int) -> Iterator[PartLoss]:
         """The losses of this rank's micro-batches, one after another; they add up to its step's.
 
-        The backward of each belongs before the next.
+        The backward of each belongs before the next, that of `FeatureStep` after the last.
         """
         config = self.config
         draw = torch.Generator().manual_seed(stable_hash(config.seed, stage.name, "step", step))
@@ -122,15 +126,17 @@ class Objective:
         blank = torch.rand(stage.batch_size, generator=draw) < config.source_dropout
         batch.source_BSC[blank[share.start : share.stop]] = 0.0
         key = stable_hash(config.seed, stage.name, "router", step)
+        features = self._features(batch, drawn.times_B, draw, share)
         size = len(share) // config.accumulate
         for start in range(0, len(share), size):
             first = share.start + start
             mine = batch.part(start, start + size).drawn(config.draws)
-            latents = range(first * config.draws, (first + size) * config.draws)
-            noise = drawn.part(latents.start, latents.stop)
-            features = self._features(mine, noise.times_B, draw, latents, count)
-            flow, record = self._flow(samples, mine, noise, features, key, first)
-            yield PartLoss(flow / config.accumulate, record, features)
+            noise = drawn.part(first * config.draws, (first + size) * config.draws)
+            read = None
+            if features is not None:
+                read = features.part(start * config.draws, (start + size) * config.draws)
+            flow, record = self._flow(samples, mine, noise, read, key, first)
+            yield PartLoss(flow / config.accumulate, record, read)
 
     def gate(self, parts: Sequence[PartLoss], stage: Stage) -> Tensor:
         """The veteran gate's loss of a step: the usage of the whole batch is counted before.
@@ -144,17 +150,20 @@ class Objective:
         """A step's losses from those of its micro-batches, and the means over ranks."""
         sums = [torch.stack([x.detach() for x in column]).sum() for column in
                 zip(*((part.flow, part.total) for part in parts), strict=True)]  # fmt: skip
+        features = features_of(parts)
+        if features is not None:
+            sums[1] = sums[1] + features.penalty.detach()
         flow, rest = self.ranks.mean(torch.stack(sums))
         gate = gate.detach()
         records = tuple(part.record for part in parts)
-        return StepLoss(flow, gate, rest + gate, records, parts[-1].features)
+        return StepLoss(flow, gate, rest + gate, records, features)
 
     def _flow(
         self,
         samples: Samples,
         batch: Batch,
         drawn: Drawn,
-        features: FeatureStep | None,
+        features: FeaturePart | None,
         key: int,
         first: int,
     ) -> tuple[Tensor, prw.Record]:
@@ -172,14 +181,17 @@ class Objective:
         return flow_loss(velocity, clean, noise), record
 
     def _features(
-        self, batch: Batch, times_B: Tensor, draw: torch.Generator, part: range, whole: int
+        self, batch: Batch, times_B: Tensor, draw: torch.Generator, share: range
     ) -> FeatureStep | None:
-        """Noisy features of the targets, drawn after everything that the image draws."""
+        """Noisy features of this rank's targets, drawn after everything that the image draws."""
         if self.session.coredi is None or batch.features_BRCD is None:
             return None
-        times_B = times_B.to(self.session.device)
+        count = self.config.draws
+        part = range(share.start * count, share.stop * count)
+        features_BRCD = batch.features_BRCD.repeat_interleave(count, dim=0)
+        mine_B = times_B[part.start : part.stop].to(self.session.device)
         return FeatureStep.begin(
-            self.session.coredi, batch.features_BRCD, times_B, draw, part, whole
+            self.session.coredi, features_BRCD, mine_B, draw, part, len(times_B)
         )
 
     def reading(

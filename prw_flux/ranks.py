@@ -7,7 +7,7 @@ happens on a run's folder is the first rank's.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Final, TypeVar, final
@@ -83,6 +83,47 @@ class Ranks:
         found: list[Any] = [None] * self.count
         with noticing():
             dist.all_gather_object(found, value, group=self._control)
+        return found
+
+    def each(self, action: Callable[[], T]) -> list[T]:
+        """What `action` returns on every rank, by rank.
+
+        Raises:
+            PRWError: it raised on one rank an error that users are told; every rank then raises it.
+            RankLost: it failed otherwise, or a rank is gone.
+        """
+        if self.count == 1:
+            return [action()]
+        made: list[T] = []
+        problem: Exception | None = None
+        try:
+            made.append(action())
+        except (PRWError, ValueError, OSError) as told:
+            problem = told
+        found = self.gathered((made, problem))
+        for _, theirs in found:
+            if theirs is not None:
+                raise theirs
+        return [result for results, _ in found for result in results]
+
+    def exchanged(self, mine: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The tensors of every rank, by rank; raises like `largest`.
+
+        Args:
+            mine: contiguous, on the CPU; any number of any shapes, which may differ from rank to
+                rank.
+        """
+        if self.count == 1:
+            return [list(mine)]
+        found = []
+        for rank, shapes in enumerate(self.gathered([(x.shape, x.dtype) for x in mine])):
+            own = rank == self.index
+            tensors = list(mine) if own else [torch.empty(s, dtype=dtype) for s, dtype in shapes]
+            for tensor in tensors:
+                if tensor.numel():
+                    with noticing():  # as bytes, which gloo carries whatever they mean
+                        dist.broadcast(tensor.view(-1).view(torch.uint8), rank, self._control)
+            found.append(tensors)
         return found
 
     def wait(self) -> None:

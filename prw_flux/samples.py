@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,14 +23,16 @@ from prw_flux.ahead import Ahead, Check
 from prw_flux.batch_order import batch_indices, bucket_of
 from prw_flux.coredi.encoders import FeatureEncoder
 from prw_flux.draws import Draws, SampleError
-from prw_flux.encode import encode_image, pack, position_ids, source_offset, to_pixels
+from prw_flux.encode import position_ids, source_offset
 from prw_flux.encoded import Batch, Encoded, Ready, Texts
+from prw_flux.ranks import Ranks
+from prw_flux.sample_encoder import SampleEncoder, semantic
 from prw_flux.tasks import DataSource, Task, Triple
+from prw_flux.together import CHUNK, Together
 
 if TYPE_CHECKING:
     from prw_flux.sample_cache.table import Bucket, StoredTexts, Table
 
-CHUNK: Final = 32
 NOTHING: Final = nullcontext()
 
 
@@ -51,10 +52,11 @@ class Samples:
         reading: opened around whatever reads data, or waits for it, in the thread that trains.
         encoding: opened around whatever uses the encoders of `pipe`, in any thread.
         cache: the samples, encoded before; `data` and the encoders of `pipe` are then not used.
+        ranks: that share the work of `prepare`, which they all call.
 
     Attributes:
-        tally: what this process has drawn, so where samples are drawn step by step, since the last
-            resume; with a cache, what was drawn when it was built.
+        tally: what was drawn by `prepare`, on all ranks; where samples are drawn step by step, by
+            this process since the last resume; with a cache, when it was built.
     """
 
     def __init__(
@@ -72,13 +74,21 @@ class Samples:
         reading: Callable[[], AbstractContextManager[None]] = nullcontext,
         encoding: AbstractContextManager[Any] = NOTHING,
         cache: Table | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.data, self.task, self.pipe = data, task, pipe
         self.stage, self.seed, self.batch_size, self.count = stage, seed, batch_size, count
-        self.encoder, self.reading, self.encoding, self.cache = encoder, reading, encoding, cache
+        self.reading, self.encoding, self.cache = reading, encoding, cache
+        self.ranks = ranks or Ranks()
         self.draws = Draws(data, task, stage=stage, seed=seed, max_rejected=max_rejected)
         self.tally = self.draws.tally if cache is None else cache.tally()
-        self.texts: Texts | StoredTexts = Texts(pipe) if cache is None else cache.texts
+        self.encoder: SampleEncoder | None = None
+        self.texts: Texts | StoredTexts
+        if cache is None:
+            self.encoder = SampleEncoder(pipe, Texts(pipe), encoder)
+            self.texts = self.encoder.texts
+        else:
+            self.texts = cache.texts
         self._buckets: tuple[Encoded | Bucket, ...] = ()
         self._alone: dict[str, tuple[Tensor, Tensor]] = {}
         self._ahead: Ahead[Ready] | None = None
@@ -88,33 +98,28 @@ class Samples:
         """Draw and encode all N samples; nothing where batches are encoded one by one.
 
         Args:
-            tick: told after each chunk how many samples are done; may raise to stop.
+            tick: told now and then how many samples are done; may raise to stop, on all ranks.
 
         Raises:
-            SampleError: no usable sample.
+            SampleError: no usable sample, on any rank.
+            RankLost: a rank is gone.
         """
         if self.count is None:
             return
         if self.cache is not None:
             self._buckets = self.cache.buckets(self.count)
             return
-        buckets: dict[Any, list[Encoded]] = {}
-        for start in range(0, self.count, CHUNK):
-            tick(start)
-            triples = self._drawn(range(start, min(start + CHUNK, self.count)))
-            for part in self._encode(triples):
-                buckets.setdefault(part.grids, []).append(part)
-        tick(self.count)
-        self.draws.judge(last=True)
-        self._buckets = tuple(Encoded.merged(parts) for parts in buckets.values())
+        assert self.encoder is not None
+        together = Together(self.draws, self.encoder, self.ranks, self.reading)
+        self._buckets = together.buckets(self.count, tick)
 
     def features(self, count: int) -> Tensor:
         """[at most `count`, R, C, D] semantic features of first samples of one size, float32."""
         if self._buckets:
-            largest = max(self._buckets, key=len)
-            assert isinstance(largest, Encoded) and largest.features_NRCD is not None
-            return largest.features_NRCD[:count].float()
-        assert self.encoder is not None
+            return max(self._buckets, key=len).features(count).float()
+        if self.cache is not None:
+            return self.cache.first_features(count).float()
+        assert self.encoder is not None and self.encoder.feature_encoder is not None
         found: list[Tensor] = []
         shape: tuple[int, ...] = ()
         for start in range(0, count, CHUNK):
@@ -124,7 +129,8 @@ class Samples:
             shape = shape or images[0].shape
             alike = [image for image in images if image.shape == shape]
             if alike:
-                found.append(self._features(alike, self.latents(alike[:1])[1]))
+                grid = self.encoder.latents(alike[:1])[1]
+                found.append(semantic(self.encoder.feature_encoder, alike, grid))
         return torch.cat(found).float()
 
     @contextmanager
@@ -195,10 +201,11 @@ class Samples:
         """The first samples with their numbers, prepared or not; those of one size together."""
         alike: dict[Any, list[tuple[int, Encoded]]] = {}
         for i in range(count):
-            if self.cache is None:
-                (one,) = self._encode(self._drawn(range(i, i + 1)))
-            else:
+            if self.cache is not None:
                 (one,) = self.cache.parts([i])
+            else:
+                assert self.encoder is not None
+                (one,) = self.encoder.parts(self._drawn(range(i, i + 1)))
             alike.setdefault(one.grids, []).append((i, one))
         found = [zip(*group, strict=True) for group in alike.values()]
         return [(list(numbers), Encoded.merged(parts)) for numbers, parts in found]
@@ -242,13 +249,14 @@ class Samples:
             return Ready.of(encoded, self.texts.gather(encoded.rows))
         start = step * self.batch_size
         indices = range(start + share.start, start + share.stop)
-        if self.cache is None:
+        if self.cache is not None:
+            parts = self.cache.parts(indices)
+        else:
+            assert self.encoder is not None
             triples = self._drawn(indices, check)
             with self.encoding:
                 self.texts.trim()
-                parts = self._encode(triples)
-        else:
-            parts = self.cache.parts(indices)
+                parts = self.encoder.parts(triples)
         if len(parts) != 1:
             raise SampleError(
                 f"samples of {self.task.name!r} in one batch must agree in size; got token grids "
@@ -267,33 +275,3 @@ class Samples:
             check()
             triples.append(self.triple(index))
         return triples
-
-    def _encode(self, triples: Sequence[Triple]) -> list[Encoded]:
-        """Samples, those of one size together."""
-        groups: dict[Any, list[Triple]] = {}
-        for triple in triples:
-            groups.setdefault((triple.source.shape, triple.target.shape), []).append(triple)
-        return [self._encode_group(group) for group in groups.values()]
-
-    def _encode_group(self, triples: list[Triple]) -> Encoded:
-        source, source_grid = self.latents([t.source for t in triples])
-        target, target_grid = self.latents([t.target for t in triples])
-        rows = self.texts.rows([t.text for t in triples])
-        features = None
-        if self.encoder is not None:
-            features = self._features([t.target for t in triples], target_grid)
-        return Encoded(source, target, rows, source_grid, target_grid, features)
-
-    def _features(self, images: list[np.ndarray[Any, Any]], grid: tuple[int, int]) -> Tensor:
-        """Semantic features [B, R, C, D] in bf16 on the CPU, one place per token."""
-        assert self.encoder is not None
-        return self.encoder(to_pixels(np.stack(images)), grid).to("cpu", torch.bfloat16)
-
-    def latents(self, images: list[np.ndarray[Any, Any]]) -> tuple[Tensor, tuple[int, int]]:
-        """Packed latents [B, tokens, C] in bf16 on the CPU, and the grid of tokens."""
-        vae = self.pipe.vae
-        pixels = to_pixels(np.stack(images)).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(vae.device.type, torch.bfloat16):
-            latents = encode_image(vae, pixels)
-        grid = latents.shape[-2] // 2, latents.shape[-1] // 2
-        return pack(latents).to("cpu", torch.bfloat16), grid

@@ -41,7 +41,7 @@ class Session:
         pipe: the base as a pipeline without adapter: autoencoder and text encoders.
         passes: the frozen transformer with the adapter attached, the module that trains.
         tasks: the task of each stage.
-        encoder: of semantic features, where the run has a feature stream.
+        encoder: of semantic features, where the run has a feature stream and no cache.
         coredi: the feature stream.
         tables: encoded samples by stage, where the run has a cache, those held out under
             `draws.held_out_stage`; `pipe` then has no text encoders, and an autoencoder only to
@@ -147,8 +147,10 @@ def open_session(config: RunConfig, adapter: Path | None = None) -> Session:
         zero.shard(pipe.transformer)
     if not config.coredi.enabled:
         return Session(pipe, passes, tasks, tables=tables)
-    encoder = load_encoder(config.coredi.encoder, pipe.transformer.device)
-    return Session(pipe, passes, tasks, encoder, _open_stream(config, pipe, encoder, adapter))
+    encoder = None if tables else load_encoder(config.coredi.encoder, pipe.transformer.device)
+    width = encoder.width if encoder is not None else next(iter(tables.values())).width
+    stream = _open_stream(config, pipe, width, adapter)
+    return Session(pipe, passes, tasks, encoder, stream, tables)
 
 
 def _require_stream(config: RunConfig, adapter: Path | None) -> None:
@@ -162,13 +164,13 @@ def _require_stream(config: RunConfig, adapter: Path | None) -> None:
 
 
 def _open_stream(
-    config: RunConfig, pipe: CoLoGenPipeline, encoder: FeatureEncoder, adapter: Path | None
+    config: RunConfig, pipe: CoLoGenPipeline, width: int, adapter: Path | None
 ) -> CoReDi:
-    """The feature stream that goes on with an adapter, else a fresh one."""
+    """The stream that goes on with an adapter, else a fresh one, for features of `width`."""
     saved = adapter.with_name("coredi") if adapter is not None else None
     if saved is None or not saved.is_dir():
-        return CoReDi.for_transformer(pipe.transformer, config.coredi, encoder.width)
-    stream = CoReDi.load(saved, width=encoder.width, config=config.coredi)
+        return CoReDi.for_transformer(pipe.transformer, config.coredi, width)
+    stream = CoReDi.load(saved, width=width, config=config.coredi)
     if stream.stream.embed.out_features != pipe.transformer.inner_dim:
         raise CheckpointError(
             f"{saved} was made for a transformer of width {stream.stream.embed.out_features}, this "

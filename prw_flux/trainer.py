@@ -22,7 +22,7 @@ from prw_flux.data.choose import open_run_data, require_feeds
 from prw_flux.interrupt import Interrupted, Requested, Stop
 from prw_flux.learners import Learners
 from prw_flux.monitor import Monitor
-from prw_flux.objective import Objective, StepLoss
+from prw_flux.objective import Objective, StepLoss, features_of
 from prw_flux.optimization import learning_rate
 from prw_flux.progress import Quiet
 from prw_flux.ranks import Ranks, noticing, require_even
@@ -228,6 +228,7 @@ class Trainer:
             reading=self._reading,
             encoding=self.session.encoding,
             cache=self.session.tables.get(stage.name),
+            ranks=self.ranks,
         )
 
         def tick(done: int) -> None:
@@ -270,7 +271,7 @@ class Trainer:
     def _drawn(self, samples: Samples) -> dict[str, dict[str, int]]:
         """Draws by kind, rejected ones by reason; of all ranks where each draws its own."""
         found = {"rejected": samples.tally.rejected, "kinds": samples.tally.kinds}
-        if samples.count is None:
+        if samples.count is None and samples.cache is None:
             found = {k: sum(self.ranks.gathered(v), Counter()) for k, v in found.items()}
         return {name: dict(counts) for name, counts in found.items()}
 
@@ -286,6 +287,9 @@ class Trainer:
         self.ranks.wait()  # over gloo: nobody waits on a device for a rank that is gone
         gate = self.objective.gate(parts, stage)
         gate.backward()
+        features = features_of(parts)
+        if features is not None:
+            features.backward()
         average(self.learners.parameters())
         return self.objective.of_step(parts, gate)
 

@@ -81,9 +81,10 @@ def run_build(args: argparse.Namespace) -> int:
         show.answer(vars(done) | {"rank": share.rank, "cache": str(cache)})
         return 0
     whose = f"rank {share.rank} of {share.count}: " if share.count > 1 else ""
+    features = f", features of {done.features:,}" if config.coredi.enabled else ""
     show.human().print(
         f"{cache}  {whose}{done.samples:,} samples, {done.encoded:,} of them encoded now "
-        f"({done.latents:,} pictures, {done.texts:,} texts)"
+        f"({done.latents:,} pictures, {done.texts:,} texts{features})"
     )
     return 0
 

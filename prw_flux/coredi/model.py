@@ -57,6 +57,17 @@ class Noised:
     noisy_BTF: Tensor
     keep_B: Tensor
 
+    def part(self, start: int, stop: int) -> Noised:
+        """Of some pictures."""
+        return Noised(**{name: tensor[start:stop] for name, tensor in vars(self).items()})
+
+    def leaves(self) -> Noised:
+        """The same where what is read and what is aimed at begin graphs of their own."""
+        clean, noisy = (
+            x.detach().requires_grad_(x.requires_grad) for x in (self.clean_BTF, self.noisy_BTF)
+        )
+        return replace(self, clean_BTF=clean, noisy_BTF=noisy)
+
 
 @final
 class CoReDi(nn.Module):
@@ -154,16 +165,23 @@ class CoReDi(nn.Module):
         return interpolate(clean_BTF, noise_BTF.to(clean_BTF), times_B)
 
     def loss(self, velocity_BTF: Tensor, batch: Noised) -> tuple[Tensor, Tensor]:
-        """Feature loss and regulariser, both with their weights."""
-        config = self.config
-        loss = config.weight * feature_loss(
+        """Feature loss and regularisers, both with their weights."""
+        return self.flow(velocity_BTF, batch), self.penalty(batch)
+
+    def flow(self, velocity_BTF: Tensor, batch: Noised) -> Tensor:
+        """The feature loss with its weight, a mean over the pictures."""
+        return self.config.weight * feature_loss(
             velocity_BTF,
             batch.clean_BTF,
             batch.noise_BTF,
             batch.keep_B,
-            stop_gradient=config.stop_gradient,
+            stop_gradient=self.config.stop_gradient,
         )
-        penalty = loss.new_zeros(())
+
+    def penalty(self, batch: Noised) -> Tensor:
+        """The regularisers with their weights, of whole batches."""
+        config = self.config
+        penalty = batch.clean_BTF.new_zeros(())
         if config.learn_projection and config.orthogonality:
             penalty = penalty + config.orthogonality * orthogonality(self.projection.weight_DK)
         if config.learn_projection and config.covariance:
@@ -174,7 +192,7 @@ class CoReDi(nn.Module):
             penalty = penalty + config.similarity * similarity(
                 batch.projected_BRCK, batch.features_BRCD
             )
-        return loss, penalty
+        return penalty
 
     # Stages -----------------------------------------------------------------------------------
 

@@ -219,7 +219,9 @@ def _assumptions(config: RunConfig, machine: Machine) -> list[str]:
     ]
     if config.coredi.enabled:
         beside = "" if config.coredi.tokens == "merged" else ", whose tokens are twice as many,"
-        told.append(f"coredi: the feature stream{beside} and its encoder are not counted")
+        told.append(
+            f"coredi: the feature stream{beside}, its encoder and cached features are not counted"
+        )
     if machine.seconds_per_step is None:
         told.append(
             f"time: {machine.tflops:g} TFLOP/s per GPU, {machine.utilisation:.0%} of them used; "

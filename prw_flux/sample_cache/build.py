@@ -10,29 +10,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Final, TypeVar, final
 
 import torch
 
-from prw import ConfigError
 from prw_flux.config import RunConfig
+from prw_flux.coredi.encoders import FeatureEncoder, load_encoder
 from prw_flux.draws import Draws, Tally
+from prw_flux.encoded import Grid, Texts
 from prw_flux.sample_cache.errors import CacheError
 from prw_flux.sample_cache.identity import Drawn, encoder_digests, identity
-from prw_flux.sample_cache.store import (
-    Grid,
-    Picture,
-    picture_key,
-    text_key,
-)
+from prw_flux.sample_cache.store import Picture, features_key, picture_key, text_key
 from prw_flux.sample_cache.table import BlockRow, Table, write_block
 from prw_flux.sample_cache.wanted import wanted
 from prw_flux.sample_cache.writer import BlockShards, Writer
-from prw_flux.samples import CHUNK, Samples
+from prw_flux.sample_encoder import SampleEncoder, alike, semantic
 from prw_flux.share import Share
 from prw_flux.tasks import DataSource, Task, Triple
+from prw_flux.together import CHUNK
 
+T = TypeVar("T")
 Tick = Callable[[str, int, int], None]
+
+TOKEN: Final = 16
+"""Pixels of a token's side."""
 
 
 @final
@@ -44,6 +45,7 @@ class Built:
     encoded: int
     latents: int
     texts: int
+    features: int = 0
 
 
 def build(
@@ -69,26 +71,20 @@ def build(
 
     Raises:
         CacheError: the disk is full, or the encoders' files are not on this machine.
-        ConfigError: features need the pictures, or nothing of the data is held out.
+        ConfigError: nothing of the data is held out, or the encoder of features does not exist.
         SampleError: a stage has no usable samples.
     """
     share = share or Share.of_environment()
-    require_no_features(config)
     everything = wanted(config, data, tasks)
-    load = _once(load)
-    digests = encoder_digests(config.base)
-    if not all(digests.values()):
-        load()  # fetches them
-        digests = encoder_digests(config.base)
-    if not all(digests.values()):
-        raise CacheError(f"{config.base.path} has no safetensors of its autoencoder and encoders")
+    load, load_features = _once(load), _once(lambda: feature_encoder(config, share))
+    digests = _known(config, load, load_features)
     writer = Writer(cache, digests)
     for one in everything:
         made, drawn = identity(config, one, digests)
         table = Table(cache, made, one.draws.task.sentence)
         if share.rank == 0:
             table.write_index()
-        work = Work(writer, table, one.draws, drawn, load)
+        work = Work(writer, table, one.draws, drawn, load, load_features)
         for block in range(share.rank, table.blocks, share.count):
             if table.path(block) in writer.done:
                 writer.kept += len(table.samples(block))
@@ -98,25 +94,36 @@ def build(
     return Built(
         samples=writer.kept + writer.encoded,
         encoded=writer.encoded,
-        latents=writer.latents,
-        texts=writer.texts,
+        latents=writer.added["latents"],
+        texts=writer.added["texts"],
+        features=writer.added["features"],
     )
 
 
-def require_no_features(config: RunConfig) -> None:
-    """Raise ConfigError for a run whose features need the pictures."""
-    if config.coredi.enabled:
-        raise ConfigError(
-            "coredi reads the pictures themselves, which a cache of latents does not have: train "
-            "it without data.cache"
-        )
+def _known(
+    config: RunConfig, load: Callable[[], Any], load_features: Callable[[], Any]
+) -> dict[str, str]:
+    """Digests of all encoders of a run, which are fetched where they are not on this machine."""
+    digests = encoder_digests(config)
+    if all(digests.values()):
+        return digests
+    if not (digests["vae"] and digests["texts"]):
+        load()
+    if not digests.get("features", "none"):
+        load_features()
+    digests = encoder_digests(config)
+    if not (digests["vae"] and digests["texts"]):
+        raise CacheError(f"{config.base.path} has no safetensors of its autoencoder and encoders")
+    if not digests.get("features", "none"):
+        raise CacheError(f"coredi.encoder {config.coredi.encoder} has no files to know it by")
+    return digests
 
 
-def _once(load: Callable[[], Any]) -> Callable[[], Any]:
+def _once(load: Callable[[], T]) -> Callable[[], T]:
     """A function that is called the first time only."""
-    found: list[Any] = []
+    found: list[T] = []
 
-    def loaded() -> Any:
+    def loaded() -> T:
         if not found:
             found.append(load())
         return found[0]
@@ -135,11 +142,11 @@ class Work:
         draws: Draws,
         drawn: dict[int, Drawn],
         load: Callable[[], Any],
+        load_features: Callable[[], FeatureEncoder],
     ) -> None:
-        self.writer, self.table, self.draws, self.drawn, self.load = (
-            writer, table, draws, drawn, load
-        )  # fmt: skip
-        self._samples: Samples | None = None
+        self.writer, self.table, self.draws, self.drawn = writer, table, draws, drawn
+        self.load, self.load_features = load, load_features
+        self._encoder: SampleEncoder | None = None
 
     def make(self, block: int) -> None:
         """Draw, encode and write one block."""
@@ -169,59 +176,83 @@ class Work:
         return drawn.triple
 
     def _rows(self, triples: list[Triple], shards: BlockShards) -> Iterator[BlockRow]:
-        sources = self._pictures([t.source for t in triples], shards)
-        targets = self._pictures([t.target for t in triples], shards)
-        texts = self._texts([t.text for t in triples], shards)
-        for (source, in_source, s_grid), (target, in_target, t_grid), (text, in_text) in zip(
-            sources, targets, texts, strict=True
-        ):
+        columns = [
+            self._latents([t.source for t in triples], shards),
+            self._latents([t.target for t in triples], shards),
+            self._texts([t.text for t in triples], shards),
+        ]
+        if self.table.identity.encoder:
+            columns.append(self._features(triples, shards))
+        for triple, *contents in zip(triples, *columns, strict=True):
+            keys, names = zip(*contents, strict=True)
             yield BlockRow(
-                keys=(source, target, text),
-                shards=(in_source, in_target, in_text),
-                grids=(s_grid, t_grid),
+                keys=keys, shards=names, grids=(_grid(triple.source), _grid(triple.target))
             )
 
-    def _pictures(
-        self, pictures: list[Picture], shards: BlockShards
-    ) -> list[tuple[bytes, str, Grid]]:
-        """Key, shard and grid of the latents of some pictures; new ones are encoded together."""
+    def _latents(self, pictures: list[Picture], shards: BlockShards) -> list[tuple[bytes, str]]:
+        """Key and shard of the latents of some pictures; new ones are encoded together."""
         keys = [picture_key(self.writer.encoders["vae"], picture) for picture in pictures]
         new = {k: p for k, p in zip(keys, pictures, strict=True) if shards.where(k) is None}
         for shape in dict.fromkeys(picture.shape for picture in new.values()):
             here = {key: picture for key, picture in new.items() if picture.shape == shape}
-            latents, grid = self._encoder().latents(list(here.values()))
+            latents, grid = self.encoder.latents(list(here.values()))
             for key, one in zip(here, latents, strict=True):
-                shards.add_latents(key, grid, one)
-        return [
-            (key, shards.found(key), (picture.shape[0] // 16, picture.shape[1] // 16))
-            for key, picture in zip(keys, pictures, strict=True)
-        ]
+                shards.add("latents", key, (grid, one))
+        return [(key, shards.found(key)) for key in keys]
+
+    def _features(self, triples: list[Triple], shards: BlockShards) -> list[tuple[bytes, str]]:
+        """Key and shard of the targets' features; those of one size are encoded as in training."""
+        for group in alike(triples):
+            pictures = [triple.target for triple in group]
+            new = {self._features_key(p): i for i, p in enumerate(pictures)}
+            new = {key: i for key, i in new.items() if shards.where(key) is None}
+            if new:
+                grid = _grid(pictures[0])
+                features = semantic(self.load_features(), pictures, grid)
+                for key, i in new.items():
+                    shards.add("features", key, (grid, features[i]))
+        keys = [self._features_key(triple.target) for triple in triples]
+        return [(key, shards.found(key)) for key in keys]
+
+    def _features_key(self, picture: Picture) -> bytes:
+        return features_key(self.writer.encoders["features"], _grid(picture), picture)
 
     def _texts(self, texts: list[str], shards: BlockShards) -> list[tuple[bytes, str]]:
         """Key and shard of some texts; new ones are encoded together."""
         keys = {text: text_key(self.writer.encoders["texts"], text) for text in texts}
         new = [text for text, key in keys.items() if shards.where(key) is None]
         if new:
-            known = self._encoder().texts
+            known = self.encoder.texts
             for text, row in zip(new, known.rows(new), strict=True):
-                shards.add_text(keys[text], known.pair(row))
+                shards.add("texts", keys[text], known.pair(row))
             known.trim()
         return [(keys[text], shards.found(keys[text])) for text in texts]
 
-    def _encoder(self) -> Any:
+    @property
+    def encoder(self) -> SampleEncoder:
         """The one that training itself would use."""
-        if self._samples is None:
-            draws = self.draws
-            self._samples = Samples(
-                draws.data, draws.task, self.load(),
-                stage=draws.stage, seed=draws.seed, batch_size=1, count=None,
-            )  # fmt: skip
-        return self._samples
+        if self._encoder is None:
+            pipe = self.load()
+            self._encoder = SampleEncoder(pipe, Texts(pipe))
+        return self._encoder
+
+
+def _grid(picture: Picture) -> Grid:
+    """Rows and columns of tokens of a picture."""
+    return picture.shape[0] // TOKEN, picture.shape[1] // TOKEN
 
 
 def encoders(config: RunConfig, share: Share) -> Any:
     """The encoders of a base, without its transformer, on this process's device."""
     from prw_flux.session import load_base
 
-    device = f"cuda:{share.local}" if torch.cuda.is_available() else "cpu"
-    return load_base(config, leave_out=("transformer",), device=device)
+    return load_base(config, leave_out=("transformer",), device=_device(share))
+
+
+def feature_encoder(config: RunConfig, share: Share) -> FeatureEncoder:
+    """The encoder of semantic features of a run, on this process's device."""
+    return load_encoder(config.coredi.encoder, _device(share))
+
+
+def _device(share: Share) -> str:
+    return f"cuda:{share.local}" if torch.cuda.is_available() else "cpu"

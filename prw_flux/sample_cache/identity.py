@@ -6,11 +6,12 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NamedTuple, final
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from prw_flux.config import BaseConfig, RunConfig
 from prw_flux.draws import Tally
@@ -22,6 +23,8 @@ PARTS: Final = {
     "vae": ("vae",),
     "texts": ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
 }
+FEATURES: Final = ("encoder", "features")
+"""Fields that only samples with features have."""
 WHOLE: Final = 2**20
 """Files up to this size are hashed whole, larger ones by their size and `WINDOWS` places."""
 WINDOWS: Final = 64
@@ -41,6 +44,8 @@ class Identity:
         pictures: how many different pictures the data has.
         base, revision: where autoencoder and text encoders came from.
         vae, texts: digests of their files; empty where they are not on this machine.
+        encoder: of the targets' semantic features, as the run names it; empty where it has none.
+        features: digest of that encoder, of `feature_digest`.
     """
 
     stage: str
@@ -54,18 +59,33 @@ class Identity:
     revision: str | None
     vae: str
     texts: str
+    encoder: str = ""
+    features: str = ""
+
+    def facts(self) -> dict[str, Any]:
+        """Everything by name; of samples without features as it was before any had some."""
+        found = asdict(self)
+        return found if self.encoder else {k: v for k, v in found.items() if k not in FEATURES}
 
     @property
     def name(self) -> str:
         """Folder of the table: the stage, and 12 digits of everything."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        text = json.dumps(self.facts(), sort_keys=True)
         stage = self.stage.replace(" ", "_")
         return f"{stage}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
 
     def differences(self, other: Identity) -> dict[str, tuple[Any, Any]]:
-        """Fields in which two samples differ; encoders go by their files where both know them."""
+        """Fields in which others differ from these, which are asked for.
+
+        Encoders go by their files where both know them. More features than are asked for may be
+        there.
+        """
         known = self.vae and self.texts and other.vae and other.texts
-        left_out = ("base", "revision") if known else ("vae", "texts")
+        left_out = ["base", "revision"] if known else ["vae", "texts"]
+        if self.encoder:
+            left_out.append("encoder" if self.features and other.features else "features")
+        else:
+            left_out += FEATURES
         mine, theirs = asdict(self), asdict(other)
         return {
             name: (value, theirs[name])
@@ -111,24 +131,64 @@ def identity(
         pictures=len(draws.data),
         base=config.base.path,
         revision=config.base.revision,
+        encoder=config.coredi.encoder if config.coredi.enabled else "",
         **encoders,
     )
     return made, drawn
 
 
-def encoder_digests(base: BaseConfig) -> dict[str, str]:
-    """Digests of the files of autoencoder and text encoders, "" where they are not on this machine.
+def encoder_digests(config: RunConfig) -> dict[str, str]:
+    """Digests of autoencoder, text encoders and, where there is a stream, the encoder of features.
 
-    Nothing is loaded or downloaded.
+    "" where their files are not on this machine. Nothing is loaded or downloaded.
 
     Raises:
         FileNotFoundError: the base is a folder that does not exist.
     """
-    folder = _folder(base)
-    return {
+    folder = _folder(config.base)
+    found = {
         name: "" if folder is None else _digest([folder / part for part in parts])
         for name, parts in PARTS.items()
     }
+    if config.coredi.enabled:
+        found["features"] = feature_digest(config.coredi.encoder)
+    return found
+
+
+def feature_digest(spec: str) -> str:
+    """Of an encoder of semantic features, as `load_encoder` names it; "" where it is not known.
+
+    Of a DINOv2 its files; of ``package.module:function`` the name and the source of the module,
+    which is not imported: weights that the function loads are not seen.
+    """
+    found = hashlib.blake2b(digest_size=16)
+    if ":" in spec:
+        module, _, name = spec.partition(":")
+        try:
+            source = find_spec(module)
+        except (ImportError, ValueError):
+            return ""
+        if source is None:
+            return ""
+        found.update(name.encode())
+        files = [Path(source.origin)] if source.has_location and source.origin else []
+    else:
+        folder = Path(spec).expanduser()
+        here = folder if folder.is_dir() else _on_this_machine(spec, None)
+        weights = [] if here is None else _weights(here)
+        if here is None or not weights:
+            return ""
+        files = [*weights, here / "config.json"]
+    for file in files:
+        found.update(file.name.encode())
+        for part in _content(file):
+            found.update(part)
+    return found.hexdigest()
+
+
+def _weights(folder: Path) -> list[Path]:
+    """Those that transformers would take."""
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
 
 
 def _folder(base: BaseConfig) -> Path | None:
@@ -136,9 +196,14 @@ def _folder(base: BaseConfig) -> Path | None:
     location = resolve_base(base.path)
     if Path(location).is_dir():
         return Path(location)
+    return _on_this_machine(location, base.revision)
+
+
+def _on_this_machine(name: str, revision: str | None) -> Path | None:
+    """The copy of something on the Hub that was fetched before."""
     try:
-        return Path(snapshot_download(location, revision=base.revision, local_files_only=True))
-    except LocalEntryNotFoundError:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
         return None
 
 

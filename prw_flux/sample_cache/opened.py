@@ -8,7 +8,6 @@ from typing import Any, Final
 
 from prw_flux.config import RunConfig
 from prw_flux.data.choose import open_run_data
-from prw_flux.sample_cache.build import require_no_features
 from prw_flux.sample_cache.errors import CacheError
 from prw_flux.sample_cache.identity import Identity, encoder_digests, identity
 from prw_flux.sample_cache.table import Table, tables
@@ -17,6 +16,8 @@ from prw_flux.tasks import Task
 
 DRAWING: Final = {"task", "seed", "size", "count"}
 """What decides which samples of the same data the digest of an identity has."""
+TOLD: Final = {"encoder": "coredi.encoder", "features": "a coredi.encoder whose files are"}
+"""What users call a field, where it is not its name."""
 
 
 def open_tables(
@@ -34,13 +35,12 @@ def open_tables(
     Raises:
         CacheError: samples are missing; says how many, what the cache has instead, and how to make
             them.
-        ConfigError: the run needs the pictures themselves, or nothing of its data is held out.
+        ConfigError: nothing of its data is held out.
     """
-    require_no_features(config)
     assert config.data.cache is not None
     cache = Path(config.data.cache)
     data = open_run_data(config)
-    encoders, there = encoder_digests(config.base), tables(cache)
+    encoders, there = encoder_digests(config), tables(cache)
     found: dict[str, Table] = {}
     lacking: list[tuple[Wanted, str]] = []
     for one in wanted(config, data, tasks, finished):
@@ -48,10 +48,14 @@ def open_tables(
         same = [table for table in there if not asked.differences(table.identity)]
         if not same:
             lacking.append((one, _absent(asked, one.told, there)))
-        elif missing := same[0].missing():
+            continue
+        best = min(same, key=Table.missing)
+        if missing := best.missing():
             lacking.append((one, f"{missing:,} of {one.count:,} {one.told}"))
-        else:
-            found[one.draws.stage] = Table(cache, same[0].identity, one.draws.task.sentence)
+            continue
+        found[one.draws.stage] = Table(
+            cache, best.identity, one.draws.task.sentence, features=config.coredi.enabled
+        )
     if lacking:
         held_out = all(one.held_out for one, _ in lacking)
         without = ", or go without (held_out.samples=0 and sample_every=0)" if held_out else ""
@@ -73,11 +77,12 @@ def _absent(asked: Identity, what: str, there: Sequence[Table]) -> str:
     if nearest.keys() & DRAWING:  # then other samples are looked at, and the data look different
         nearest.pop("data", None)
     parts = (
-        f"{name} {_short(theirs)}, not {_short(ours)}" for name, (ours, theirs) in nearest.items()
+        f"{TOLD.get(name, name)} {_short(theirs, name)}, not {_short(ours, name)}"
+        for name, (ours, theirs) in nearest.items()
     )
     return f"{told} (it has some with {'; '.join(parts)})"
 
 
-def _short(value: Any) -> str:
-    text = str(value) or "unknown"
+def _short(value: Any, name: str) -> str:
+    text = str(value) or ("none" if name == "encoder" else "unknown")
     return text[:12] if len(text) == 32 else text

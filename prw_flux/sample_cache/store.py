@@ -1,8 +1,9 @@
 """The shards of a cache: contents by the hash of what they were made of.
 
-A shard holds latents, of any number of grids, or texts. Tensors of a shard of latents:
-``keys.RxC`` uint8 [n, 16] and ``latents.RxC`` bf16 [n, R C, C'] for a grid of R x C tokens; of one
-of texts: ``keys`` uint8 [n, 16], ``text`` bf16 [n, L, E] and ``pooled`` bf16 [n, P].
+A shard holds latents or semantic features, of any number of grids, or texts. Tensors of a shard of
+latents: ``keys.RxC`` uint8 [n, 16] and ``latents.RxC`` bf16 [n, R C, C'] for a grid of R x C
+tokens; of one of features: the same keys, and ``features.RxC`` bf16 [n, R, C, D]; of one of texts:
+``keys`` uint8 [n, 16], ``text`` bf16 [n, L, E] and ``pooled`` bf16 [n, P].
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, TypeAlias, cast, final
+from typing import Any, Final, Literal, TypeAlias, cast, final
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prw.atomic import replace_file, sweep
+from prw_flux.encoded import Grid
 from prw_flux.sample_cache.errors import CacheError
 
 KEY: Final = 16
@@ -29,8 +31,11 @@ OPEN: Final = 128
 """Shards that a reader keeps open."""
 SHARDS: Final = "shards"
 
-Grid: TypeAlias = tuple[int, int]
+Kind: TypeAlias = Literal["latents", "texts", "features"]
+"""What a shard holds."""
 Picture: TypeAlias = NDArray[np.uint8]
+Content: TypeAlias = tuple[Any, Tensor]
+"""Grid and latents, grid and features, or the two embeddings of a text."""
 
 
 def picture_key(vae: str, picture: Picture) -> bytes:
@@ -43,6 +48,11 @@ def picture_key(vae: str, picture: Picture) -> bytes:
     found = hashlib.blake2b(f"{vae} {picture.shape}".encode(), digest_size=KEY)
     found.update(np.ascontiguousarray(picture).data)
     return found.digest()
+
+
+def features_key(encoder: str, grid: Grid, picture: Picture) -> bytes:
+    """Of the semantic features of a picture at a grid; `encoder` is the digest of their encoder."""
+    return picture_key(f"features {encoder} {grid}", picture)
 
 
 def text_key(texts: str, text: str) -> bytes:
@@ -82,25 +92,27 @@ def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) 
         ) from None
 
 
-def write_latents(path: Path, contents: Mapping[bytes, tuple[Grid, Tensor]]) -> None:
-    """A shard of latents [R C, C'] by key. Raises as `write`."""
-    tensors = {}
-    for grid in dict.fromkeys(grid for grid, _ in contents.values()):
-        here = {key: latents for key, (own, latents) in contents.items() if own == grid}
-        name = f"{grid[0]}x{grid[1]}"
-        tensors[f"keys.{name}"] = key_rows(list(here))
-        tensors[f"latents.{name}"] = torch.stack(list(here.values()))
-    write(path, tensors, {"kind": "latents"})
+def write_shard(path: Path, kind: Kind, contents: Mapping[bytes, Content]) -> None:
+    """A shard of one kind of contents by key. Raises as `write`.
 
-
-def write_texts(path: Path, contents: Mapping[bytes, tuple[Tensor, Tensor]]) -> None:
-    """A shard of texts, [L, E] and [P] by key. Raises as `write`."""
-    tensors = {
-        "keys": key_rows(list(contents)),
-        "text": torch.stack([text for text, _ in contents.values()]),
-        "pooled": torch.stack([pooled for _, pooled in contents.values()]),
-    }
-    write(path, tensors, {"kind": "texts"})
+    Args:
+        path: of its file.
+        kind: of all contents.
+        contents: (R x C, latents [R C, C']), (R x C, features [R, C, D]), or (text [L, E],
+            pooled [P]).
+    """
+    tensors: dict[str, Tensor] = {}
+    if kind == "texts":
+        tensors["keys"] = key_rows(list(contents))
+        for i, name in enumerate(("text", "pooled")):
+            tensors[name] = torch.stack([pair[i] for pair in contents.values()])
+    else:
+        for grid in dict.fromkeys(grid for grid, _ in contents.values()):
+            here = {key: tensor for key, (own, tensor) in contents.items() if own == grid}
+            name = f"{grid[0]}x{grid[1]}"
+            tensors[f"keys.{name}"] = key_rows(list(here))
+            tensors[f"{kind}.{name}"] = torch.stack(list(here.values()))
+    write(path, tensors, {"kind": kind})
 
 
 @final
@@ -130,11 +142,15 @@ class Shard:
     def __contains__(self, key: bytes) -> bool:
         return key in self._place
 
-    def latents(self, key: bytes) -> tuple[Tensor, Grid]:
-        """Packed latents [R C, C'] in bf16, and their grid."""
+    def latents(self, key: bytes) -> Tensor:
+        """Packed latents [R C, C'] in bf16."""
         grid, row = self._find(key)
-        rows, columns = map(int, grid.split("x"))
-        return self._file.get_slice(f"latents.{grid}")[row], (rows, columns)
+        return cast(Tensor, self._file.get_slice(f"latents.{grid}")[row])
+
+    def features(self, key: bytes) -> Tensor:
+        """Semantic features [R, C, D] in bf16."""
+        grid, row = self._find(key)
+        return cast(Tensor, self._file.get_slice(f"features.{grid}")[row])
 
     def text(self, key: bytes) -> tuple[Tensor, Tensor]:
         """Embeddings [L, E] and [P] in bf16."""

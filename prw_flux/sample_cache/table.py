@@ -1,11 +1,12 @@
 """Which contents the samples of a stage are made of, block by block, and reading them.
 
-Tensors of a block of n samples: ``keys`` uint8 [n, 3, 16] and ``shards`` int32 [n, 3] of source,
-target and text, ``grids`` int32 [n, 4] of source and target. Block 0 has two more rows in
-``common_keys`` and ``common_shards``: the empty text and the sentence of the task. Shards are
-numbers in the list "shards" of the header, which has the tally and a hash of the tensors as well.
+Tensors of a block of n samples: ``keys`` uint8 [n, k, 16] and ``shards`` int32 [n, k] of source,
+target and text (k = 3), and of the target's semantic features where there are some (k = 4);
+``grids`` int32 [n, 4] of source and target. Block 0 has two more rows in ``common_keys`` and
+``common_shards``: the empty text and the sentence of the task. Shards are numbers in the list
+"shards" of the header, which has the tally and a hash of the tensors as well.
 
-Shapes: N samples, B of a batch, as in `prw_flux.samples`.
+Shapes: N samples, B of a batch, R x C grid and D width of features, as in `prw_flux.samples`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, final
 
@@ -25,16 +26,18 @@ from torch import Tensor
 
 from prw.atomic import replace_file
 from prw_flux.draws import Tally
-from prw_flux.encoded import Encoded
+from prw_flux.encoded import Encoded, Grid
 from prw_flux.sample_cache.errors import CacheError
 from prw_flux.sample_cache.identity import Identity
-from prw_flux.sample_cache.store import Grid, Shards, content_hash, key_rows, write
+from prw_flux.sample_cache.store import Shards, content_hash, key_rows, write
 
 BLOCK: Final = 256
 """Samples of a block; a multiple of the 32 that are encoded together."""
 FORMAT: Final = 1
 TABLES: Final = "samples"
 INDEX: Final = "table.json"
+SOURCE, TARGET, TEXT, FEATURES = range(4)
+"""Columns of a block."""
 COMMON: Final = 2
 """Texts of a stage that belong to no sample."""
 
@@ -42,10 +45,10 @@ COMMON: Final = 2
 @final
 @dataclass(frozen=True, kw_only=True)
 class BlockRow:
-    """One sample: keys and shards of source, target and text, and both grids."""
+    """One sample: keys and shards of its contents, column by column, and both grids."""
 
-    keys: tuple[bytes, bytes, bytes]
-    shards: tuple[str, str, str]
+    keys: tuple[bytes, ...]
+    shards: tuple[str, ...]
     grids: tuple[Grid, Grid]
 
 
@@ -72,7 +75,7 @@ class Block:
             ) from None
         if not whole:
             raise CacheError(f"{path} has changed: remove it, then run prw-flux cache build")
-        self.keys_N3, self.shards_N3 = tensors["keys"].numpy(), tensors["shards"].numpy()
+        self.keys_NK, self.shards_NK = tensors["keys"].numpy(), tensors["shards"].numpy()
         self.grids_N4: NDArray[np.int32] = tensors["grids"].numpy()
         none = torch.empty(0, 16, dtype=torch.uint8)
         self.common_keys = tensors.get("common_keys", none).numpy()
@@ -82,8 +85,8 @@ class Block:
         return len(self.grids_N4)
 
     def content(self, row: int, which: int) -> tuple[bytes, str]:
-        """Key and shard of source (0), target (1) or text (2) of a sample."""
-        return self.keys_N3[row, which].tobytes(), self.shards[self.shards_N3[row, which]]
+        """Key and shard of one column of a sample."""
+        return self.keys_NK[row, which].tobytes(), self.shards[self.shards_NK[row, which]]
 
     def common(self, which: int) -> tuple[bytes, str]:
         """Key and shard of the empty text (0) or the task's sentence (1)."""
@@ -91,7 +94,8 @@ class Block:
 
     def contents(self) -> list[tuple[bytes, str]]:
         """Key and shard of everything that the block refers to."""
-        found = [self.content(row, which) for row in range(len(self)) for which in range(3)]
+        columns = range(self.shards_NK.shape[1])
+        found = [self.content(row, which) for row in range(len(self)) for which in columns]
         return found + [self.common(which) for which in range(len(self.common_shards))]
 
 
@@ -105,7 +109,9 @@ def write_block(
     shards = list(dict.fromkeys([s for row in rows for s in row.shards] + [s for _, s in common]))
     number = {name: i for i, name in enumerate(shards)}
     tensors: dict[str, Tensor] = {
-        "keys": key_rows([key for row in rows for key in row.keys]).view(len(rows), 3, -1),
+        "keys": key_rows([key for row in rows for key in row.keys]).view(
+            len(rows), len(rows[0].keys), -1
+        ),
         "shards": torch.tensor(
             [[number[s] for s in row.shards] for row in rows], dtype=torch.int32
         ),
@@ -137,6 +143,10 @@ class Bucket:
     def taken(self, chosen: Sequence[int]) -> Encoded:
         """Some of the samples, read from disk."""
         return self._table.read([int(self._indices[i]) for i in chosen])
+
+    def features(self, count: int) -> Tensor:
+        """[at most `count`, R, C, D] semantic features of the first samples, bf16."""
+        return self._table.features([int(i) for i in self._indices[:count]])
 
 
 @final
@@ -176,10 +186,14 @@ class Table:
         cache: folder of the cache.
         identity: of the samples.
         sentence: of the task.
+        features: whether they are read, where there are some.
     """
 
-    def __init__(self, cache: Path, identity: Identity, sentence: str = "") -> None:
+    def __init__(
+        self, cache: Path, identity: Identity, sentence: str = "", *, features: bool = True
+    ) -> None:
         self.folder, self.identity = cache / TABLES / identity.name, identity
+        self.pictures = 3 if features and identity.encoder else 2
         self.shards = Shards(cache)
         self.texts = StoredTexts(self, sentence)
         self._blocks: OrderedDict[int, Block] = OrderedDict()
@@ -211,7 +225,7 @@ class Table:
         self.folder.mkdir(parents=True, exist_ok=True)
         with replace_file(self.folder / INDEX) as new:
             new.write_text(
-                json.dumps({"format": FORMAT, "block": BLOCK, **asdict(self.identity)}, indent=1)
+                json.dumps({"format": FORMAT, "block": BLOCK, **self.identity.facts()}, indent=1)
             )
 
     def block(self, number: int) -> Block:
@@ -248,38 +262,63 @@ class Table:
 
     def parts(self, indices: Sequence[int]) -> list[Encoded]:
         """Samples, those of one size together."""
-        groups: dict[tuple[Grid, Grid], list[tuple[Tensor, Tensor, int]]] = {}
+        groups: dict[tuple[Grid, Grid], list[int]] = {}
         for index in indices:
-            source, source_grid = self._latents(index, 0)
-            target, target_grid = self._latents(index, 1)
-            place = groups.setdefault((source_grid, target_grid), [])
-            place.append((source, target, index + 1))
+            groups.setdefault(self._grids(index), []).append(index)
         return [
-            Encoded(
-                torch.stack([source for source, _, _ in found]),
-                torch.stack([target for _, target, _ in found]),
-                [row for _, _, row in found],
-                *grids,
-            )
+            Encoded.of(self._pictures(found), grids, [index + 1 for index in found])
             for grids, found in groups.items()
         ]
+
+    def features(self, indices: Sequence[int]) -> Tensor:
+        """Semantic features [B, R, C, D] of samples of one target size, bf16."""
+        found = (self._content(index, FEATURES) for index in indices)
+        return torch.stack([self.shards[shard].features(key) for key, shard in found])
+
+    def first_features(self, count: int) -> Tensor:
+        """Of the first `count` samples, the features of those that have the first one's size."""
+        size = self._grids(0)[1]
+        return self.features([i for i in range(count) if self._grids(i)[1] == size])
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.features([0]).shape[-1]
 
     def text(self, row: int) -> tuple[Tensor, Tensor]:
         """Embeddings [L, E] and [P] in bf16 of a row of `texts`."""
         if row > 0:
-            key, shard = self.block((row - 1) // BLOCK).content((row - 1) % BLOCK, 2)
+            key, shard = self._content(row - 1, TEXT)
         else:
             key, shard = self.block(0).common(-row)
         return self.shards[shard].text(key)
 
-    def _latents(self, index: int, which: int) -> tuple[Tensor, Grid]:
+    def _place(self, index: int) -> tuple[Block, int]:
+        """The block of a sample, and its row there."""
         if not 0 <= index < len(self):
             raise CacheError(f"{self.folder} has {len(self):,} samples, there is no sample {index}")
-        key, shard = self.block(index // BLOCK).content(index % BLOCK, which)
-        return self.shards[shard].latents(key)
+        return self.block(index // BLOCK), index % BLOCK
+
+    def _content(self, index: int, which: int) -> tuple[bytes, str]:
+        """Key and shard of one column of a sample."""
+        block, row = self._place(index)
+        return block.content(row, which)
+
+    def _pictures(self, indices: Sequence[int]) -> list[Tensor]:
+        """Sources, targets and, where wanted, features of samples of one size."""
+        found = []
+        for which in (SOURCE, TARGET):
+            contents = (self._content(index, which) for index in indices)
+            found.append(torch.stack([self.shards[s].latents(key) for key, s in contents]))
+        return [*found, self.features(indices)] if self.pictures == 3 else found
+
+    def _grids(self, index: int) -> tuple[Grid, Grid]:
+        """Of a sample."""
+        block, row = self._place(index)
+        return _pair(block.grids_N4[row].tolist())
 
 
-def _pair(grids: tuple[int, ...]) -> tuple[Grid, Grid]:
+def _pair(grids: Sequence[int]) -> tuple[Grid, Grid]:
     return (grids[0], grids[1]), (grids[2], grids[3])
 
 

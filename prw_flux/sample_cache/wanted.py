@@ -43,10 +43,14 @@ class Wanted:
 
 
 def sample_count(config: RunConfig, stage: Stage) -> int:
-    """How many samples a stage has: data.samples, or what its steps draw one after the other."""
+    """How many samples a stage has: data.samples, or what its steps draw one after the other.
+
+    With a feature stream, also those whose features give the principal components.
+    """
     if config.data.samples is not None:
         return config.data.samples
-    return max(stage.steps, -(-config.remember // stage.batch_size)) * stage.batch_size
+    drawn = max(stage.steps, -(-config.remember // stage.batch_size)) * stage.batch_size
+    return max(drawn, config.coredi.fit_images) if config.coredi.enabled else drawn
 
 
 def held_out_count(config: RunConfig) -> int:

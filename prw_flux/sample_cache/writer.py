@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, final
 
-from torch import Tensor
-
 from prw_flux.sample_cache.errors import CacheError
-from prw_flux.sample_cache.store import SHARDS, Grid, write_latents, write_texts
-from prw_flux.sample_cache.table import Block, tables
+from prw_flux.sample_cache.store import SHARDS, Content, Kind, write_shard
+from prw_flux.sample_cache.table import BLOCK, Block, tables
 
-TEXTS: Final = 64
-"""Texts of a shard: 256 MiB at T5-XXL's 512 tokens of width 4096."""
+FULL: Final[dict[Kind, int]] = {"latents": 2 * BLOCK, "texts": 64, "features": 64}
+"""Contents of a shard: 256 MiB of texts at T5-XXL's 512 tokens of width 4096."""
 REMEMBERED: Final = 1_000_000
 """Contents that a rank recognises when it meets them again."""
 
@@ -24,7 +23,8 @@ class Writer:
 
     def __init__(self, cache: Path, encoders: dict[str, str]) -> None:
         self.cache, self.encoders, self.shards = cache, encoders, cache / SHARDS
-        self.kept = self.encoded = self.latents = self.texts = 0
+        self.kept = self.encoded = 0
+        self.added: Counter[Kind] = Counter()
         self.done: set[Path] = set()
         self.used: set[str] = set()
         self._where: dict[bytes, str] = {}
@@ -57,7 +57,7 @@ class Writer:
 
 @final
 class BlockShards:
-    """The shards of one block: one of latents, and one for every `TEXTS` texts.
+    """The shards of one block: of each kind one, or a further one where it is `FULL`.
 
     A name that another block refers to is not taken a second time: what it has stays as it is.
     """
@@ -68,10 +68,9 @@ class BlockShards:
             if left.name not in writer.used:
                 left.unlink()  # of a block that was not finished
         self.written: dict[bytes, str] = {}
-        self._latents: dict[bytes, tuple[Grid, Tensor]] = {}
-        self._texts: dict[bytes, tuple[Tensor, Tensor]] = {}
         self._names = self._free_names()
-        self._latents_name, self._texts_name = next(self._names), next(self._names)
+        self._next = {kind: next(self._names) for kind in FULL}
+        self._waiting: dict[Kind, dict[bytes, Content]] = {kind: {} for kind in FULL}
 
     def _free_names(self) -> Iterator[str]:
         number = 0
@@ -91,28 +90,20 @@ class BlockShards:
         assert shard is not None
         return shard
 
-    def add_latents(self, key: bytes, grid: Grid, latents: Tensor) -> None:
-        """Packed latents [R C, C']."""
-        self._latents[key] = (grid, latents)
-        self.written[key] = self._latents_name
-
-    def add_text(self, key: bytes, pair: tuple[Tensor, Tensor]) -> None:
-        """Embeddings [L, E] and [P]."""
-        self._texts[key] = pair
-        self.written[key] = self._texts_name
-        if len(self._texts) >= TEXTS:
-            self._write_texts()
+    def add(self, kind: Kind, key: bytes, content: Content) -> None:
+        """Keep a content, to be written with others of its kind."""
+        self._waiting[kind][key] = content
+        self.written[key] = self._next[kind]
+        if len(self._waiting[kind]) >= FULL[kind]:
+            self._write(kind)
 
     def close(self) -> None:
         """Write what has not been written."""
-        if self._latents:
-            write_latents(self.writer.shards / self._latents_name, self._latents)
-            self.writer.latents += len(self._latents)
-        if self._texts:
-            self._write_texts()
+        for kind, contents in self._waiting.items():
+            if contents:
+                self._write(kind)
 
-    def _write_texts(self) -> None:
-        write_texts(self.writer.shards / self._texts_name, self._texts)
-        self.writer.texts += len(self._texts)
-        self._texts = {}
-        self._texts_name = next(self._names)
+    def _write(self, kind: Kind) -> None:
+        write_shard(self.writer.shards / self._next[kind], kind, self._waiting[kind])
+        self.writer.added[kind] += len(self._waiting[kind])
+        self._waiting[kind], self._next[kind] = {}, next(self._names)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from flux.trainer_ranks import FEATURES, gradients_of
 from torch.testing import assert_close
 
 from prw import ConfigError
@@ -16,6 +17,7 @@ from prw_flux.config import RunConfig
 from prw_flux.interrupt import Stop
 from prw_flux.progress import Quiet
 from prw_flux.quantisation import loading
+from prw_flux.ranks import Ranks
 from prw_flux.resume import Position, adapter_to_continue
 from prw_flux.rundir import RunFolder
 from prw_flux.session import Session, open_session
@@ -122,9 +124,26 @@ def test_what_is_not_installed_is_named(
             loading(kind, torch.bfloat16)
 
 
-def test_a_feature_stream_needs_whole_batches(short_config: RunConfig) -> None:
-    with pytest.raises(ConfigError, match="accumulate=2 cannot be had with a feature stream"):
-        short_config.with_settings(["coredi.enabled=true", "accumulate=2"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("coredi.stop_gradient=false", "coredi.normalise=none", "coredi.orthogonality=0.3"),
+        ("coredi.learn_projection=false", "coredi.tokens=separate", "checkpointing=true"),
+    ],
+)
+def test_features_of_micro_batches_are_those_of_the_whole_batch(
+    busy: RunConfig, tmp_path: Path, settings: tuple[str, ...]
+) -> None:
+    """Batch norm and covariance too: they are taken before the batch is split."""
+    config = busy.with_settings([*FEATURES, *settings])
+    wanted = gradients_of(config, Ranks(), tmp_path / "whole")
+    found = gradients_of(config.with_settings(["accumulate=3"]), Ranks(), tmp_path / "run")
+    assert found.keys() == wanted.keys() and "stream.embed.weight" in found
+    assert all(grad.abs().max() > 0 for name, grad in wanted.items() if "stream" in name)
+    assert ("projection.weight_DK" in wanted) == config.coredi.learn_projection
+    for name, value in wanted.items():
+        assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize(

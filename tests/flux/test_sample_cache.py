@@ -400,12 +400,6 @@ def test_damage_is_found_and_mended(
     }  # fmt: skip
 
 
-def test_features_need_the_pictures(short_config: RunConfig, tmp_path: Path) -> None:
-    config = with_cache(short_config, tmp_path, "coredi.enabled=true")
-    with pytest.raises(ConfigError, match="coredi reads the pictures"):
-        open_session(config)
-
-
 def test_the_verb_builds_and_checks(
     short_config: RunConfig, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,7 +68,9 @@ def folder(short_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", ["gradients", "features", "resumed", "sharded", "ahead"])
+@pytest.mark.parametrize(
+    "scenario", ["gradients", "features", "preparing", "resumed", "sharded", "ahead"]
+)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_two_ranks_train_as_one_process(folder: Path, scenario: str, rank: int) -> None:
     require_quiet(folder, scenario, rank)

@@ -91,10 +91,12 @@ def features(ranks: Ranks, folder: Path) -> None:
     """With a feature stream, whose statistics are those of the whole batch."""
     config = RunConfig.from_json((folder / "config.json").read_text()).with_settings(FEATURES)
     wanted = load_file(folder / "wanted-features.safetensors")
-    found = gradients_of(config, ranks, folder / "features")
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    for accumulate in (1, 2):
+        split = config.with_settings([f"accumulate={accumulate}"])
+        found = gradients_of(split, ranks, folder / f"features-{accumulate}")
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=f"{name}, {accumulate}")
 
 
 class Signals(Quiet):
@@ -109,6 +111,35 @@ class Signals(Quiet):
     def stepped(self, done: int) -> None:
         if (self.stage, done) == STOP_AT and self.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Impatient(Quiet):
+    """One rank is told to stop while samples are encoded."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.told = rank, list[int]()
+
+    def encoded(self, done: int, total: int) -> None:
+        self.told.append(done)
+        if self.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def preparing(ranks: Ranks, folder: Path) -> None:
+    """A signal ends the encoding of both ranks after the samples in hand; nothing is trained."""
+    config = RunConfig.from_json((folder / "config.json").read_text())
+    config = config.with_settings(["data.samples=140"])
+    path = ranks.once(lambda: RunFolder.create(folder / "preparing", config).path)
+    session, progress = open_session(config), Impatient(ranks.index)
+    data = open_training_data(config, session)
+    try:
+        with Stop() as stop:
+            train(RunFolder.open(path), session, data, progress=progress, stop=stop, ranks=ranks)
+    except Interrupted as stopped:
+        assert stopped.status == 143
+    else:
+        raise AssertionError("nobody stopped")
+    assert progress.told == [0] and not RunFolder.open(path).states.paths()
 
 
 def resumed(ranks: Ranks, folder: Path) -> None:
@@ -183,6 +214,6 @@ def with_ranks(check: Any) -> Any:
 
 
 if __name__ == "__main__":
-    checks = {"gradients": gradients, "features": features, "resumed": resumed, "ahead": ahead,
-              "sharded": sharded}  # fmt: skip
+    checks = {"gradients": gradients, "features": features, "preparing": preparing,
+              "resumed": resumed, "ahead": ahead, "sharded": sharded}  # fmt: skip
     report({name: with_ranks(check) for name, check in checks.items()})
