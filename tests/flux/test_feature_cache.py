@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from flux.test_sample_cache import forbid_encoders, made, trained, weights, with
 from safetensors.torch import load_file
 from transformers import Dinov2Config, Dinov2Model
 
+from prw_flux.cli import main
 from prw_flux.config import RunConfig
+from prw_flux.rundir import RunFolder
 from prw_flux.sample_cache import build, table
 from prw_flux.sample_cache.check import check
 from prw_flux.sample_cache.errors import CacheError
@@ -26,6 +29,7 @@ from prw_flux.session import open_session
 from prw_flux.tasks import load_task
 
 FUNCTION = "flux.trainer_ranks:encoder"
+OURS = ("format", "block")
 TOLD = ("loss", "feature_loss", "feature_penalty", "feature_rank", "usage_noisy", "held_out_loss")
 
 
@@ -104,7 +108,10 @@ def test_features_are_added_to_a_cache_that_has_none_and_nothing_else_is(
     plain = config.with_settings(["coredi.enabled=false"])
     made(plain, tmp_path)
     (index,) = (tmp_path / "samples").glob("*/table.json")
-    assert not {"encoder", "features"} & json.loads(index.read_text()).keys()
+    facts = {k: v for k, v in json.loads(index.read_text()).items() if k not in OURS}
+    assert not {"encoder", "features"} & facts.keys()
+    name = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=6).hexdigest()
+    assert index.parent.name == f"inpaint-{name}", "caches that were made before are not found"
     asked = with_cache(config, tmp_path)
     with pytest.raises(CacheError, match=r"all 6 samples of stage 'inpaint' \(it has some with "
                        f"coredi.encoder none, not {dino}\\); make them"):  # fmt: skip
@@ -120,7 +127,6 @@ def test_features_are_added_to_a_cache_that_has_none_and_nothing_else_is(
     assert with_features.features_NRCD is not None and without.features_NRCD is None
     assert with_features.features_NRCD.shape == (2, 4, 4, 24)
     assert torch.equal(with_features.target_NTC, without.target_NTC)
-    assert tables[True].identity != tables[False].identity
 
 
 def test_a_run_without_a_stream_trains_from_samples_with_features(
@@ -188,3 +194,12 @@ def test_an_encoder_without_files_cannot_fill_a_cache(
     monkeypatch.setattr(build, "load_encoder", lambda *given: None)
     with pytest.raises(CacheError, match="coredi.encoder nobody/has-this has no files to know it"):
         made(featured("nobody/has-this"), tmp_path)
+
+
+def test_the_verb_says_how_many_features_it_encoded(
+    featured: Any, dino: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder.create(tmp_path / "run", featured(dino))
+    assert main(["cache", "build", str(run.path), "--out", str(tmp_path / "cache")]) == 0
+    assert "texts, features of 6)" in capsys.readouterr().out
+    assert main(["cache", "check", str(tmp_path / "cache")]) == 0
