@@ -19,6 +19,7 @@ from prw_flux.cli.bench_open import (
 from prw_flux.cli.bench_presets import B32, DINO, PRESETS
 from prw_flux.cli.bench_show import comparisons_of, tell
 from prw_flux.cli.bench_time import Stopwatch
+from prw_flux.cli.finished import finished_run
 
 if TYPE_CHECKING:
     from prw_flux.evaluation.benchmarks import Benchmark, Scores
@@ -103,7 +104,7 @@ def run_bench(args: argparse.Namespace) -> int:
     show.quiet_loading()
     require_read(args)
     args, watch = settled(args), Stopwatch()
-    run = _run_of(args)
+    run = None if args.directory is None else finished_run(args.directory, "to evaluate")
     if run is None and args.results is None:
         raise BenchmarkError(f"--bench {args.bench} needs a RUN, or --results DIR with pictures.")
     benchmark = open_benchmark(args, run)
@@ -133,19 +134,6 @@ def run_bench(args: argparse.Namespace) -> int:
             f"{scores.problems[0]}. The scores of the other pictures are in {out}."
         )
     return 0
-
-
-def _run_of(args: argparse.Namespace) -> RunFolder | None:
-    from prw_flux.rundir import RunError, RunFolder
-
-    if args.directory is None:
-        return None
-    run = RunFolder.open(args.directory)
-    if not run.done:
-        raise RunError(
-            f"{run.path} has no finished stage to evaluate; prw-flux train --resume {run.path}"
-        )
-    return run
 
 
 def _places(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prw_flux.cli import bench, show
+from prw_flux.cli.finished import finished_run
 
 
 def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
@@ -83,12 +84,9 @@ def evaluate_and_tell(
     """Evaluate a run with its own settings unless others are given."""
     from prw_flux.evaluation import Sampling, Settings, evaluate_run, rich_table
     from prw_flux.progress import watching
-    from prw_flux.rundir import RunError, RunFolder
 
     show.quiet_loading()
-    run = RunFolder.open(path)
-    if not run.done:
-        raise RunError(f"{path} has no finished stage to evaluate; prw-flux train --resume {path}")
+    run = finished_run(path, "to evaluate")
     asked = run.config.evaluation
     count = asked.per_task if per_task is None else per_task
     settings = Settings(

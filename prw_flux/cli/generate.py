@@ -11,6 +11,7 @@ import numpy as np
 
 from prw import ConfigError
 from prw_flux.cli import show
+from prw_flux.cli.finished import finished_run
 
 LINES = ("canny", "softedge", "lineart")
 
@@ -42,15 +43,10 @@ def run_generate(args: argparse.Namespace) -> int:
     import torch
 
     from prw_flux.pipeline import CoLoGenPipeline
-    from prw_flux.rundir import RunError, RunFolder
 
     show.quiet_loading()
     _check(args)
-    run = RunFolder.open(args.directory)
-    if not run.done:
-        raise RunError(
-            f"{run.path} has no finished stage to generate with; prw-flux train --resume {run.path}"
-        )
+    run = finished_run(args.directory, "to generate with")
     size = run.config.size
     source = None if args.image is None else prepared(args, size)
     cuda = torch.cuda.is_available()
