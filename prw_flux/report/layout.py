@@ -34,16 +34,20 @@ def heat_table(
     *,
     dense: bool = False,
 ) -> str:
-    """A table whose cells are shaded by their values in [0, 1]; None is an empty cell."""
+    """A table whose cells are shaded by their values in [0, 1]; None is an empty cell.
+
+    All columns are as wide as the longest of their names.
+    """
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     body = "".join(
         f"<tr><th>{escape(name)}</th>{''.join(_heat_cell(v, show) for v in line)}</tr>"
         for name, line in zip(rows, values, strict=True)
     )
     kind = "heat dense" if dense else "heat"
+    widest = max(map(len, columns), default=0)
     return (
-        f'<div class="scroll"><table class="{kind}"><thead><tr><th></th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+        f'<div class="scroll"><table class="{kind}" style="--w:{widest}"><thead><tr><th></th>'
+        f"{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
