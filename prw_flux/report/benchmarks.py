@@ -71,7 +71,8 @@ def less_is_better(metric: str) -> bool:
 def _problems(problems: Sequence[str]) -> list[str]:
     if not problems:
         return []
-    return [f"{len(problems)} pictures have no score, the first: {problems[0]}."]
+    those = "1 picture has" if len(problems) == 1 else f"{len(problems)} pictures have"
+    return [f"{those} no score, the first: {problems[0]}."]
 
 
 def _number(value: float | None) -> str:

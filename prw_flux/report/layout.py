@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Final
 
+READABLE: Final = 70
+"""Strength of a cell, in per cent, from which light figures are easier to read than dark ones."""
+
 TITLES: Final = {
     "inpaint": "Inpainting",
     "ground": "Grounding",
@@ -55,5 +58,5 @@ def _heat_cell(value: float | None, show: Callable[[float], str]) -> str:
     if value is None:
         return '<td class="none"></td>'
     strength = 6 + 84 * min(max(value, 0.0), 1.0)
-    full = ' class="full"' if strength > 52 else ""
+    full = ' class="full"' if strength > READABLE else ""
     return f'<td{full} style="--m:{strength:.0f}%">{show(value)}</td>'

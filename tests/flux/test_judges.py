@@ -193,3 +193,8 @@ def test_bad_judges_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "answers.jsonl").write_text('{"key": "a", "part": "SC", "answer": "x"}\n{}\n')
     with pytest.raises(ValueError, match="line 2: no recorded answer"):
         RecordedJudge(tmp_path / "answers.jsonl")
+    with pytest.raises(ValueError, match=r"gone.jsonl, the recorded answers, cannot be read: No"):
+        RecordedJudge(tmp_path / "gone.jsonl")
+    (tmp_path / "odd.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="no text in UTF-8"):
+        RecordedJudge(tmp_path / "odd.jsonl")

@@ -300,7 +300,7 @@ def test_benchmarks_show_rows_failures_and_what_is_refused(tmp_path: Path) -> No
     text = write_report(run.path).read_text("utf-8")
     page = Page(text)
     assert "benchmarks" in page.ids and not page.open
-    assert "&lt;b&gt;half" in text and "1 pictures have no score, the first: x.png" in text
+    assert "&lt;b&gt;half" in text and "1 picture has no score, the first: x.png" in text
     assert "0.0712" in text and "refused: items is 15 of 15 here" in text and "CoLoGen" in text
     assert "Worst 10 of 15 by L1" in text and "Worst 10 of 15 by DINO" in text
     assert ">L1 ↓</th>" in text and "DINO ↓" not in text
