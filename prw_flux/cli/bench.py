@@ -13,6 +13,7 @@ from prw_flux.cli.bench_open import (
     open_benchmark,
     open_encoders,
     open_judge,
+    require_bench,
     require_read,
     settled,
 )
@@ -63,6 +64,13 @@ def add_to(parser: argparse.ArgumentParser) -> None:
                        "(default: answers.jsonl beside the scores)")  # fmt: skip
     judge.add_argument("--questions", metavar="FILE", help="JSON with name, SC and PQ")
     judge.add_argument("--language", choices=("en", "cn"), help="default: both")
+
+
+def refuse_without_bench(args: argparse.Namespace) -> None:
+    """Raise BenchmarkError for an argument of `add_to` that nothing would read."""
+    alone = argparse.ArgumentParser()
+    add_to(alone)
+    require_bench(args, vars(alone.parse_args([])))
 
 
 def _making(group: Any) -> None:
@@ -129,11 +137,17 @@ def run_bench(args: argparse.Namespace) -> int:
     page = None if run is None else str(write_report(run.path))
     _answer(args, scores, out, page, watch)
     if scores.problems:
+        problems = counted(len(scores.problems), "problem")
         raise BenchmarkError(
-            f"{len(scores.problems)} problems among {len(benchmark.items)} pictures, the first: "
+            f"{problems} among {counted(len(benchmark.items), 'picture')}, the first: "
             f"{scores.problems[0]}. The scores of the other pictures are in {out}."
         )
     return 0
+
+
+def counted(number: int, what: str) -> str:
+    """ "1 problem", "2 problems"."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _places(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,22 +25,46 @@ USES: Final = {
 ONLY: Final = {
     "per_task": ("shapes",), "samples": ("multigen", "dreambench"), "captions": ("emu_edit",),
     "maps": ("multigen",), "fid": ("multigen",), "language": ("gedit",), "judge": ("gedit",),
-    "answers": ("gedit",), "questions": ("gedit",),
+    "answers": ("gedit",), "questions": ("gedit",), "judge_model": ("gedit",),
+    "judge_key": ("gedit",),
     "data": tuple(name for name in NAMES if name != "shapes"),
 }  # fmt: skip
-"""Arguments that some benchmarks alone read."""
+"""Arguments that some benchmarks alone read; encoders are in USES."""
+ENCODERS: Final = {"clip": "clip", "dino": "dino", "encoder": "own"}
+"""Arguments by what they are in USES."""
 
 
 def require_read(args: argparse.Namespace) -> None:
     """Raise BenchmarkError for an argument that the benchmark would not read."""
     from prw_flux.evaluation.benchmarks import BenchmarkError
 
-    for name, those in ONLY.items():
+    readers = {
+        name: tuple(bench for bench, roles in USES.items() if role in roles)
+        for name, role in ENCODERS.items()
+    }
+    for name, those in {**ONLY, **readers}.items():
         value = getattr(args, name)
-        if value is not None and args.bench not in those:
+        if value not in (None, "none") and args.bench not in those:
             raise BenchmarkError(
                 f"--{name.replace('_', '-')} {value} means nothing to --bench {args.bench}: leave "
                 f"it out, it is for {', '.join(those)}."
+            )
+
+
+def require_bench(args: argparse.Namespace, usual: Mapping[str, Any]) -> None:
+    """Raise BenchmarkError for an argument that is read with --bench alone, which is not there.
+
+    Args:
+        args: what was given.
+        usual: those arguments when nothing is given.
+    """
+    from prw_flux.evaluation.benchmarks import BenchmarkError
+
+    for name, value in usual.items():
+        if getattr(args, name) != value:
+            raise BenchmarkError(
+                f"--{name.replace('_', '-')} {getattr(args, name)} means nothing without --bench: "
+                "leave it out, or name the benchmark."
             )
 
 

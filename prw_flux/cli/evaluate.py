@@ -39,6 +39,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     """Measure a run and write its report, or run a published benchmark."""
     if args.bench is not None:
         return bench.run_bench(args)
+    bench.refuse_without_bench(args)
     if args.directory is None:
         raise ValueError("evaluate needs a RUN, or --bench NAME with --results DIR.")
     from prw_flux.report import write_report

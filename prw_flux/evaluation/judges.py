@@ -102,13 +102,17 @@ class RecordedJudge:
     before was unusable.
 
     Raises:
-        ValueError: a line is not of this form; the line is named.
-        FileNotFoundError: there is no such file.
+        ValueError: there is no such file, or a line is not of this form; the line is named.
     """
 
     def __init__(self, path: str | Path) -> None:
         self._answers: dict[tuple[str, str], str] = {}
-        for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), start=1):
+        try:
+            text = Path(path).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as problem:
+            told = problem.strerror if isinstance(problem, OSError) else "no text in UTF-8"
+            raise ValueError(f"{path}, the recorded answers, cannot be read: {told}") from None
+        for number, line in enumerate(text.splitlines(), start=1):
             try:
                 row = json.loads(line)
                 self._answers[str(row["key"]), str(row["part"])] = str(row["answer"])

@@ -71,11 +71,17 @@ def less_is_better(metric: str) -> bool:
 def _problems(problems: Sequence[str]) -> list[str]:
     if not problems:
         return []
-    return [f"{len(problems)} pictures have no score, the first: {problems[0]}."]
+    those = "1 picture has" if len(problems) == 1 else f"{len(problems)} pictures have"
+    return [f"{those} no score, the first: {problems[0]}."]
 
 
 def _number(value: float | None) -> str:
-    return f'<td class="num">{"" if value is None else f"{value:.4g}"}</td>'
+    return f'<td class="num">{"" if value is None else decimals(value)}</td>'
+
+
+def decimals(value: float) -> str:
+    """Four decimals of a share or a cosine, two of what is counted in hundreds."""
+    return f"{value:.4f}" if abs(value) < 2 else f"{value:.2f}"
 
 
 def _comparisons(scores: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, Comparison]]]]:
@@ -133,7 +139,8 @@ def _galleries(scores: Mapping[str, Any]) -> str:
 def worst(rows: Sequence[Row]) -> Iterator[tuple[str, list[tuple[Row, float]]]]:
     """(what it is, [(row, value)]) of every metric, worst first.
 
-    Rows with a task of their own (shapes) are compared within it, by the headline.
+    Rows with a task of their own (shapes) are compared within it, by the headline. A picture that
+    stands in two rows with one value (a MagicBrush session of one turn) comes once.
     """
     tasks = dict.fromkeys(row.get("task") for row in rows)
     for task in tasks:
@@ -143,13 +150,28 @@ def worst(rows: Sequence[Row]) -> Iterator[tuple[str, list[tuple[Row, float]]]]:
             if isinstance(value, float) and name not in NOT_OURS
         )  # fmt: skip
         for name in ("headline",) if task else names:
-            valued = [(row, float(row[name])) for row in chosen if row.get(name) is not None]
+            of_each = {
+                (row.get("output"), float(row[name])): row
+                for row in chosen
+                if row.get(name) is not None
+            }
+            valued = [(row, value) for (_, value), row in of_each.items()]
             if not valued:
                 continue
             up = not less_is_better(name)
             valued.sort(key=lambda pair: pair[1] if up else -pair[1])
             whose = f"{title_of(task)}: worst" if task else "Worst"
-            yield f"{whose} {min(WORST, len(valued))} of {len(valued)} by {name}", valued[:WORST]
+            count = f"{min(WORST, len(valued))} of {len(valued)}"
+            yield f"{whose} {count} by {spoken(name)}", valued[:WORST]
+
+
+def spoken(metric: str) -> str:
+    """ "L1 target" -> "L1 against the target"; another name as it is."""
+    for reference in ("target", "source", "all photos", "the reference"):
+        if metric.endswith(f" {reference}"):
+            article = "" if " " in reference else "the "
+            return f"{metric.removesuffix(f' {reference}')} against {article}{reference}"
+    return metric
 
 
 def _failure(folder: Path, row: Row, value: float, pictures: Thumbnails) -> str:

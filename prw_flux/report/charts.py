@@ -67,7 +67,7 @@ def line_chart(
         parts.append(
             f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
-    parts += [f'<path class="line {s.style}" d="{_path(s, at)}"/>' for s in series]
+    parts += [f'<path class="line {s.style}" d="{_path(s, at)}"/>{_lone(s, at)}' for s in series]
     return _svg(WIDTH, height, title, parts)
 
 
@@ -79,6 +79,19 @@ def _path(series: Series, at: Callable[[float, float], tuple[float, float]]) -> 
             commands.append(f"{'L' if pen_down else 'M'}{px:.1f} {py:.1f}")
         pen_down = math.isfinite(y)
     return "".join(commands)
+
+
+def _lone(series: Series, at: Callable[[float, float], tuple[float, float]]) -> str:
+    """A dot for a value without a finite neighbour, of which a line shows nothing."""
+    known = [math.isfinite(y) for y in series.y]
+    dots = []
+    for i, (x, y) in enumerate(zip(series.x, series.y, strict=True)):
+        if known[i] and not any(known[max(i - 1, 0) : i] + known[i + 1 : i + 2]):
+            px, py = at(x, y)
+            dots.append(
+                f'<circle class="lone {series.style}" cx="{px:.1f}" cy="{py:.1f}" r="2.6"/>'
+            )
+    return "".join(dots)
 
 
 def _grid(tick: float, y: float) -> str:

@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Final
 
+READABLE: Final = 70
+"""Strength of a cell, in per cent, from which light figures are easier to read than dark ones."""
+
 TITLES: Final = {
     "inpaint": "Inpainting",
     "ground": "Grounding",
@@ -34,16 +37,20 @@ def heat_table(
     *,
     dense: bool = False,
 ) -> str:
-    """A table whose cells are shaded by their values in [0, 1]; None is an empty cell."""
+    """A table whose cells are shaded by their values in [0, 1]; None is an empty cell.
+
+    All columns are as wide as the longest of their names.
+    """
     head = "".join(f"<th>{escape(name)}</th>" for name in columns)
     body = "".join(
         f"<tr><th>{escape(name)}</th>{''.join(_heat_cell(v, show) for v in line)}</tr>"
         for name, line in zip(rows, values, strict=True)
     )
     kind = "heat dense" if dense else "heat"
+    widest = max(map(len, columns), default=0)
     return (
-        f'<div class="scroll"><table class="{kind}"><thead><tr><th></th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+        f'<div class="scroll"><table class="{kind}" style="--w:{widest}"><thead><tr><th></th>'
+        f"{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
@@ -51,5 +58,5 @@ def _heat_cell(value: float | None, show: Callable[[float], str]) -> str:
     if value is None:
         return '<td class="none"></td>'
     strength = 6 + 84 * min(max(value, 0.0), 1.0)
-    full = ' class="full"' if strength > 52 else ""
+    full = ' class="full"' if strength > READABLE else ""
     return f'<td{full} style="--m:{strength:.0f}%">{show(value)}</td>'

@@ -151,12 +151,13 @@ def routing(facts: Facts) -> str:
         for task, found in facts.routing["tasks"].items()
     )
     times = "".join(
-        f"<h3>{escape(title_of(task))}</h3>{_by_time(facts.routing, found['times'])}"
+        f"<h3>{escape(title_of(task))} by time</h3>{_by_time(facts.routing, found['times'])}"
         for task, found in facts.routing["tasks"].items()
         if len(found.get("times", ())) > 1
     )
     when = (
-        " Below, the same at the times at which the source was looked at, from noise (1) to data."
+        " Below, the same at the times at which the source was looked at, from noise (1) to data; "
+        "there the experts have the numbers of their columns."
         if times
         else " The source is read at time 0 in every denoising step, so its routing does not "
         "change with the timestep."
@@ -174,11 +175,12 @@ def routing(facts: Facts) -> str:
 
 
 def _by_time(routing: Mapping[str, Any], times: Sequence[Mapping[str, Any]]) -> str:
+    numbered = {**routing, "stages": [str(i + 1) for i in range(len(routing["stages"]))]}
     tables = "".join(
-        f"<div><h4>time {one['time']:g}</h4>{_routing_table(routing, one['counts'])}</div>"
+        f"<div><h4>time {one['time']:g}</h4>{_routing_table(numbered, one['counts'])}</div>"
         for one in times
     )
-    return f'<div class="pair">{tables}</div>'
+    return f'<div class="times">{tables}</div>'
 
 
 def _routing_table(routing: Mapping[str, Any], counts_BE: Sequence[Sequence[int]]) -> str:

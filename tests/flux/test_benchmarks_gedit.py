@@ -157,7 +157,7 @@ def test_a_judge_that_fails_is_counted_and_the_others_are_graded(
     server.trouble = {"edit b en": trouble}
     status, out, err = told(capsys, places, *judge(server), "--json")
     assert status == 1 and said in err and err.count("\n") == 1
-    assert "1 problems among 4 pictures" in err and "fullset/colour/en/b.png" in err
+    assert "1 problem among 4 pictures" in err and "fullset/colour/en/b.png" in err
     answer = json.loads(out)
     assert len(answer["items"]) == 3 and answer["notes"][-1] == "the judge was asked again 2 times"
     assert sum("edit b en" in text for text in server.asked) == asked

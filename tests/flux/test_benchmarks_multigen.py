@@ -45,6 +45,10 @@ def bright(image: np.ndarray) -> np.ndarray:
     return (image[..., 0] > 127).astype(np.int64)
 
 
+def small(image: np.ndarray) -> np.ndarray:
+    return grey(image)[::2, ::2].astype(np.float64)
+
+
 def flat(image: np.ndarray) -> np.ndarray:
     return np.zeros((3, 3, 3))
 
@@ -145,7 +149,7 @@ def test_depth_rmse_is_the_mean_over_pictures_on_0_to_255(tmp_path: Path) -> Non
     values = []
     for i in range(3):
         label = np.asarray(Image.fromarray(picture(50 + i)).convert("L"), np.float64)
-        label = (label - label.min()) / (label.max() - label.min()) * 255
+        label = np.floor((label - label.min()) / (label.max() - label.min()) * 255)
         for g in range(2):
             got = grey(picture(i + 10 * g + 1)).astype(np.float64)
             values.append(np.sqrt(((np.floor(got / got.max() * 255) - label) ** 2).mean()))
@@ -261,6 +265,41 @@ def test_the_public_scripts_find_their_files(tmp_path: Path, condition: str, end
         assert written["images/group_1/1_lineart.png"].mean() > 128 > grey(source).mean()
     if condition == "seg":
         np.testing.assert_array_equal(source, picture(50))
+
+
+def test_the_stored_depth_maps_have_the_rmse_that_is_printed(tmp_path: Path) -> None:
+    """The public script compares the two files as they are; the label must lie there stretched."""
+    data = folder(tmp_path / "data", "depth", count=1)
+    low = (60 + picture(50)[..., 0] // 4).astype(np.uint8)
+    Image.fromarray(low).save(data / "control-0.png")
+    bench = MultiGen(data, map_model("depth", f"{__name__}:small"), groups=1)
+    output = picture(7)
+    written = bench.beside(bench.asks()[0], bench.source(bench.asks()[0]), output)
+    wanted, found = (written[f].astype(np.float64) for f in sorted(written))
+    assert wanted.min() == 0 and wanted.max() == 255
+    row = bench.score(bench.items[0], output, Encoders())
+    assert row["RMSE"] == pytest.approx(np.sqrt(((found - wanted) ** 2).mean()), abs=1e-9)
+    black = bench.beside(bench.asks()[0], bench.source(bench.asks()[0]), np.zeros_like(output))
+    assert black["images/group_0/0_depth.png"].max() == 0
+
+
+def test_line_art_is_inverted_as_the_script_does_it_and_as_it_should_be(tmp_path: Path) -> None:
+    from torchmetrics.image import MultiScaleStructuralSimilarityIndexMeasure
+
+    bench = MultiGen(
+        folder(tmp_path / "data", "lineart", count=1),
+        map_model("lineart", f"informative-drawings={__name__}:grey"),
+        groups=1,
+    )
+    output = picture(0)
+    output[:64] = 255  # lines at full strength, which the script turns into 1
+    written = bench.beside(bench.asks()[0], bench.source(bench.asks()[0]), output)
+    wanted, stored = (torch.from_numpy(written[f])[None, None] for f in sorted(written))
+    theirs = MultiScaleStructuralSimilarityIndexMeasure(data_range=1.0)
+    row = bench.score(bench.items[0], output, Encoders())
+    assert row["SSIM"] == pytest.approx(100 * float(theirs((1 - stored) / 255, wanted / 255)))
+    whole = 100 * float(theirs((255 - stored) / 255, wanted / 255))
+    assert row["SSIM unwrapped"] == pytest.approx(whole) and abs(row["SSIM"] - whole) > 1
 
 
 # Models that read maps ----------------------------------------------------------------------------

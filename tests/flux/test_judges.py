@@ -53,6 +53,10 @@ def test_scores_by_hand() -> None:
         ('{"score": [true, 3]}', "two numbers"),
         ('{"score": "7, 8"}', "two numbers"),
         ('{"score": [7, NaN]}', "two numbers"),
+        ('{"score": [], "reasoning": "[7, 8]"}', "two numbers"),
+        ("[" * 5000, "no score"),
+        ("a [7] and [1, 2, 3]", "no score"),
+        ("[7, 11]", "two numbers"),
         ("", "no score"),
     ],
 )
@@ -63,6 +67,10 @@ def test_nonsense_is_no_score(answer: str, said: str) -> None:
 
 def test_scores_among_other_words() -> None:
     assert read_scores('Sure!\n```json\n{"score": [7, 8.5],\n "reasoning": "x"}\n```') == (7.0, 8.5)
+    assert read_scores('{"score": [3, 4], "reasoning": "the {logo}\nis [0, 0]"}') == (3.0, 4.0)
+    assert read_scores('{"reasoning": "a } brace", "score": [3, 4]}') == (3.0, 4.0)
+    assert read_scores('{"answer": {"score": [3, 4]}}') == (3.0, 4.0)
+    assert read_scores("Output: [6, 0]") == (6.0, 0.0)
 
 
 def test_a_judge_is_asked_again_a_bounded_number_of_times_and_every_failure_is_kept() -> None:
@@ -185,3 +193,8 @@ def test_bad_judges_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "answers.jsonl").write_text('{"key": "a", "part": "SC", "answer": "x"}\n{}\n')
     with pytest.raises(ValueError, match="line 2: no recorded answer"):
         RecordedJudge(tmp_path / "answers.jsonl")
+    with pytest.raises(ValueError, match=r"gone.jsonl, the recorded answers, cannot be read: No"):
+        RecordedJudge(tmp_path / "gone.jsonl")
+    (tmp_path / "odd.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="no text in UTF-8"):
+        RecordedJudge(tmp_path / "odd.jsonl")

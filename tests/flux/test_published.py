@@ -16,6 +16,7 @@ def test_every_table_loads_with_a_source_and_a_protocol_per_row() -> None:
     assert {name: len(table.rows) for name, table in tables.items()} == {
         "control_coco": 5, "dreambench": 9, "dreambench_ablation": 5, "dreambench_data": 6,
         "emu_edit": 11, "gedit": 5, "magicbrush": 10, "magicbrush_ablation": 5, "multigen": 9,
+        "multigen_coco": 2,
     }  # fmt: skip
     for table in tables.values():
         for row in table.rows:
@@ -83,6 +84,18 @@ def test_a_number_of_another_protocol_is_refused(
         ("dreambench", "DINO", "against=all photos;dino=dino:x", "dino=dinov2:x"),
         ("dreambench_ablation", "CLIP-I", "against=the reference;clip=clip:x", "items=8 of 750"),
         ("dreambench_data", "CLIP-T", "clip=clip:x", "clip=own:x"),
+        (
+            "magicbrush_ablation",
+            "DINO",
+            "split=test;reference=source;dino=dino:x",
+            "reference=target",
+        ),
+        (
+            "multigen_coco",
+            "seg mIoU COCO-Stuff",
+            "groups=4;seg maps=deeplabv3:x",
+            "seg maps=mask2former:x",
+        ),
         ("multigen", "depth RMSE", "groups=4;depth maps=dpt:x", "depth maps=own:x"),
         ("gedit", "G_O", "set=full;language=en;judge=x;questions=viescore", "set=intersection"),
     ],

@@ -300,7 +300,7 @@ def test_benchmarks_show_rows_failures_and_what_is_refused(tmp_path: Path) -> No
     text = write_report(run.path).read_text("utf-8")
     page = Page(text)
     assert "benchmarks" in page.ids and not page.open
-    assert "&lt;b&gt;half" in text and "1 pictures have no score, the first: x.png" in text
+    assert "&lt;b&gt;half" in text and "1 picture has no score, the first: x.png" in text
     assert "0.0712" in text and "refused: items is 15 of 15 here" in text and "CoLoGen" in text
     assert "Worst 10 of 15 by L1" in text and "Worst 10 of 15 by DINO" in text
     assert ">L1 ↓</th>" in text and "DINO ↓" not in text
@@ -330,6 +330,27 @@ def test_worst_of_tasks_are_kept_apart() -> None:
     assert [value for _, value in found["Editing: worst 2 of 2 by headline"]] == [0.2, 0.3]
 
 
+def test_a_picture_that_stands_in_two_rows_is_shown_once_and_what_it_is_compared_with_is_said() -> (
+    None
+):
+    from prw_flux.report.benchmarks import worst
+
+    rows = [
+        {"output": output, "setting": setting, "L1 target": value, "DINO all photos": 0.5}
+        for output, setting, value in (
+            ("7/7_1.png", "single", 0.3), ("8/8_1.png", "single", 0.4), ("7/7_1.png", "multi", 0.3)
+        )
+    ]  # fmt: skip
+    found = dict(worst(rows))
+    assert list(found) == [
+        "Worst 2 of 2 by L1 against the target", "Worst 2 of 2 by DINO against all photos"
+    ]  # fmt: skip
+    shown = found["Worst 2 of 2 by L1 against the target"]
+    assert [(row["output"], value) for row, value in shown] == [
+        ("8/8_1.png", 0.4), ("7/7_1.png", 0.3)
+    ]  # fmt: skip
+
+
 def test_failures_are_shown_worst_first(tmp_path: Path) -> None:
     run = fabricate(tmp_path / "demo", stages=1, pictures=2)
     samples = draw_samples(ShapeWeave(size=96, split="heldout"), TASKS["inpaint"], 2).samples
@@ -351,6 +372,10 @@ def test_routing_is_shown_by_time_where_it_depends_on_it(tmp_path: Path) -> None
     (run.path / "routing.json").write_text(json.dumps(routing))
     text = write_report(run.path).read_text("utf-8")
     assert "<h4>time 1</h4>" in text and "<h4>time 0.5</h4>" in text and not Page(text).open
+    assert text.count("<h3>Inpainting by time</h3>") == 1
+    above, _, below = text.partition("<h3>Inpainting by time</h3>")
+    assert "<th>inpaint</th>" in above and "<th>1</th>" in below.split("</section>")[0]
+    assert "<th>inpaint</th>" not in below.split("</section>")[0]
 
 
 def test_axis_ticks_are_round_and_enclose() -> None:
@@ -363,6 +388,11 @@ def test_axis_ticks_are_round_and_enclose() -> None:
 def test_charts_skip_gaps() -> None:
     gap = Series(x=[1, 2, 3], y=[1.0, math.nan, 2.0], style="main", name="a")
     assert line_chart([gap], title="t").count("M") == 2
+    assert line_chart([gap], title="t").count("<circle") == 2  # a line of one point is nothing
+    alone = Series(x=[4], y=[1.0], style="second", name="b")
+    assert 'class="lone second"' in line_chart([alone], title="t")
+    whole = Series(x=[1, 2, 3], y=[1.0, 1.5, math.nan], style="main", name="a")
+    assert "<circle" not in line_chart([whole], title="t")
     assert line_chart([], title="t") == ""
     assert smooth([1.0, math.nan, 3.0], 1) == [1.0, 2.0, 3.0]
     dot = Dot(mean=0.5, low=0.4, high=1.7, style="prw", name="<x>")

@@ -16,7 +16,8 @@ another size is brought to it before it is scored. Results, as the public script
 `_depth`), and `annotations/<id>.png`, the map that was given. The annotations of line art are white
 on black and `<id>_lineart.png` is black on white, as there.
 
-All numbers but RMSE are times 100, and F1 is over the stack of a prompt's pictures, as there.
+All numbers but RMSE are times 100, and F1 is over the stack of a prompt's pictures, as there. Line
+art has two numbers, see `inverted_as_scripted`.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from prw_flux.evaluation.benchmarks.multigen_index import (
 from prw_flux.evaluation.encoders import Encoder
 from prw_flux.evaluation.map_models import Map, MapModel
 from prw_flux.evaluation.metrics import Confusion, depth_rmse, frechet_distance, ms_ssim
+from prw_flux.evaluation.metrics.structure import depth_estimate, depth_label
 from prw_flux.tasks.base import Image
 from prw_flux.tasks.control import as_rgb
 
@@ -133,13 +135,14 @@ class MultiGen(Benchmark[Controlled]):
         annotation = f"annotations/{item.id}.png"
         if item.label is not None:
             return {annotation: open_map(item.label)}
-        found = self._maps(square(output))
+        found, wanted = self._maps(square(output)), source[..., 0]
         if self.condition == "depth":
-            top = max(float(found.max()), 1e-12)
-            found = square((np.clip(found / top, 0, 1) * 255).astype(np.uint8))
+            blank = np.zeros((SIDE, SIDE), np.uint8)
+            found = depth_estimate(found, blank.shape) if found.max() > 0 else blank
+            wanted = depth_label(wanted)
         if self.condition == "lineart":
             found = 255 - found
-        return {annotation: source[..., 0], _ended(ask.output, ending): as_grey(found)}
+        return {annotation: wanted, _ended(ask.output, ending): as_grey(found)}
 
     def score(self, item: Controlled, output: Image, encoders: Encoders) -> dict[str, Any]:
         """The condition's values of one picture, CLIP-S, and features for the distances."""
@@ -159,8 +162,9 @@ class MultiGen(Benchmark[Controlled]):
         condition, metrics = self.condition, {}
         if condition == "canny":
             metrics["canny F1"] = _stacked_f1(rows)
-        for key, public in (("SSIM", f"{condition} SSIM"), ("RMSE", "depth RMSE"),
-                            ("CLIP-S", f"{condition} CLIP-S")):  # fmt: skip
+        for key, public in (("SSIM", f"{condition} SSIM"),
+                            ("SSIM unwrapped", f"{condition} SSIM unwrapped"),
+                            ("RMSE", "depth RMSE"), ("CLIP-S", f"{condition} CLIP-S")):  # fmt: skip
             values = [row[key] for row in rows if key in row]
             if values:
                 metrics[public] = float(np.mean(values))
@@ -197,7 +201,11 @@ class MultiGen(Benchmark[Controlled]):
             a, b = found > 0, wanted > 0
             both, one = int((a & b).sum()), int((a ^ b).sum())
             return {"both": both, "one": one, "F1": 100 * _f1(both, one)}
-        return {"SSIM": 100 * ms_ssim(found / 255, wanted / 255)}
+        whole = 100 * ms_ssim(found / 255, wanted / 255)
+        if self.condition == "lineart":
+            scripted = inverted_as_scripted(as_grey(255 - found))
+            return {"SSIM": 100 * ms_ssim(scripted / 255, wanted / 255), "SSIM unwrapped": whole}
+        return {"SSIM": whole}
 
     def _control(self, item: Controlled) -> Map:
         """The given map, uint8 512 x 512, grey or (seg) in colours."""
@@ -234,6 +242,15 @@ def as_grey(values: Any) -> Any:
     if values.ndim == 2:
         return np.asarray(values, np.uint8)
     return np.asarray(PILImage.fromarray(values).convert("L"), np.uint8)
+
+
+def inverted_as_scripted(lines: Any) -> Any:
+    """Black lines to white ones as ControlNet++'s eval_edge.py does it: 1 - p in 8 bits.
+
+    It wraps: p becomes 257 - p, except that 0 and 1, the blackest lines, become 1 and 0. The
+    published numbers were obtained so; the metric without it is called "unwrapped".
+    """
+    return np.uint8(1) - np.asarray(lines, np.uint8)
 
 
 def _f1(both: int, one: int) -> float:

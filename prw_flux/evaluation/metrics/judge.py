@@ -19,9 +19,9 @@ import math
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, TypeAlias, final
+from typing import Any, Final, TypeAlias, final
 
 import numpy as np
 
@@ -175,20 +175,32 @@ class Grading:
 
 
 def read_scores(answer: str) -> tuple[float, float]:
-    """The two numbers of `{"score": [a, b], ...}`, which may stand among other words.
+    """The two numbers of `{"score": [a, b], ...}`, or of a bare `[a, b]`, among other words.
+
+    Braces and line breaks inside a text of the answer do no harm; the first object with a score
+    counts, and a bare list only where there is no object, as in VIEScore's own reader.
 
     Raises:
-        ValueError: there is no such object, or not two numbers from 0 to 10.
+        ValueError: there is no such thing, or not two numbers from 0 to 10.
     """
-    for text in re.findall(r"\{[^{}]*\}", answer, flags=re.S):
+    found = [value["score"] for value in _decoded(answer, "{") if "score" in value]
+    found = found or [value for value in _decoded(answer, "[") if len(value) == 2]
+    if not found:
+        raise ValueError(f"no score in the answer {answer[:60]!r}")
+    score = found[0]
+    if not (isinstance(score, list) and len(score) == 2 and all(map(_grade, score))):
+        raise ValueError(f"expected two numbers from 0 to 10, got {str(score)[:60]}")
+    return float(score[0]), float(score[1])
+
+
+def _decoded(answer: str, opening: str) -> Iterator[Any]:
+    """Every JSON object ("{") or list ("[") that begins somewhere in the answer, in order."""
+    decoder = json.JSONDecoder(strict=False)
+    for match in re.finditer(re.escape(opening), answer):
         try:
-            score = json.loads(text)["score"]
-        except (ValueError, KeyError, TypeError):
+            yield decoder.raw_decode(answer, match.start())[0]
+        except (ValueError, RecursionError):
             continue
-        if not (isinstance(score, list) and len(score) == 2 and all(map(_grade, score))):
-            raise ValueError(f"expected two numbers from 0 to 10, got {str(score)[:60]}")
-        return float(score[0]), float(score[1])
-    raise ValueError(f"no score in the answer {answer[:60]!r}")
 
 
 def _grade(value: object) -> bool:

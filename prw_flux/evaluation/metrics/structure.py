@@ -45,9 +45,8 @@ def edge_f1(found: Map, wanted: Map) -> float:
 def depth_rmse(found_HW: Map, wanted_HW: Map) -> float:
     """sqrt(mean (d - d*)^2) on 0 .. 255, the scale of the paper's 31.79.
 
-    As ControlNet++: the estimate is divided by its largest value and stored with 8 bits (cut, not
-    rounded), then resized bilinearly to the label; the label is stretched from its lowest to its
-    highest value.
+    d is `depth_estimate` and d* `depth_label`, which ControlNet++ stores as pictures before it
+    compares them.
 
     Args:
         found_HW: the estimator's map of the generated picture, any positive scale.
@@ -56,17 +55,40 @@ def depth_rmse(found_HW: Map, wanted_HW: Map) -> float:
     Raises:
         ValueError: a map is not [H, W], or the estimate is nowhere positive.
     """
-    if found_HW.ndim != 2 or wanted_HW.ndim != 2:
-        raise ValueError(f"depth maps are [H, W], got {found_HW.shape} and {wanted_HW.shape}")
-    found, wanted = found_HW.astype(np.float64), wanted_HW.astype(np.float64)
+    label = depth_label(wanted_HW)
+    grey = depth_estimate(found_HW, label.shape)
+    return float(np.sqrt(((grey.astype(np.float64) - label.astype(np.float64)) ** 2).mean()))
+
+
+def depth_estimate(found_HW: Map, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """An estimate divided by its largest value, with 8 bits (cut), then bilinearly to (h, w).
+
+    Raises:
+        ValueError: the map is not [H, W], or nowhere positive.
+    """
+    found = found_HW.astype(np.float64)
+    if found.ndim != 2:
+        raise ValueError(f"estimated depths are [H, W], got {found.shape}")
     if not found.max() > 0:
         raise ValueError("the estimated depth is nowhere positive")
-    grey = (np.clip(found / found.max(), 0, 1) * 255).astype(np.uint8)
-    if grey.shape != wanted.shape:
-        size = (wanted.shape[1], wanted.shape[0])
-        grey = np.asarray(PILImage.fromarray(grey).resize(size, PILImage.Resampling.BILINEAR))
-    label = (wanted - wanted.min()) / max(float(np.ptp(wanted)), 1e-12) * 255
-    return float(np.sqrt(((grey.astype(np.float64) - label) ** 2).mean()))
+    grey: NDArray[np.uint8] = (np.clip(found / found.max(), 0, 1) * 255).astype(np.uint8)
+    if grey.shape != shape:
+        size = (shape[1], shape[0])
+        grey = np.array(PILImage.fromarray(grey).resize(size, PILImage.Resampling.BILINEAR))
+    return grey
+
+
+def depth_label(wanted_HW: Map) -> NDArray[np.uint8]:
+    """A label stretched from its lowest to its highest value, with 8 bits (cut).
+
+    Raises:
+        ValueError: the map is not [H, W].
+    """
+    if wanted_HW.ndim != 2:
+        raise ValueError(f"depth labels are [H, W], got {wanted_HW.shape}")
+    wanted = wanted_HW.astype(np.float64)
+    stretched = (wanted - wanted.min()) / max(float(np.ptp(wanted)), 1e-12)
+    return np.asarray(stretched * 255, np.uint8)
 
 
 def ms_ssim(found: Map, wanted: Map) -> float:
