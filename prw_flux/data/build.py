@@ -27,7 +27,7 @@ from PIL import Image as PILImage
 
 from prw import ConfigError, atomic
 from prw_flux.data.extractors import Extractor
-from prw_flux.data.remote import fingerprint
+from prw_flux.data.remote import Place, below, fingerprint, read_text
 from prw_flux.data.row_checks import RowMaker
 from prw_flux.data.rows import CHOSEN, REQUIRED, DataError, Reader, Record, Reject, Row, features
 
@@ -93,26 +93,17 @@ class Manifest:
         return f"{used}; left out: {reasons} (first: {first})"
 
 
-def read_manifest(out: Path) -> Manifest:
-    """The manifest of a data set.
+def read_manifest(out: Place) -> Manifest:
+    """The manifest of a data set, which may be elsewhere.
 
     Raises:
-        DataError: there is none, or it is of another format.
+        DataError: there is none, it cannot be reached, or it is damaged or of another format.
     """
-    path = out / MANIFEST
-    if not path.is_file():
+    path = below(out, MANIFEST)
+    if isinstance(path, Path) and not path.is_file():
         raise DataError(f"{out} has no {MANIFEST}: it was not made by `prw-flux data build`")
-    return parse_manifest(path.read_text("utf-8"), str(path))
-
-
-def parse_manifest(text: str, path: str) -> Manifest:
-    """The manifest in a text.
-
-    Raises:
-        DataError: it is damaged or of another format; `path` is named.
-    """
     try:
-        raw = json.loads(text)
+        raw = json.loads(read_text(path))
         if raw.pop("format") != FORMAT:
             raise DataError(f"{path} is of another format than {FORMAT}; build the data again")
         counters = {name: Counter(raw[name]) for name in ("rejected", "converted", "sizes")}
