@@ -141,8 +141,8 @@ def _kind_and_path(words: list[str]) -> tuple[str, str]:
 
 def run_inspect(args: argparse.Namespace) -> int:
     """Counts, sizes and rejects of a data set, and a contact sheet."""
-    from prw_flux.data.build import read_manifest
     from prw_flux.data.check import sample_rows
+    from prw_flux.data.manifest import read_manifest
     from prw_flux.data.remote import place_of
     from prw_flux.data.row_sheet import write_row_sheet
 
@@ -178,8 +178,8 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 def run_check(args: argparse.Namespace) -> int:
     """Verify a data set; exit status 1 where something is wrong."""
-    from prw_flux.data.build import read_manifest
     from prw_flux.data.check import check
+    from prw_flux.data.manifest import read_manifest
     from prw_flux.data.remote import place_of
 
     folder = place_of(args.folder)

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from prw import atomic
-from prw_flux.data.build import MANIFEST, Manifest, read_manifest, sha256
 from prw_flux.data.images import ImageError, open_image, open_map
+from prw_flux.data.manifest import MANIFEST, Manifest, read_manifest, sha256
 from prw_flux.data.remote import Place, below, filesystem, name_of, opened, reaching
 from prw_flux.data.rows import REQUIRED, DataError, Row, features
 from prw_flux.data.shard_cache import ShardCache, copied, version_of
@@ -73,7 +73,10 @@ def check(
 
 
 def _changed(have: str, wanted: str) -> str:
-    return f"has changed since it was built (sha256 {have[:12]}, not {wanted[:12]}); build it again"
+    return (
+        f"has changed since it was built (sha256 {have[:12]}, not {wanted[:12]}); remove it and "
+        "run the same `data build` again"
+    )
 
 
 def _files(out: Place) -> set[str]:
@@ -91,7 +94,9 @@ def _missing(out: Place, manifest: Manifest, found: set[str]) -> list[str]:
     if not manifest.done:
         problems.append(f"{out} is not finished; run the same `data build` again")
     known = {shard["file"] for shard in manifest.shards}
-    problems += [f"{name} is missing; build it again" for name in sorted(known - found)]
+    problems += [
+        f"{name} is missing; run the same `data build` again" for name in sorted(known - found)
+    ]
     problems += [f"{name} is not in {MANIFEST}; remove it" for name in sorted(found - known)]
     return problems
 
@@ -181,7 +186,7 @@ def sample_rows(out: Place, count: int) -> list[Row]:
             continue
         path = below(out, shard["file"])
         if isinstance(path, Path) and not path.is_file():
-            raise DataError(f"{path} is missing; build it again")
+            raise DataError(f"{path} is missing; run the same `data build` again")
         with opened(path) as file:
             rows += _pick(file, here)
     return rows

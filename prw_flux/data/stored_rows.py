@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol, final
 
 import numpy as np
 
-from prw_flux.data.build import Manifest, read_manifest
+from prw_flux.data.manifest import Manifest, read_manifest
 from prw_flux.data.remote import Place, below
 from prw_flux.data.rows import DataError, Row, features
 from prw_flux.data.shard_cache import LIMIT, TRIES, ShardCache
@@ -71,7 +71,7 @@ class LocalRows:
             if size != shard["bytes"]:
                 raise DataError(
                     f"{file} has {size:,} bytes, not the {shard['bytes']:,} that were built: it is "
-                    "missing or truncated; see `prw-flux data check`"
+                    "missing or truncated; run the same `data build` again"
                 )
         place = None if cache is None else str(cache)
         try:

@@ -17,9 +17,10 @@ from PIL import Image as PILImage
 
 from prw_flux.cli import main
 from prw_flux.data import check as checking
-from prw_flux.data.build import MANIFEST, build, read_manifest, sha256
+from prw_flux.data.build import build
 from prw_flux.data.check import check, sample_rows
 from prw_flux.data.edit_pairs import EditPairs
+from prw_flux.data.manifest import MANIFEST, read_manifest, sha256
 from prw_flux.data.rows import DataError
 
 
@@ -90,7 +91,7 @@ def test_harm_is_found_and_named(data: Path) -> None:
     (told,) = check(data)
     assert told.startswith("data/train-00001.parquet has changed since it was built")
     shard.unlink()
-    assert check(data) == ["data/train-00001.parquet is missing; build it again"]
+    assert check(data) == ["data/train-00001.parquet is missing; run the same `data build` again"]
     shard.write_bytes(kept)
     (data / "data" / "train-00009.parquet").write_bytes(kept)
     assert check(data) == ["data/train-00009.parquet is not in build.json; remove it"]
@@ -166,12 +167,12 @@ import sys, time
 from pathlib import Path
 from prw_flux.data import build as building
 from prw_flux.data.edit_pairs import EditPairs
-whole = building._close_shard
+whole = building.write_shard
 def slow(*args):
     whole(*args)
     sys.stdout.write("shard\\n"); sys.stdout.flush()
     time.sleep(30)
-building._close_shard = slow
+building.write_shard = slow
 building.build(EditPairs(Path(sys.argv[1])), "edit", Path(sys.argv[2]), made_from={},
                max_rejected=0.2, shard_rows=4)
 """

@@ -17,9 +17,10 @@ from flux.test_tar_rows import captioned, write_tar
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prw_flux.data.build import build, read_manifest
+from prw_flux.data.build import build
 from prw_flux.data.check import check, sample_rows
 from prw_flux.data.folder_copy import local_folder
+from prw_flux.data.manifest import read_manifest
 from prw_flux.data.on_disk import OnDisk
 from prw_flux.data.readers import Origin, open_reader
 from prw_flux.data.remote import braces, fingerprint, found_files, is_url, opened
@@ -153,9 +154,9 @@ def test_tars_and_parquet_are_built_from_urls(
         write_tar(tmp_path / "tars" / f"{shard}.tar", captioned(3, 3 * shard))
     url = upload(memory, tmp_path / "tars", "/tars")
     manifests = []
-    for where in (url, str(tmp_path / "tars")):
+    for name, where in (("mem", url), ("disk", str(tmp_path / "tars"))):
         reader = open_reader(Origin(kind="webdataset", path=f"{where}/{{0..1}}.tar"), "inpaint")
-        manifests.append(build(reader, "inpaint", tmp_path / where[:3], made_from={}))
+        manifests.append(build(reader, "inpaint", tmp_path / name, made_from={}))
     assert manifests[0] == manifests[1] and manifests[0].kept == 6
     url = upload(memory, tmp_path / "mem" / "data", "/rows")
     origin = Origin(kind="parquet", path=url, columns=("target=target", "text=text"))
@@ -230,7 +231,7 @@ def test_a_data_set_at_a_url_is_inspected_and_checked(
     memory.pipe_file("/bucket/d/data/train-00001.parquet", bytes(shard))
     memory.rm("/bucket/d/data/train-00002.parquet")
     missing, changed = check(url)
-    assert missing == "data/train-00002.parquet is missing; build it again"
+    assert missing == "data/train-00002.parquet is missing; run the same `data build` again"
     assert changed.startswith("data/train-00001.parquet has changed since it was built")
 
 
