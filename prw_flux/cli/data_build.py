@@ -20,7 +20,8 @@ EPILOG = """inputs (--from KIND PATH):
   parquet DIR        parquet files of your own; --map source=before --map text=caption ...
   magicbrush DIR, omniedit DIR, subjects200k DIR, multigen-depth DIR, ade20k DIR
                      parquet files of these data sets
-Shards (webdataset, parquet, published data) may be a URL: hf://datasets/OWNER/NAME, s3://BUCKET/..
+PATH may be a URL: hf://datasets/OWNER/NAME, s3://BUCKET/... Shards are copied one after the other
+into a cache of bounded size, folders of pictures whole.
 One argument that ends in .tar or .parquet is its own kind; `photos` alone is the default photos."""
 
 
@@ -29,13 +30,13 @@ def add_to(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) -> 
     verbs = parser.add_subparsers(metavar="VERB", dest="data_verb")
     _add_build(verbs, common)
     look = verbs.add_parser("inspect", parents=[common], help="counts, sizes, rejects, pictures")
-    look.add_argument("folder", help="a data set made by `data build`")
+    look.add_argument("folder", help="a data set made by `data build`, or its URL")
     look.add_argument("--out", metavar="FILE", help="write a contact sheet")
     look.add_argument("--count", type=int, default=12, help="samples on it (default: 12)")
     look.add_argument("--json", action="store_true", help="print it for a script")
     look.set_defaults(run=run_inspect)
     check = verbs.add_parser("check", parents=[common], help="verify hashes, decode every picture")
-    check.add_argument("folder", help="a data set made by `data build`")
+    check.add_argument("folder", help="a data set made by `data build`, or its URL")
     check.add_argument("--workers", type=int, default=4, help="threads (default: 4)")
     check.add_argument("--json", action="store_true", help="print it for a script")
     check.set_defaults(run=run_check)
@@ -82,8 +83,14 @@ def run_build(args: argparse.Namespace) -> int:
     from prw_flux.data.build import build
     from prw_flux.data.conditions import open_extractors
     from prw_flux.data.readers import Origin, open_reader
+    from prw_flux.data.remote import is_url
 
     kind, path = _kind_and_path(args.origin)
+    if is_url(args.out):
+        raise ConfigError(
+            f"a data set is built in a local folder, not at {args.out}; copy it there when it is "
+            "finished"
+        )
     origin = Origin(
         kind=kind,
         path=path,
@@ -134,11 +141,12 @@ def _kind_and_path(words: list[str]) -> tuple[str, str]:
 
 def run_inspect(args: argparse.Namespace) -> int:
     """Counts, sizes and rejects of a data set, and a contact sheet."""
-    from prw_flux.data.build import read_manifest
     from prw_flux.data.check import sample_rows
+    from prw_flux.data.manifest import read_manifest
+    from prw_flux.data.remote import place_of
     from prw_flux.data.row_sheet import write_row_sheet
 
-    folder = Path(args.folder)
+    folder = place_of(args.folder)
     manifest = read_manifest(folder)
     if args.out:
         write_row_sheet(Path(args.out), sample_rows(folder, args.count))
@@ -170,10 +178,11 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 def run_check(args: argparse.Namespace) -> int:
     """Verify a data set; exit status 1 where something is wrong."""
-    from prw_flux.data.build import read_manifest
     from prw_flux.data.check import check
+    from prw_flux.data.manifest import read_manifest
+    from prw_flux.data.remote import place_of
 
-    folder = Path(args.folder)
+    folder = place_of(args.folder)
     with bar("checking") as tick:
         problems = check(folder, workers=args.workers, tick=tick)
     rows = read_manifest(folder).kept

@@ -11,116 +11,29 @@ mended are looked at once more.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from io import BytesIO
-from itertools import islice
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final
 
 from PIL import Image as PILImage
 
-from prw import ConfigError, atomic
+from prw import ConfigError
 from prw_flux.data.extractors import Extractor
+from prw_flux.data.manifest import MANIFEST, Manifest, read_manifest
 from prw_flux.data.remote import fingerprint
-from prw_flux.data.row_checks import RowMaker
-from prw_flux.data.rows import CHOSEN, REQUIRED, DataError, Reader, Record, Reject, Row, features
+from prw_flux.data.rows import REQUIRED, DataError, Reader, Reject, Row
+from prw_flux.data.shards import CHUNK, Making, known_keys, mend, unless_twice, write_shard
 
-MANIFEST: Final = "build.json"
-FORMAT: Final = 2
-EXAMPLES: Final = 5
 JUDGED_FROM: Final = 100
-CHUNK: Final = 32
-ROW_GROUP: Final = 100
 BUCKET: Final = 16
 INPUT: Final = ("fingerprint", "listed", "records")
 """What `made_from` says of the content of the input; the rest is what was asked for."""
 
 log = logging.getLogger(__name__)
-
-
-@final
-@dataclass(kw_only=True)
-class Manifest:
-    """The content of build.json.
-
-    Args:
-        task: of all rows.
-        made_from: kind of input, its files and options; a resumed build must agree.
-        read, kept: records looked at, rows written.
-        rejected: records left out, by reason.
-        examples: the first few of every reason.
-        converted: changes to pictures and rows, counted.
-        sizes: rows by the size of their picture, in steps of 16 pixels.
-        shards: file, rows, bytes and sha256 of each.
-        done: whether all records were read.
-        stopped: the share that was left out where the build stopped for it.
-    """
-
-    task: str
-    made_from: dict[str, Any]
-    read: int = 0
-    kept: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    converted: Counter[str] = field(default_factory=Counter)
-    sizes: Counter[str] = field(default_factory=Counter)
-    shards: list[dict[str, Any]] = field(default_factory=list)
-    done: bool = False
-    stopped: float | None = None
-
-    @property
-    def share(self) -> float:
-        """Of the records that could be judged, those that cannot be used.
-
-        What was left out by choice (`CHOSEN`) is no fault of the data and counts on neither side.
-        """
-        chosen = sum(self.rejected[reason] for reason in CHOSEN)
-        return (sum(self.rejected.values()) - chosen) / max(1, self.read - chosen)
-
-    def told(self) -> str:
-        """One sentence: rows, rejects by reason."""
-        used = f"{self.read - sum(self.rejected.values()):,} of {self.read:,} records used"
-        if not self.rejected:
-            return used
-        reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.rejected.most_common())
-        first = next(iter(self.examples.values()))[0]
-        return f"{used}; left out: {reasons} (first: {first})"
-
-
-def read_manifest(out: Path) -> Manifest:
-    """The manifest of a data set.
-
-    Raises:
-        DataError: there is none, or it is of another format.
-    """
-    path = out / MANIFEST
-    if not path.is_file():
-        raise DataError(f"{out} has no {MANIFEST}: it was not made by `prw-flux data build`")
-    return parse_manifest(path.read_text("utf-8"), str(path))
-
-
-def parse_manifest(text: str, path: str) -> Manifest:
-    """The manifest in a text.
-
-    Raises:
-        DataError: it is damaged or of another format; `path` is named.
-    """
-    try:
-        raw = json.loads(text)
-        if raw.pop("format") != FORMAT:
-            raise DataError(f"{path} is of another format than {FORMAT}; build the data again")
-        counters = {name: Counter(raw[name]) for name in ("rejected", "converted", "sizes")}
-        return Manifest(**{**raw, **counters})
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
-        if isinstance(problem, DataError):
-            raise
-        raise DataError(f"{path} is damaged ({problem}); build the data again") from None
 
 
 def build(
@@ -154,7 +67,8 @@ def build(
         ConfigError: a number is out of range.
         DataError: the folder holds something else, too many records are left out, or none is
             usable. Shards that are done stay: with a larger `max_rejected` the build goes on after
-            them, with the same one it begins again, as the data will have been mended.
+            them, with the same one it begins again, as the data will have been mended. Shards that
+            are missing or truncated are made again, also of a finished data set.
     """
     if task not in REQUIRED:
         raise DataError(f"there is no task {task!r}; there are {', '.join(REQUIRED)}")
@@ -168,38 +82,34 @@ def build(
     made_from |= {"listed": reader.listed} if reader.listed else {}
     made_from |= {f"method of {one.condition}": one.method for one in extractors}
     manifest = _opened(out, task, made_from, max_rejected)
+    making = Making(task, extractors, workers)
+    mend(out, manifest, reader, making)
     if manifest.done:
         _judge(out, manifest, max_rejected, last=True)
         return manifest
-    schema = features().arrow_schema
-    keys = _known_keys(out, manifest)
+    keys = known_keys(out, manifest.shards)
     rows: list[Row] = []
     size = 0
-
-    def make() -> RowMaker:
-        return RowMaker(task, extractors)
-
-    with ThreadPoolExecutor(workers) as pool:
-        for record, found, changes in _in_order(pool, make, reader.records(manifest.read)):
-            manifest.read += 1
-            row = _unless_twice(record, found, keys)
-            if isinstance(row, Reject):
-                _note(manifest, row)
-            else:
-                rows.append(row)
-                size += _weight(row)
-                manifest.sizes[_bucket(row)] += 1
-                manifest.converted.update(changes)
-            if len(rows) >= shard_rows or size >= shard_bytes:
-                _close_shard(out, manifest, rows, schema)
-                rows, size = [], 0
-                _judge(out, manifest, max_rejected)
-            if manifest.read % CHUNK == 0:
-                tick(manifest.read, len(reader))
+    for record, found, changes in making.rows(reader.records(manifest.read)):
+        manifest.read += 1
+        row = unless_twice(record, found, keys)
+        if isinstance(row, Reject):
+            manifest.note(row)
+        else:
+            rows.append(row)
+            size += _weight(row)
+            manifest.sizes[_bucket(row)] += 1
+            manifest.converted.update(changes)
+        if len(rows) >= shard_rows or size >= shard_bytes:
+            write_shard(out, manifest, rows)
+            rows, size = [], 0
+            _judge(out, manifest, max_rejected)
+        if manifest.read % CHUNK == 0:
+            tick(manifest.read, len(reader))
     tick(manifest.read, len(reader))
     _judge(out, manifest, max_rejected, last=True)
     manifest.done = True
-    _close_shard(out, manifest, rows, schema)
+    write_shard(out, manifest, rows)
     return manifest
 
 
@@ -233,7 +143,7 @@ def _opened(out: Path, task: str, made_from: dict[str, Any], max_rejected: float
 
 
 def _begun(out: Path, manifest: Manifest) -> Manifest:
-    _save(out, manifest)
+    manifest.save(out)
     return manifest
 
 
@@ -251,58 +161,12 @@ def _another(out: Path, old: dict[str, Any], new: dict[str, Any], changed: list[
     )
 
 
-def _known_keys(out: Path, manifest: Manifest) -> set[int]:
-    """The keys of the finished shards, 8 bytes of each."""
-    import pyarrow.parquet as parquet
-
-    found: set[int] = set()
-    for shard in manifest.shards:
-        table = parquet.read_table(out / shard["file"], columns=["key"])
-        found.update(map(_short_key, table.column("key").to_pylist()))
-    return found
-
-
-def _in_order(
-    pool: ThreadPoolExecutor, make: Callable[[], RowMaker], records: Iterator[Record]
-) -> Iterator[tuple[Record, Row | Reject, list[str]]]:
-    def attempt(record: Record) -> tuple[Record, Row | Reject, list[str]]:
-        maker = make()
-        try:
-            return record, maker(record), maker.converted
-        except Reject as refusal:
-            return record, refusal, []
-
-    while chunk := list(islice(records, CHUNK)):
-        yield from pool.map(attempt, chunk)
-
-
-def _unless_twice(record: Record, found: Row | Reject, keys: set[int]) -> Row | Reject:
-    if isinstance(found, Reject):
-        return found
-    short = _short_key(record.key)
-    if short in keys:
-        return Reject("duplicate key", f"{record.where}: the key {record.key!r} was there before")
-    keys.add(short)
-    return found
-
-
-def _short_key(key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
-
-
-def _note(manifest: Manifest, refusal: Reject) -> None:
-    manifest.rejected[refusal.reason] += 1
-    examples = manifest.examples.setdefault(refusal.reason, [])
-    if len(examples) < EXAMPLES:
-        examples.append(str(refusal))
-
-
 def _judge(out: Path, manifest: Manifest, max_rejected: float, *, last: bool = False) -> None:
     if not last and manifest.read < JUDGED_FROM:
         return
     if manifest.share > max_rejected:
         if not manifest.done:
-            _save(out, replace(read_manifest(out), stopped=manifest.share))
+            replace(read_manifest(out), stopped=manifest.share).save(out)
         raise DataError(
             f"{manifest.share:.1%} of the records cannot be used, above the limit of "
             f"{max_rejected:.1%}: {manifest.told()}; mend the data and build again, or raise "
@@ -325,31 +189,3 @@ def _bucket(row: Row) -> str:
     with PILImage.open(BytesIO(picture["bytes"])) as opened:
         width, height = (side // BUCKET * BUCKET for side in opened.size)
     return f"{width} x {height}"
-
-
-def _close_shard(out: Path, manifest: Manifest, rows: list[Row], schema: Any) -> None:
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    if rows:
-        name = f"data/train-{len(manifest.shards):05d}.parquet"
-        table = pyarrow.Table.from_pylist(rows, schema=schema)
-        with atomic.replace_file(out / name) as new:
-            parquet.write_table(
-                table, new, row_group_size=ROW_GROUP, use_dictionary=["task", "licence"]
-            )
-            entry = {"file": name, "rows": len(rows), "bytes": new.stat().st_size}
-            manifest.shards.append({**entry, "sha256": sha256(new)})
-        manifest.kept += len(rows)
-    _save(out, manifest)
-
-
-def _save(out: Path, manifest: Manifest) -> None:
-    with atomic.replace_file(out / MANIFEST) as new:
-        new.write_text(json.dumps({"format": FORMAT, **vars(manifest)}, indent=1))
-
-
-def sha256(path: Path) -> str:
-    """Of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

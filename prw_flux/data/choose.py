@@ -8,6 +8,7 @@ from typing import Final
 from prw import ConfigError
 from prw.named_object import named_object
 from prw_flux.config import RunConfig
+from prw_flux.data.folder_copy import local_folder
 from prw_flux.data.on_disk import PREFIX, OnDisk
 from prw_flux.data.photos import PhotoFolder
 from prw_flux.shapeweave.source import ShapeWeave
@@ -97,7 +98,8 @@ def _open(source: str, *, size: int, seed: int, split: str, photos: str | None) 
     if source == "shapeweave":
         return ShapeWeave(size=size, seed=seed, split=split)
     if source == "photos":
-        return PhotoFolder(photos, size=size, split=split)
+        folder = None if photos is None else local_folder(photos)
+        return PhotoFolder(folder, size=size, split=split)
     if source.startswith(PREFIX):
         return OnDisk(source.removeprefix(PREFIX), size, seed=seed, split=split)
     if ":" not in source:

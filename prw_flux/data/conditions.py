@@ -11,6 +11,8 @@ the map is brought back to the picture's size.
 from __future__ import annotations
 
 import difflib
+import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
@@ -196,18 +198,18 @@ def _segmentation(where: str, device: str) -> tuple[Compute, str]:
 
 
 def _pipeline(task: str, name: str, where: str, device: str) -> Any:
-    from transformers import pipeline
+    from transformers import AutoConfig, pipeline
 
     path = Path(where).expanduser()
     if path.is_dir():
         where = str(path)
     elif where.count("/") != 1 or where.startswith((".", "/", "~")):
         raise ConfigError(f"{name} weights: there is no folder {path}")
-    pipe = _or_sentence(name, where, lambda: pipeline(task, model=where, device=device))
-    found = type(pipe.model).__name__
-    if HEADS[name] not in found:  # transformers only logs that the model is of another task
+    config = _or_sentence(name, where, lambda: AutoConfig.from_pretrained(where))
+    found = ", ".join(config.architectures or [])
+    if found and HEADS[name] not in found:  # transformers only logs that it is of another task
         raise ConfigError(f"{name} weights {where!r} are a {found}, no model for {task}")
-    return pipe
+    return _or_sentence(name, where, lambda: pipeline(task, model=where, device=device))
 
 
 def _or_sentence(name: str, where: str, load: Callable[[], Any]) -> Any:
@@ -215,10 +217,11 @@ def _or_sentence(name: str, where: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except Exception as problem:
-        told = " ".join(str(problem).split())[:200]
+        told = textwrap.shorten(re.split(r"\.\s", str(problem))[0], 160, placeholder=" ...")
+        place = "" if Path(where).is_dir() else "there is no such folder, and as a Hub id: "
         raise ConfigError(
-            f"{name} weights {where!r} cannot be loaded ({told}): name a folder that holds the "
-            "model, or a Hub id that is reachable"
+            f"{name} weights {where!r} cannot be loaded ({place}{told}); name a folder that holds "
+            "the model, or a Hub id that is reachable"
         ) from problem
 
 

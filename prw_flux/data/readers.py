@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, final
 
 from prw import ConfigError
 from prw_flux.data.coco import CocoGround, CocoInpaint
 from prw_flux.data.column_map import KNOWN, column_map
 from prw_flux.data.edit_pairs import EditPairs
+from prw_flux.data.folder_copy import local_folder
 from prw_flux.data.input_files import near
 from prw_flux.data.parquet_rows import ParquetRows
 from prw_flux.data.photo_rows import PhotoRows
 from prw_flux.data.refcoco import References
-from prw_flux.data.remote import is_url
 from prw_flux.data.rows import Reader
 from prw_flux.data.tar_rows import TarRows
 
@@ -38,7 +37,8 @@ class Origin:
     Args:
         kind: a key of `FEEDS`.
         path: a folder (photos, pairs), a json file (coco, refcoco), or shards (webdataset, parquet
-            and published data): a file, a folder of them, names with {000..007} or *, or a URL.
+            and published data): a file, a folder of them, names with {000..007} or *. It and the
+            three below may be URLs; of a URL, folders of pictures are copied first.
         images: folder of the pictures that json files name.
         instances: the instances.json of refcoco.
         captions: the captions.json of coco for inpainting.
@@ -87,26 +87,21 @@ def open_reader(origin: Origin, task: str) -> Reader:
         known = KNOWN.get(origin.kind)
         columns = column_map(origin.columns) if known is None else known[1]
         return ParquetRows(origin.path, task, columns, licence=licence, conditions_made=made)
-    if is_url(origin.path):
-        raise ConfigError(
-            f"{origin.kind} are read from a local folder, not from {origin.path}; of what is "
-            "elsewhere, parquet and webdataset shards can be read"
-        )
-    path = Path(origin.path)
+    path = local_folder(origin.path)
     if origin.kind == "photos":
         photos = path if origin.path else None
         return PhotoRows(photos, task, licence=licence, conditions_made=made)
     if origin.kind == "pairs":
         return EditPairs(path, licence=licence)
-    images = Path(_need(origin, "images", "the folder of the pictures"))
+    images = local_folder(_need(origin, "images", "the folder of the pictures"))
     if origin.kind == "refcoco":
-        instances = Path(_need(origin, "instances", "the instances.json"))
+        instances = local_folder(_need(origin, "instances", "the instances.json"))
         return References(path, instances, images, split=origin.split, licence=licence)
     if task == "ground":
         return CocoGround(path, images, licence=licence)
     if task == "control" and not made:
         raise ConfigError("coco has no maps: name what makes them, for example --conditions canny")
-    captions = Path(_need(origin, "captions", "the captions.json"))
+    captions = local_folder(_need(origin, "captions", "the captions.json"))
     return CocoInpaint(path, images, captions, licence=licence)
 
 

@@ -7,13 +7,14 @@ A place is a local path or a URL: ``hf://datasets/OWNER/NAME/...``, ``s3://BUCKE
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TypeAlias
+from typing import Any, BinaryIO, Final, TypeAlias, final
 
 from prw_flux.data.rows import DataError
 
@@ -29,6 +30,11 @@ PACKAGES: Final = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "
 def is_url(where: Place) -> bool:
     """Whether a place is elsewhere."""
     return isinstance(where, str) and re.match(r"[a-z][a-z0-9+.-]*://", where) is not None
+
+
+def place_of(text: str) -> Place:
+    """A place as a user writes it."""
+    return text if is_url(text) else Path(text).expanduser()
 
 
 def name_of(place: Place) -> str:
@@ -115,13 +121,16 @@ def reaching(url: str) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise DataError(f"there is no {url}") from None
+    except PermissionError as problem:
+        told = " ".join(str(problem).split())[:200]
+        raise DataError(f"{url} may not be read ({told}); check your credentials") from problem
     except Exception as problem:
         told = " ".join(f"{type(problem).__name__}: {problem}".split())[:200]
         raise DataError(f"{url} cannot be read ({told})") from problem
 
 
 @contextmanager
-def opened(place: Place) -> Iterator[BinaryIO]:
+def opened(place: Place) -> Iterator[BinaryIO | RemoteFile]:
     """A place as a file that can be read anywhere in it, without a copy.
 
     Raises:
@@ -136,8 +145,44 @@ def opened(place: Place) -> Iterator[BinaryIO]:
     fs, path = filesystem(place)
     with reaching(place):
         remote = fs.open(path, "rb")
-    with remote as file:
+    with remote, RemoteFile(remote, place) as file:
         yield file
+
+
+@final
+class RemoteFile(io.RawIOBase):
+    """A file that is elsewhere, whose every failure is one sentence.
+
+    Args:
+        file: as a file system opened it.
+        url: for messages.
+    """
+
+    def __init__(self, file: Any, url: str) -> None:
+        self._file, self._url = file, url
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """As of every file; raises DataError."""
+        with reaching(self._url):
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As of every file."""
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        """As of every file."""
+        return int(self._file.tell())
 
 
 def read_text(place: Place) -> str:

@@ -11,20 +11,23 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final, final
 
 from prw import atomic
-from prw_flux.data.remote import Place, check_sha256, filesystem, reaching
+from prw_flux.data.remote import Place, check_sha256, filesystem, name_of, reaching
 from prw_flux.data.rows import DataError
 
 LIMIT: Final = "PRW_SHARD_CACHE_GIB"
 FOLDER: Final = "PRW_SHARD_CACHE"
 GIB: Final = 20.0
 TRIES: Final = 3
+PAUSE = 1.0
+"""Seconds before the second try; twice as many before the third."""
 
 log = logging.getLogger(__name__)
 
@@ -87,10 +90,7 @@ class ShardCache:
     def _name(self, url: str) -> str:
         """Of the URL and what tells its file's versions apart (size, date, tag)."""
         if url not in self._names:
-            fs, path = filesystem(url)
-            with reaching(url):
-                version = f"{url}\0{fs.ukey(path)}"
-            self._names[url] = hashlib.sha256(version.encode()).hexdigest()
+            self._names[url] = version_of(url)
         return self._names[url]
 
     def _fetch(
@@ -106,7 +106,7 @@ class ShardCache:
         self._make_room(size, url)
         raw = path.with_suffix(".raw")
         try:
-            _copy(fs, there, raw, url)
+            copy_file(fs, there, raw, url)
             if sha256 is not None:
                 check_sha256(raw, sha256, url)
             with atomic.replace_file(path) as new:
@@ -141,7 +141,41 @@ class ShardCache:
                 log.info("%s left the cache", one.name[:12])
 
 
-def _copy(fs: Any, there: str, new: Path, url: str) -> None:
+def version_of(url: str) -> str:
+    """64 hexadecimal digits of a URL and of what tells its file's versions apart.
+
+    Raises:
+        DataError: there is no such file, or it cannot be reached.
+    """
+    fs, path = filesystem(url)
+    with reaching(url):
+        fs.invalidate_cache(path)  # a listing that is remembered may be older than the file
+        version = f"{url}\0{fs.ukey(path)}"
+    return hashlib.sha256(version.encode()).hexdigest()
+
+
+@contextmanager
+def copied(place: Place) -> Iterator[Path]:
+    """A local file with the content of a place, gone afterwards where the place is elsewhere.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if isinstance(place, Path):
+        yield place
+        return
+    fs, there = filesystem(place)
+    with TemporaryDirectory(prefix="prw-") as folder:
+        copy_file(fs, there, path := Path(folder) / name_of(place), place)
+        yield path
+
+
+def copy_file(fs: Any, there: str, new: Path, url: str) -> None:
+    """Copy a file that is elsewhere, with a few tries.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     for attempt in range(TRIES):
         try:
             with reaching(url):
@@ -151,7 +185,7 @@ def _copy(fs: Any, there: str, new: Path, url: str) -> None:
             if attempt + 1 == TRIES:
                 raise
             log.warning("%s could not be read, trying again", url)
-            time.sleep(2.0**attempt)
+            time.sleep(PAUSE * 2**attempt)
 
 
 def _default_folder() -> Path:

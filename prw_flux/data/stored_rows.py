@@ -10,8 +10,8 @@ from typing import Any, Final, Protocol, final
 
 import numpy as np
 
-from prw_flux.data.build import MANIFEST, Manifest, parse_manifest
-from prw_flux.data.remote import Place, below, read_text
+from prw_flux.data.manifest import Manifest, read_manifest
+from prw_flux.data.remote import Place, below
 from prw_flux.data.rows import DataError, Row, features
 from prw_flux.data.shard_cache import LIMIT, TRIES, ShardCache
 
@@ -40,10 +40,7 @@ def manifest_at(folder: Place) -> Manifest:
     Raises:
         DataError: there is no data set, or it is not finished.
     """
-    path = below(folder, MANIFEST)
-    if isinstance(path, Path) and not path.is_file():
-        raise DataError(f"{folder} has no {MANIFEST}: it was not made by `prw-flux data build`")
-    manifest = parse_manifest(read_text(path), str(path))
+    manifest = read_manifest(folder)
     if not manifest.done:
         raise DataError(f"{folder} is not finished; run the same `data build` again")
     return manifest
@@ -74,7 +71,7 @@ class LocalRows:
             if size != shard["bytes"]:
                 raise DataError(
                     f"{file} has {size:,} bytes, not the {shard['bytes']:,} that were built: it is "
-                    "missing or truncated; see `prw-flux data check`"
+                    "missing or truncated; run the same `data build` again"
                 )
         place = None if cache is None else str(cache)
         try:

@@ -20,7 +20,8 @@ from PIL import Image as PILImage
 
 from prw import ConfigError
 from prw_flux.data.annotations import PhotoError
-from prw_flux.data.build import Manifest, build
+from prw_flux.data.build import build
+from prw_flux.data.manifest import Manifest
 from prw_flux.data.readers import Origin, open_reader
 from prw_flux.data.rows import DataError
 

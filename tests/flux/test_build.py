@@ -13,8 +13,9 @@ from PIL import Image as PILImage
 
 from prw import ConfigError, atomic
 from prw_flux.data import build as building
-from prw_flux.data.build import build, read_manifest
+from prw_flux.data.build import build
 from prw_flux.data.edit_pairs import EditPairs
+from prw_flux.data.manifest import read_manifest
 from prw_flux.data.rows import DataError
 
 
@@ -219,14 +220,14 @@ def test_an_unfinished_build_follows_its_input_and_keeps_to_what_was_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = pair_folder(tmp_path / "in", 6)
-    real = building._close_shard
+    real = building.write_shard
 
-    def twice(out: Path, manifest: Any, *args: Any) -> None:
+    def twice(out: Path, manifest: Any, rows: Any) -> None:
         if len(manifest.shards) == 2:
             raise KeyboardInterrupt
-        real(out, manifest, *args)
+        real(out, manifest, rows)
 
-    monkeypatch.setattr(building, "_close_shard", twice)
+    monkeypatch.setattr(building, "write_shard", twice)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "in", tmp_path / "out", shard_rows=2)
     monkeypatch.undo()
@@ -236,6 +237,34 @@ def test_an_unfinished_build_follows_its_input_and_keeps_to_what_was_asked(
     (tmp_path / "in" / "edits.json").write_text(json.dumps(pairs[1:]))
     run(tmp_path / "in", tmp_path / "out")
     assert [row["key"] for row in rows_of(tmp_path / "out")] == [f"pair{i}" for i in range(1, 6)]
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_lost_and_truncated_shards_are_made_again_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: bool
+) -> None:
+    pairs = pair_folder(tmp_path / "in", 8)
+    pairs[7]["id"], pairs[3]["instruction"] = "pair0", ""
+    (tmp_path / "in" / "edits.json").write_text(json.dumps(pairs))
+    out, how = tmp_path / "out", {"shard_rows": 2, "max_rejected": 0.5}
+    whole = run(tmp_path / "in", out, **how)
+    content = {path.name: path.read_bytes() for path in (out / "data").iterdir()}
+    assert [shard["rows"] for shard in whole.shards] == [2, 2, 2]
+    if not done:
+        text = json.loads((out / "build.json").read_text())
+        (out / "build.json").write_text(json.dumps({**text, "done": False}))
+    first, second, third = sorted((out / "data").iterdir())
+    second.unlink()
+    third.write_bytes(content[third.name][:-1])
+    before = first.stat().st_mtime_ns
+    run(tmp_path / "in", out, **how)
+    assert {path.name: path.read_bytes() for path in (out / "data").iterdir()} == content
+    assert first.stat().st_mtime_ns == before
+    second.unlink()
+    PILImage.fromarray(noise(99)).save(tmp_path / "in" / "before" / "2.png")
+    with pytest.raises(DataError, match="its pictures have changed since; remove .*build again"):
+        run(tmp_path / "in", out, **how)
+    assert not second.exists()
 
 
 def test_a_folder_without_a_list_is_told_apart_by_its_names(tmp_path: Path) -> None:
@@ -293,7 +322,7 @@ def test_a_finished_build_is_left_alone_and_another_input_is_refused(
 ) -> None:
     pairs = pair_folder(tmp_path / "in")
     run(tmp_path / "in", tmp_path / "out")
-    monkeypatch.setattr(building, "_close_shard", None)
+    monkeypatch.setattr(building, "write_shard", None)
     assert run(tmp_path / "in", tmp_path / "out").kept == 6
     with pytest.raises(DataError, match="begun with task 'edit', not 'customise'"):
         build(

@@ -17,9 +17,10 @@ from PIL import Image as PILImage
 
 from prw_flux.cli import main
 from prw_flux.data import check as checking
-from prw_flux.data.build import MANIFEST, build, read_manifest, sha256
+from prw_flux.data.build import build
 from prw_flux.data.check import check, sample_rows
 from prw_flux.data.edit_pairs import EditPairs
+from prw_flux.data.manifest import MANIFEST, read_manifest, sha256
 from prw_flux.data.rows import DataError
 
 
@@ -90,7 +91,7 @@ def test_harm_is_found_and_named(data: Path) -> None:
     (told,) = check(data)
     assert told.startswith("data/train-00001.parquet has changed since it was built")
     shard.unlink()
-    assert check(data) == ["data/train-00001.parquet is missing; build it again"]
+    assert check(data) == ["data/train-00001.parquet is missing; run the same `data build` again"]
     shard.write_bytes(kept)
     (data / "data" / "train-00009.parquet").write_bytes(kept)
     assert check(data) == ["data/train-00009.parquet is not in build.json; remove it"]
@@ -141,8 +142,6 @@ def test_the_command_line(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFix
     order = ["data", "build", "edit", "--from", "pairs", str(pairs), "--out", out]
     assert main(order) == 1
     assert "10.0% of the records cannot be used, above the limit" in capsys.readouterr().err
-    assert main([*order, "--max-rejected", "0.1", "--licence", "CC0"]) == 1
-    assert "was begun with licence None, not 'CC0'" in capsys.readouterr().err
     assert main([*order, "--max-rejected", "0.1"]) == 0
     assert "9 of 10 records used; left out: 1 empty caption" in capsys.readouterr().out
     assert main(["data", "inspect", out, "--out", str(tmp_path / "sheet.png")]) == 0
@@ -150,6 +149,8 @@ def test_the_command_line(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "9 rows in 1 shard," in shown and "empty caption" in shown and "64 x 48" in shown
     with PILImage.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > 900 and np.array(sheet).std() > 30
+    assert main([*order, "--max-rejected", "0.1", "--licence", "CC0"]) == 1
+    assert "was begun with licence None, not 'CC0'" in capsys.readouterr().err
     assert main(["data", "inspect", out, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kept"] == 9
     assert main(["data", "check", out]) == 0
@@ -166,12 +167,12 @@ import sys, time
 from pathlib import Path
 from prw_flux.data import build as building
 from prw_flux.data.edit_pairs import EditPairs
-whole = building._close_shard
+whole = building.write_shard
 def slow(*args):
     whole(*args)
     sys.stdout.write("shard\\n"); sys.stdout.flush()
     time.sleep(30)
-building._close_shard = slow
+building.write_shard = slow
 building.build(EditPairs(Path(sys.argv[1])), "edit", Path(sys.argv[2]), made_from={},
                max_rejected=0.2, shard_rows=4)
 """

@@ -241,7 +241,8 @@ def test_a_damaged_picture_in_every_shard(
     import numpy as np
     import pyarrow.parquet as parquet
 
-    from prw_flux.data.build import MANIFEST, build, sha256
+    from prw_flux.data.build import build
+    from prw_flux.data.manifest import MANIFEST, sha256
     from prw_flux.data.on_disk import OnDisk
     from prw_flux.data.row_checks import encode
     from prw_flux.data.rows import Picture, Record

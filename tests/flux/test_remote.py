@@ -11,13 +11,16 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from flux.test_build import pair_folder
 from flux.test_on_disk import make
 from flux.test_tar_rows import captioned, write_tar
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prw import ConfigError
 from prw_flux.data.build import build
+from prw_flux.data.check import check, sample_rows
+from prw_flux.data.folder_copy import local_folder
+from prw_flux.data.manifest import read_manifest
 from prw_flux.data.on_disk import OnDisk
 from prw_flux.data.readers import Origin, open_reader
 from prw_flux.data.remote import braces, fingerprint, found_files, is_url, opened
@@ -151,19 +154,85 @@ def test_tars_and_parquet_are_built_from_urls(
         write_tar(tmp_path / "tars" / f"{shard}.tar", captioned(3, 3 * shard))
     url = upload(memory, tmp_path / "tars", "/tars")
     manifests = []
-    for where in (url, str(tmp_path / "tars")):
+    for name, where in (("mem", url), ("disk", str(tmp_path / "tars"))):
         reader = open_reader(Origin(kind="webdataset", path=f"{where}/{{0..1}}.tar"), "inpaint")
-        manifests.append(build(reader, "inpaint", tmp_path / where[:3], made_from={}))
+        manifests.append(build(reader, "inpaint", tmp_path / name, made_from={}))
     assert manifests[0] == manifests[1] and manifests[0].kept == 6
     url = upload(memory, tmp_path / "mem" / "data", "/rows")
     origin = Origin(kind="parquet", path=url, columns=("target=target", "text=text"))
     again = build(open_reader(origin, "inpaint"), "inpaint", tmp_path / "again", made_from={})
     assert again.kept == 6
-    with pytest.raises(ConfigError, match="photos are read from a local folder, not from memory"):
-        open_reader(Origin(kind="photos", path=url), "inpaint")
     monkeypatch.setenv("PRW_SHARD_CACHE_GIB", "much")
     with pytest.raises(DataError, match="PRW_SHARD_CACHE_GIB must be a number of GiB, got 'much'"):
         open_reader(origin, "inpaint")
+
+
+def test_folders_of_pictures_at_urls_are_copied_and_followed(
+    memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PRW_SHARD_CACHE", str(tmp_path / "cache"))
+    pair_folder(tmp_path / "in", 3)
+    url = upload(memory, tmp_path / "in", "/pairs")
+    here, there = (
+        build(open_reader(Origin(kind="pairs", path=path), "edit"), "edit", tmp_path / name,
+              made_from={})
+        for name, path in (("here", str(tmp_path / "in")), ("there", url))
+    )  # fmt: skip
+    assert here == there and here.kept == 3
+    memory.rm("/pairs/before/2.png")
+    memory.pipe_file("/pairs/before/1.png", memory.cat_file("/pairs/before/0.png"))
+    monkeypatch.setattr(
+        type(memory), "get_file", counting := Counting(type(memory).get_file)
+    )  # fmt: skip
+    folder = local_folder(url)
+    assert counting.asked == ["/pairs/before/1.png"]
+    assert sorted(path.name for path in (folder / "before").iterdir()) == ["0.png", "1.png"]
+    assert (folder / "before/1.png").read_bytes() == (folder / "before/0.png").read_bytes()
+    assert local_folder(f"{url}/edits.json").read_bytes().startswith(b"[")
+    assert local_folder(tmp_path) == tmp_path
+    with pytest.raises(DataError, match="there are no files at memory://nowhere"):
+        local_folder("memory://nowhere")
+    monkeypatch.setenv("PRW_SHARD_CACHE_GIB", "0.000001")
+    with pytest.raises(DataError, match="more than the cache may hold.*pack them into tars"):
+        local_folder(url)
+    memory.pipe_file("/small/a.txt", b"x" * 900)
+    with pytest.raises(DataError, match=r"no room in the cache .* remove .*-pairs, or raise PRW_"):
+        local_folder("memory://small")
+
+
+class Counting:
+    """A method that remembers what it was asked for."""
+
+    def __init__(self, method: Any) -> None:
+        self.method, self.asked = method, list[str]()
+
+    def __get__(self, owner: Any, kind: Any = None) -> Any:
+        def asked(path: str, *args: Any, **how: Any) -> Any:
+            self.asked.append(path)
+            return self.method(owner, path, *args, **how)
+
+        return asked
+
+
+def test_a_data_set_at_a_url_is_inspected_and_checked(
+    memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PRW_SHARD_CACHE", str(tmp_path / "cache"))
+    url = upload(memory, make(tmp_path / "d", "edit", 10), "/bucket/d")
+    assert read_manifest(url) == read_manifest(tmp_path / "d")
+    assert sample_rows(url, 5) == sample_rows(tmp_path / "d", 5)
+    assert check(url) == []
+    monkeypatch.setattr(
+        type(memory), "get_file", counting := Counting(type(memory).get_file)
+    )  # fmt: skip
+    assert check(url) == [] and counting.asked == []
+    shard = bytearray(memory.cat_file("/bucket/d/data/train-00001.parquet"))
+    shard[100] ^= 1
+    memory.pipe_file("/bucket/d/data/train-00001.parquet", bytes(shard))
+    memory.rm("/bucket/d/data/train-00002.parquet")
+    missing, changed = check(url)
+    assert missing == "data/train-00002.parquet is missing; run the same `data build` again"
+    assert changed.startswith("data/train-00001.parquet has changed since it was built")
 
 
 def test_a_data_set_trains_from_a_url(memory: Any, tmp_path: Path) -> None:

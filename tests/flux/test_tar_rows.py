@@ -14,9 +14,10 @@ from PIL import Image as PILImage
 
 from prw import ConfigError
 from prw_flux.cli import main
-from prw_flux.data.build import Manifest, build
+from prw_flux.data.build import build
 from prw_flux.data.check import sample_rows
 from prw_flux.data.column_map import column_map
+from prw_flux.data.manifest import Manifest
 from prw_flux.data.readers import Origin, open_reader
 from prw_flux.data.rows import DataError
 from prw_flux.data.tar_rows import TarRows, guessed
