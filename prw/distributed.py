@@ -1,13 +1,14 @@
 """Data parallel training: routed parameters stay whole on every rank, their gradients are averaged.
 
-Under DDP nothing here is needed. FSDP2 shards the frozen base and is told to leave the routed
-parameters alone: they are small, a stage may add some at any time, and a checkpoint needs them
-whole.
+Under DDP nothing here is needed. FSDP2 and DeepSpeed's ZeRO-3 shard the frozen base and are kept
+away from the routed parameters: they are small, a stage may add some at any time, and a checkpoint
+needs them whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,32 @@ def routed_parameters(weave: Weave) -> set[nn.Parameter]:
     return {parameter for pool in weave.pools.values() for parameter in pool.parameters()}
 
 
+@contextmanager
+def apart(model: nn.Module, weave: Weave) -> Iterator[None]:
+    """Inside, the pools are no part of `model`: what happens to its parameters leaves them alone.
+
+    For ``deepspeed.initialize`` with stage 3 of ZeRO, which shards every parameter that it finds.
+
+    Args:
+        model: the woven model, which cannot run meanwhile.
+        weave: whose pools are taken out, and put back at the end.
+    """
+    pools = set(weave.pools.values())
+    homes = [
+        (module, name, child)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if child in pools
+    ]
+    for module, name, _ in homes:
+        setattr(module, name, None)  # torch keeps the place of a child that is None
+    try:
+        yield
+    finally:
+        for module, name, pool in homes:
+            setattr(module, name, pool)
+
+
 @torch.no_grad()
 def broadcast(weave: Weave, source: int = 0) -> None:
     """Give every rank the routed parameters that rank `source` holds, and what its routers keep.
@@ -52,8 +79,9 @@ def broadcast(weave: Weave, source: int = 0) -> None:
 def average_gradients(weave: Weave) -> None:
     """Replace the gradient of every parameter that may learn by its mean over ranks.
 
-    For parameters that no wrapper looks after, as under FSDP2 with ``ignored_params``; call it once
-    per step, after the last backward and before clipping. Does nothing without torch.distributed.
+    For parameters that no wrapper looks after, as under FSDP2 with ``ignored_params`` and ZeRO-3
+    with `apart`; call it once per step, after the last backward and before clipping. Does nothing
+    without torch.distributed.
     """
     if ranks() > 1:
         average(weave.parameters())
@@ -84,7 +112,7 @@ def whole(pools: Mapping[str, Pool]) -> None:
     """Refuse routed parameters that something has sharded.
 
     Raises:
-        StageError: a parameter is a DTensor.
+        StageError: a parameter is a DTensor, or one that ZeRO-3 has marked as its own.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
@@ -96,6 +124,11 @@ def whole(pools: Mapping[str, Pool]) -> None:
                 raise StageError(
                     f"{name!r} of the routed group {group!r} is sharded; call fully_shard(..., "
                     "ignored_params=prw.distributed.routed_parameters(weave))"
+                )
+            if "ds_id" in vars(parameter):
+                raise StageError(
+                    f"{name!r} of the routed group {group!r} is sharded by ZeRO-3; call "
+                    "deepspeed.initialize inside `with prw.distributed.apart(model, weave):`"
                 )
 
 

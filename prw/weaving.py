@@ -218,7 +218,7 @@ class Weave:
         """Unique names and parameters of what may learn now.
 
         Raises:
-            StageError: FSDP2 has sharded them; see `prw.distributed`.
+            StageError: FSDP2 or ZeRO-3 has sharded them; see `prw.distributed`.
         """
         whole(self.pools)
         for group, pool in self.pools.items():
@@ -401,7 +401,7 @@ class Weave:
         h of all stages, without noise. The result is the router that the last stage ends with: the
         free route, `at_stage` of the last stage, and where the next one begins. The snapshots of
         earlier stages stay. Call it between stages, after `remember`. Under data parallelism every
-        rank must remember the same inputs, and FSDP2 must not have sharded the routers.
+        rank must remember the same inputs, and nothing must have sharded the routers.
 
         Args:
             iterations: of L-BFGS, at most.
@@ -429,7 +429,7 @@ class Weave:
             extra: further text files to write beside them, by file name.
 
         Raises:
-            StageError: FSDP2 has sharded the routed parameters; see `prw.distributed`.
+            StageError: FSDP2 or ZeRO-3 has sharded the routed parameters; see `prw.distributed`.
         """
         whole(self.pools)
         checkpoint.save(

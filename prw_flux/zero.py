@@ -11,7 +11,9 @@ import importlib.util
 import json
 import logging
 import os
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -108,11 +110,12 @@ def require_fits(config: RunConfig) -> None:
                 f"DeepSpeed's offload_param needs stage 3, this is stage {_stage(settings)}: "
                 "launch with --zero_stage 3"
             )
-        logger.warning(
-            "ZeRO stage %d would shard the optimizer and gradients of one expert only: every rank "
-            "keeps them, as with --multi_gpu; --zero_stage 3 shards the base",
-            _stage(settings),
-        )
+        if os.environ.get("RANK", "0") == "0":
+            logger.warning(
+                "ZeRO stage %d would shard the optimizer and gradients of one expert only: every "
+                "rank keeps them, as with --multi_gpu; --zero_stage 3 shards the base",
+                _stage(settings),
+            )
         return
     if config.base.quantisation != "none":
         raise ConfigError(
@@ -131,15 +134,17 @@ def shard(transformer: FluxTransformer2DModel) -> None:
 
     What a launcher says under ``zero_optimization`` counts: offloading, thresholds, prefetching.
     """
-    import deepspeed
-    from deepspeed.utils import logger as told
+    with redirect_stdout(sys.stderr):  # what it tells is not the answer that a script reads
+        import deepspeed
+        from deepspeed.utils import logger as told
 
     told.setLevel(logging.WARNING)
     settings = {name: value for name, value in asked().items() if name in USED}
     settings["zero_optimization"] = _without_auto(settings["zero_optimization"])
     settings["train_micro_batch_size_per_gpu"] = 1  # it asks, and nothing here reads it
     settings["bf16"] = {"enabled": transformer.dtype == torch.bfloat16}
-    engine = deepspeed.initialize(model=transformer, config=settings)[0]
+    with redirect_stdout(sys.stderr):
+        engine = deepspeed.initialize(model=transformer, config=settings)[0]
     # one that stops early leaves a layer whose end DeepSpeed waits for
     recomputed = partial(checkpoint, use_reentrant=False, early_stop=False)
     transformer.enable_gradient_checkpointing(recomputed)

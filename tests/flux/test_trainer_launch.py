@@ -110,7 +110,7 @@ def test_ranks_told_to_stop_exit_143(words: list[str], tmp_path: Path) -> None:
 
 
 DEEPSPEED = pytest.param(
-    ["--use_deepspeed", "--zero_stage=3"],
+    ["--use_deepspeed", "--zero_stage=3", "--offload_param_device=cpu"],
     marks=pytest.mark.skipif(
         importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed: pip install it"
     ),

@@ -37,10 +37,10 @@ class Net(nn.Module):
         return y
 
 
-def build() -> tuple[Net, prw.Weave]:
+def build(dtype: torch.dtype = torch.float64) -> tuple[Net, prw.Weave]:
     """The same on every rank. The sign of feature 0 decides: below 0 never reaches the newest."""
     torch.manual_seed(0)
-    net = Net().double()
+    net = Net().to(dtype)
     weave = prw.weave(net, prw.Config(target_modules=["to_k", "to_v"], rank=2, noise=False))
     for name in ("one", "two"):
         weave.unlock(name)
@@ -90,14 +90,14 @@ def alone(step: Any) -> Any:
         prw.losses.ranks, prw.distributed.ranks = ranks, averaging
 
 
-def assert_gradients(ours: prw.Weave, theirs: prw.Weave) -> None:
+def assert_gradients(ours: prw.Weave, theirs: prw.Weave, close: Any = CLOSE) -> None:
     """The same gradient for every parameter that may learn, and none that is absent."""
     wanted = dict(theirs.named_parameters())
     found = dict(ours.named_parameters())
     assert list(found) == list(wanted)
     for name, parameter in wanted.items():
         assert parameter.grad is not None and found[name].grad is not None, name
-        torch.testing.assert_close(found[name].grad, parameter.grad, **CLOSE, msg=name)
+        torch.testing.assert_close(found[name].grad, parameter.grad, **close, msg=name)
 
 
 def ddp(rank: int, folder: Path) -> None:
