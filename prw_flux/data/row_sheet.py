@@ -7,6 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 from PIL import Image as PILImage
 from PIL import ImageDraw
 
@@ -34,8 +35,10 @@ def write_row_sheet(path: Path, rows: Sequence[Row]) -> None:
 
 def _cell(row: Row) -> PILImage.Image:
     stored = [row["source"], row["target"], row["mask"]]
-    stored += [entry["image"] for entry in row["conditions"]]
     pictures = [_thumbnail(one["bytes"]) for one in stored if one is not None]
+    for entry in row["conditions"]:
+        labels = entry["name"] == "segmentation"
+        pictures.append(_thumbnail(entry["image"]["bytes"], labels=labels))
     boxed = pictures[0]
     full = _size((row["source"] or row["target"])["bytes"])
     _draw_boxes(boxed, row, boxed.width / full[0])
@@ -46,9 +49,11 @@ def _cell(row: Row) -> PILImage.Image:
         x += picture.width + GAP
     pen = ImageDraw.Draw(cell)
     text = row["text"].encode("ascii", "replace").decode()
-    while text and pen.textlength(text) > cell.width:
-        text = text[:-1]
-    pen.text((0, SIDE + 1), text, fill="black")
+    if pen.textlength(text) > cell.width:
+        while text and pen.textlength(f"{text}...") > cell.width:
+            text = text[:-1]
+        text += "..."
+    pen.text((0, max(picture.height for picture in pictures) + 1), text, fill="black")
     return cell
 
 
@@ -67,8 +72,16 @@ def _size(data: bytes) -> tuple[int, int]:
         return picture.size
 
 
-def _thumbnail(data: bytes) -> PILImage.Image:
+def _thumbnail(data: bytes, *, labels: bool = False) -> PILImage.Image:
+    """A small picture; class indices, which are nearly black, get a colour each."""
     with PILImage.open(BytesIO(data)) as picture:
-        small = picture.convert("RGB")
+        if labels and picture.mode in ("L", "P"):
+            index = np.array(picture).astype(np.int64)
+            colours = [(index * step % 256).astype(np.uint8) for step in (67, 151, 199)]
+            small = PILImage.fromarray(np.stack(colours, axis=-1))
+        else:
+            small = picture.convert("RGB")
     scale = SIDE / max(small.size)
-    return small.resize((max(1, round(small.width * scale)), max(1, round(small.height * scale))))
+    how = PILImage.Resampling.NEAREST if labels else PILImage.Resampling.BICUBIC
+    size = max(1, round(small.width * scale)), max(1, round(small.height * scale))
+    return small.resize(size, how)

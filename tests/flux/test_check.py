@@ -162,6 +162,22 @@ def test_the_command_line(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "pairs feeds edit, customise, not 'paint'" in capsys.readouterr().err
 
 
+def test_a_sheet_shows_class_indices_in_colours(tmp_path: Path) -> None:
+    from prw_flux.data.row_checks import encode
+    from prw_flux.data.row_sheet import write_row_sheet
+
+    labels = np.zeros((40, 60), np.uint8)
+    labels[:, 20:40], labels[:, 40:] = 1, 2
+    grey = {"bytes": encode(np.full((40, 60, 3), 128, np.uint8)), "path": None}
+    maps = [{"name": "segmentation", "method": "", "image": {"bytes": encode(labels)}}]
+    row = {"source": None, "target": grey, "mask": None, "conditions": maps, "boxes": [],
+           "text": "words " * 90}  # fmt: skip
+    write_row_sheet(tmp_path / "sheet.png", [row])
+    with PILImage.open(tmp_path / "sheet.png") as sheet:
+        colours = {colour for _, colour in sheet.convert("RGB").getcolors(10_000) or []}
+    assert {(128, 128, 128), (0, 0, 0), (67, 151, 199), (134, 46, 142)} <= colours
+
+
 KILLED = """
 import sys, time
 from pathlib import Path
