@@ -56,8 +56,14 @@ def sharded(config: RunConfig) -> Any:
 
 
 def gradients(ranks: Ranks, folder: Path) -> None:
-    """Those of one process, in one and in two micro-batches, and with a feature stream."""
+    """Those of one process, in one and in two micro-batches, and with a feature stream.
+
+    And those of two ranks that hold the whole base.
+    """
     config = RunConfig.from_json((folder / "config.json").read_text())
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
+    whole = gradients_of(config, ranks, folder / "whole-ranks")
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     kinds = {"wanted": [], "wanted-twice": ["accumulate=2"], "wanted-features": FEATURES}
     for name, settings in kinds.items():
         kind = config.with_settings([*settings, "checkpointing=true"])
@@ -66,6 +72,8 @@ def gradients(ranks: Ranks, folder: Path) -> None:
         assert found.keys() == wanted.keys()
         for key, value in wanted.items():
             assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=f"{name}, {key}")
+            if name == "wanted":
+                assert_close(found[key], whole[key], rtol=1e-5, atol=1e-6, msg=key)
 
 
 class Looks(Quiet):
