@@ -140,7 +140,10 @@ def shard(transformer: FluxTransformer2DModel) -> None:
 
     told.setLevel(logging.WARNING)
     settings = {name: value for name, value in asked().items() if name in USED}
-    settings["zero_optimization"] = _without_auto(settings["zero_optimization"])
+    # else torch.nn.functional.linear is another one in the whole process from here on; what it is
+    # for, weights that wait in the graph, recomputed blocks do not have
+    linear = {"memory_efficient_linear": False}
+    settings["zero_optimization"] = linear | _without_auto(settings["zero_optimization"])
     settings["train_micro_batch_size_per_gpu"] = 1  # it asks, and nothing here reads it
     settings["bf16"] = {"enabled": transformer.dtype == torch.bfloat16}
     with redirect_stdout(sys.stderr):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed.ops
+import torch
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from diffusers import FluxTransformer2DModel
 from flux.trainer_ranks import FEATURES, gradients_of, with_ranks
@@ -34,6 +35,8 @@ ZERO = """{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold
 "train_batch_size": "auto", "bf16": {"enabled": "auto"}}"""
 """Nothing stays gathered because the base is small."""
 
+LINEAR = torch.nn.functional.linear
+
 
 def gathered(transformer: FluxTransformer2DModel) -> Counter[str]:
     """Blocks that are whole on this rank, and how many of their numbers."""
@@ -52,12 +55,19 @@ def sharded(config: RunConfig) -> Any:
     here, whole = sum(p.ds_tensor.numel() for p in base), sum(p.ds_numel for p in base)
     assert whole / 2 <= here < 0.51 * whole
     assert not any(hasattr(p, "ds_id") for p in session.adapter.parameters())
+    assert torch.nn.functional.linear is LINEAR  # DeepSpeed may put in one of its own, for all
     return session
 
 
 def gradients(ranks: Ranks, folder: Path) -> None:
-    """Those of one process, in one and in two micro-batches, and with a feature stream."""
+    """Those of one process, in one and in two micro-batches, and with a feature stream.
+
+    And those of two ranks that hold the whole base.
+    """
     config = RunConfig.from_json((folder / "config.json").read_text())
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
+    whole = gradients_of(config, ranks, folder / "whole-ranks")
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     kinds = {"wanted": [], "wanted-twice": ["accumulate=2"], "wanted-features": FEATURES}
     for name, settings in kinds.items():
         kind = config.with_settings([*settings, "checkpointing=true"])
@@ -66,6 +76,8 @@ def gradients(ranks: Ranks, folder: Path) -> None:
         assert found.keys() == wanted.keys()
         for key, value in wanted.items():
             assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=f"{name}, {key}")
+            if name == "wanted":
+                assert_close(found[key], whole[key], rtol=1e-5, atol=1e-6, msg=key)
 
 
 class Looks(Quiet):
