@@ -28,6 +28,7 @@ class Twins:
     """A reader of editing pairs drawn from ShapeWeave."""
 
     inputs: tuple[Path, ...] = ()
+    listed = ""
 
     def __init__(self, count: int, size: int) -> None:
         self.count, self.drawn = count, ShapeWeave(size=size, seed=0)

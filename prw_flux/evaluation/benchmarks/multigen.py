@@ -247,8 +247,8 @@ def as_grey(values: Any) -> Any:
 def inverted_as_scripted(lines: Any) -> Any:
     """Black lines to white ones as ControlNet++'s eval_edge.py does it: 1 - p in 8 bits.
 
-    It wraps: p becomes 257 - p, except that 0 and 1, the blackest lines, become 1 and 0. The
-    published numbers were obtained so; the metric without it is called "unwrapped".
+    It wraps: p becomes 257 - p, except that 0 and 1, the blackest lines, become 1 and 0. Published
+    numbers that used the script were obtained so; the metric without it is called "unwrapped".
     """
     return np.uint8(1) - np.asarray(lines, np.uint8)
 

@@ -71,11 +71,12 @@ def depth_estimate(found_HW: Map, shape: tuple[int, ...]) -> NDArray[np.uint8]:
         raise ValueError(f"estimated depths are [H, W], got {found.shape}")
     if not found.max() > 0:
         raise ValueError("the estimated depth is nowhere positive")
-    grey: NDArray[np.uint8] = (np.clip(found / found.max(), 0, 1) * 255).astype(np.uint8)
-    if grey.shape != shape:
-        size = (shape[1], shape[0])
-        grey = np.array(PILImage.fromarray(grey).resize(size, PILImage.Resampling.BILINEAR))
-    return grey
+    grey = np.asarray(np.clip(found / found.max(), 0, 1) * 255, np.uint8)
+    if grey.shape == shape:
+        return grey
+    size = (shape[1], shape[0])
+    resized = PILImage.fromarray(grey).resize(size, PILImage.Resampling.BILINEAR)
+    return np.array(resized, np.uint8)
 
 
 def depth_label(wanted_HW: Map) -> NDArray[np.uint8]:
