@@ -41,10 +41,11 @@ def benchmarks(facts: Facts) -> str:
 def _benchmark(scores: Mapping[str, Any]) -> str:
     lines: Sequence[Row] = scores["lines"]
     names = dict.fromkeys(name for line in lines for name in line["metrics"])
+    places = {name: decimals([line["metrics"].get(name) for line in lines]) for name in names}
     head = "".join(f'<th class="num">{_heading(name)}</th>' for name in names)
     body = "".join(
         f'<tr><td>{escape(line["label"])}</td><td class="num">{line["n"]}</td>'
-        + "".join(_number(line["metrics"].get(name)) for name in names)
+        + "".join(_number(line["metrics"].get(name), places[name]) for name in names)
         + "</tr>"
         for line in lines
     )
@@ -75,13 +76,13 @@ def _problems(problems: Sequence[str]) -> list[str]:
     return [f"{those} no score, the first: {problems[0]}."]
 
 
-def _number(value: float | None) -> str:
-    return f'<td class="num">{"" if value is None else decimals(value)}</td>'
+def _number(value: float | None, places: int) -> str:
+    return f'<td class="num">{"" if value is None else f"{value:.{places}f}"}</td>'
 
 
-def decimals(value: float) -> str:
-    """Four decimals of a share or a cosine, two of what is counted in hundreds."""
-    return f"{value:.4f}" if abs(value) < 2 else f"{value:.2f}"
+def decimals(column: Sequence[float | None]) -> int:
+    """Four of shares and cosines, two of what is counted in tens or hundreds."""
+    return 4 if all(abs(value) < 2 for value in column if value is not None) else 2
 
 
 def _comparisons(scores: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, Comparison]]]]:

@@ -330,6 +330,14 @@ def test_worst_of_tasks_are_kept_apart() -> None:
     assert [value for _, value in found["Editing: worst 2 of 2 by headline"]] == [0.2, 0.3]
 
 
+def test_a_column_has_as_many_decimals_in_every_row() -> None:
+    from prw_flux.report.benchmarks import decimals
+
+    assert decimals([0.3548, None, -1.2]) == 4
+    assert decimals([2.4545, 1.9091]) == 2
+    assert decimals([]) == 4
+
+
 def test_a_picture_that_stands_in_two_rows_is_shown_once_and_what_it_is_compared_with_is_said() -> (
     None
 ):
