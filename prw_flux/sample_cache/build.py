@@ -18,10 +18,11 @@ from prw_flux.config import RunConfig
 from prw_flux.coredi.encoders import FeatureEncoder, load_encoder
 from prw_flux.draws import Draws, Tally
 from prw_flux.encoded import Grid, Texts
+from prw_flux.sample_cache.block import BlockRow, write_block
 from prw_flux.sample_cache.errors import CacheError
 from prw_flux.sample_cache.identity import Drawn, encoder_digests, identity
 from prw_flux.sample_cache.store import Picture, features_key, picture_key, text_key
-from prw_flux.sample_cache.table import BlockRow, Table, write_block
+from prw_flux.sample_cache.table import Table
 from prw_flux.sample_cache.wanted import wanted
 from prw_flux.sample_cache.writer import BlockShards, Writer
 from prw_flux.sample_encoder import SampleEncoder, alike, semantic

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from prw_flux.sample_cache.block import Block
 from prw_flux.sample_cache.errors import CacheError
 from prw_flux.sample_cache.store import SHARDS, Shards, content_hash
-from prw_flux.sample_cache.table import TABLES, Block, Table, tables
+from prw_flux.sample_cache.table import TABLES, Table, tables
 
 Problems = dict[Path, str]
 """Damaged files, and what is wrong with each."""

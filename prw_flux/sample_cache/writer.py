@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, final
 
+from prw_flux.sample_cache.block import Block
 from prw_flux.sample_cache.errors import CacheError
 from prw_flux.sample_cache.store import SHARDS, Content, Kind, write_shard
-from prw_flux.sample_cache.table import BLOCK, Block, tables
+from prw_flux.sample_cache.table import BLOCK, tables
 
 FULL: Final[dict[Kind, int]] = {"latents": 2 * BLOCK, "texts": 64, "features": 64}
 """Contents of a shard: 256 MiB of texts at T5-XXL's 512 tokens of width 4096."""
