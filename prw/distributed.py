@@ -40,7 +40,7 @@ def apart(model: nn.Module, weave: Weave) -> Iterator[None]:
     For ``deepspeed.initialize`` with stage 3 of ZeRO, which shards every parameter that it finds.
 
     Args:
-        model: the woven model, which cannot run meanwhile.
+        model: the woven model, on its device already; it cannot run meanwhile.
         weave: whose pools are taken out, and put back at the end.
     """
     pools = set(weave.pools.values())

@@ -101,6 +101,7 @@ def _planned(args: argparse.Namespace) -> Any:
 def _begin(args: argparse.Namespace, ranks: Any) -> Path:
     """A new run: everything that can be wrong is found before its folder exists."""
     from prw_flux.data.choose import open_held_out
+    from prw_flux.data.folder_copy import local_folder
     from prw_flux.data.photos import PhotoFolder
     from prw_flux.ranks import require_even
     from prw_flux.resume import adapter_to_continue
@@ -121,7 +122,9 @@ def _begin(args: argparse.Namespace, ranks: Any) -> Path:
     path: Path = ranks.once(room)
     start = None if parent is None else ranks.once(lambda: adapter_to_continue(parent))
     # a folder that does not train is shown in the report: it has to be usable as well
-    shown = PhotoFolder(config.data.photos, config.size) if config.data.photos else None
+    shown = None
+    if config.data.photos:
+        shown = PhotoFolder(local_folder(config.data.photos), config.size)
     require_trackers(config.trackers)
     session = open_session(config, start)
     data = open_training_data(config, session)

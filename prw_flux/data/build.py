@@ -121,6 +121,8 @@ def _opened(out: Path, task: str, made_from: dict[str, Any], max_rejected: float
         return _begun(out, Manifest(task=task, made_from=made_from))
     manifest = read_manifest(out)
     old, new = {"task": manifest.task, **manifest.made_from}, {"task": task, **made_from}
+    if "listed" not in old:  # built by an older version, which did not note it
+        new.pop("listed", None)
     changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     why = ""
     if changed:
@@ -134,7 +136,9 @@ def _opened(out: Path, task: str, made_from: dict[str, Any], max_rejected: float
         if manifest.shards:
             log.warning("%s begins again without its %d rows: %s", out, manifest.kept, why)
         manifest = _begun(out, Manifest(task=task, made_from=made_from))
-    manifest.stopped = None
+    manifest.stopped, manifest.made_from = None, made_from
+    if manifest.shards:  # an older version did not note where a shard ends
+        manifest.shards[-1].setdefault("read", manifest.read)
     known = {out / shard["file"] for shard in manifest.shards}
     for left in (out / "data").glob("*"):
         if left not in known:

@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +26,8 @@ from prw_flux.data.shard_cache import LIMIT, ShardCache, copy_file
 
 FOLDERS: Final = "folders"
 WORKERS: Final = 8
+NOTED: Final = 200
+"""Files between two writings of the index."""
 VERSION: Final = ("size", "ETag", "etag", "LastModified", "mtime", "created", "sha256", "blob_id")
 """What tells the versions of a file apart, as far as a file system says it."""
 
@@ -80,13 +83,18 @@ def _bring(fs: Any, base: str, found: Mapping[str, Any], folder: Path, url: str)
         with atomic.replace_file(folder / name) as new:
             copy_file(fs, f"{base}/{name}", new, f"{url}/{name}")
 
-    try:
-        with ThreadPoolExecutor(WORKERS) as pool:
-            for name, _ in zip(due, pool.map(copy, due), strict=True):
-                have[name] = wanted[name]
-    finally:
+    def note() -> None:
         with atomic.replace_file(index) as new:
             new.write_text(json.dumps({name: have[name] for name in wanted if name in have}))
+
+    try:
+        with ThreadPoolExecutor(WORKERS) as pool:
+            for number, (name, _) in enumerate(zip(due, pool.map(copy, due), strict=True), 1):
+                have[name] = wanted[name]
+                if number % NOTED == 0:  # a kill runs no finally
+                    note()
+    finally:
+        note()
 
 
 def _require_inside(found: Mapping[str, Any], folder: Path, url: str) -> None:
@@ -98,7 +106,7 @@ def _require_inside(found: Mapping[str, Any], folder: Path, url: str) -> None:
 def _require_room(found: Mapping[str, Any], folder: Path, url: str, limit: int) -> None:
     size = sum(int(info.get("size") or 0) for info in found.values())
     others = {
-        other: sum(path.stat().st_size for path in other.rglob("*") if path.is_file())
+        other: _size(other)
         for other in folder.parent.iterdir()
         if other.is_dir() and other != folder
     }
@@ -113,3 +121,12 @@ def _require_room(found: Mapping[str, Any], folder: Path, url: str, limit: int) 
             f"there is no room in the cache ({limit / 2**30:.1f} GiB) for the {size / 2**30:.1f} "
             f"GiB of {url}; remove {largest}, or raise {LIMIT}"
         )
+
+
+def _size(folder: Path) -> int:
+    """Of all files, while another process may rename some."""
+    found = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            found += path.stat().st_size if path.is_file() else 0
+    return found

@@ -84,7 +84,7 @@ def mend(out: Path, manifest: Manifest, reader: Reader, making: Making) -> None:
     """Make the shards again that are missing or truncated; all others stay.
 
     Raises:
-        DataError: such a shard does not come out as it was, because its pictures have changed.
+        DataError: such a shard does not come out as it was, byte for byte.
     """
     sizes = {file.relative_to(out).as_posix(): file.stat().st_size for file in out.glob("data/*")}
     damaged = [one for one in manifest.shards if sizes.get(one["file"]) != one["bytes"]]
@@ -103,7 +103,8 @@ def mend(out: Path, manifest: Manifest, reader: Reader, making: Making) -> None:
             if sha256(new) != shard["sha256"]:
                 raise DataError(
                     f"{out / shard['file']} is missing or truncated, and does not come out as it "
-                    f"was: its pictures have changed since; remove {out} and build again"
+                    f"was: its pictures, or pyarrow or Pillow, are others since; remove {out} and "
+                    "build again"
                 )
 
 

@@ -14,7 +14,9 @@ from PIL import Image as PILImage
 
 from prw.atomic import replace_folder
 from prw_flux.data.annotations import PhotoError
+from prw_flux.data.folder_copy import local_folder
 from prw_flux.data.photos import PhotoFolder
+from prw_flux.data.rows import DataError
 from prw_flux.evaluation.samples import EvaluationSample, draw_samples
 from prw_flux.rundir import RunFolder
 from prw_flux.tasks import Image, load_task
@@ -31,9 +33,11 @@ def photo_samples(
     """Samples of real photos, for the tasks that they allow; empty where there are no photos."""
     if count == 0:
         return {}
+    where = folder.config.data.photos
     try:
-        photos = PhotoFolder(folder.config.data.photos, size=folder.config.size, split="all")
-    except PhotoError as problem:
+        place = None if where is None else local_folder(where)
+        photos = PhotoFolder(place, size=folder.config.size, split="all")
+    except (PhotoError, DataError) as problem:
         log.warning("no photos in the report: %s", problem)
         return {}
     possible = [task for task in tasks if task in photos.tasks()]

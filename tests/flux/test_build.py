@@ -262,7 +262,7 @@ def test_lost_and_truncated_shards_are_made_again_alone(
     assert first.stat().st_mtime_ns == before
     second.unlink()
     PILImage.fromarray(noise(99)).save(tmp_path / "in" / "before" / "2.png")
-    with pytest.raises(DataError, match="its pictures have changed since; remove .*build again"):
+    with pytest.raises(DataError, match="its pictures, or pyarrow .*; remove .*build again"):
         run(tmp_path / "in", out, **how)
     assert not second.exists()
 
@@ -279,6 +279,35 @@ def test_a_folder_without_a_list_is_told_apart_by_its_names(tmp_path: Path) -> N
     (tmp_path / "in/target/a.txt").rename(tmp_path / "in/target/c.txt")
     with pytest.raises(DataError, match=r"the input of .*out has changed since it was built"):
         run(tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_what_an_older_version_built_is_gone_on_with(tmp_path: Path, done: bool) -> None:
+    """Its build.json told neither the records of a shard nor the names of a folder."""
+    for i in range(4):
+        for side in ("source", "target"):
+            (tmp_path / "in" / side).mkdir(parents=True, exist_ok=True)
+            PILImage.fromarray(noise(i)).save(tmp_path / "in" / side / f"{i}.png")
+        (tmp_path / "in" / "target" / f"{i}.txt").write_text("words")
+    out = tmp_path / "out"
+    assert run(tmp_path / "in", out, shard_rows=2).made_from["listed"]
+    content = {path.name: path.read_bytes() for path in (out / "data").iterdir()}
+    told = json.loads((out / "build.json").read_text())
+    del told["made_from"]["listed"], told["stopped"]
+    for shard in told["shards"]:
+        del shard["first"], shard["read"]
+    first, second = sorted((out / "data").iterdir())
+    if not done:
+        second.unlink()
+        told |= {"done": False, "shards": told["shards"][:1], "read": 2, "kept": 2}
+    (out / "build.json").write_text(json.dumps(told))
+    before = first.stat().st_mtime_ns
+    run(tmp_path / "in", out, shard_rows=2)
+    assert {path.name: path.read_bytes() for path in (out / "data").iterdir()} == content
+    assert first.stat().st_mtime_ns == before
+    first.unlink()
+    with pytest.raises(DataError, match=r"train-00000.parquet is damaged; remove .* build again"):
+        run(tmp_path / "in", out, shard_rows=2)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -17,6 +19,8 @@ from flux.test_tar_rows import captioned, write_tar
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prw_flux.cli import main
+from prw_flux.data import folder_copy
 from prw_flux.data.build import build
 from prw_flux.data.check import check, sample_rows
 from prw_flux.data.folder_copy import local_folder
@@ -24,8 +28,11 @@ from prw_flux.data.manifest import read_manifest
 from prw_flux.data.on_disk import OnDisk
 from prw_flux.data.readers import Origin, open_reader
 from prw_flux.data.remote import braces, fingerprint, found_files, is_url, opened
+from prw_flux.data.row_checks import encode
 from prw_flux.data.rows import DataError
 from prw_flux.data.shard_cache import ShardCache
+from prw_flux.evaluation.sheets import photo_samples
+from prw_flux.rundir import RunFolder
 
 
 @pytest.fixture
@@ -198,6 +205,48 @@ def test_folders_of_pictures_at_urls_are_copied_and_followed(
     memory.pipe_file("/small/a.txt", b"x" * 900)
     with pytest.raises(DataError, match=r"no room in the cache .* remove .*-pairs, or raise PRW_"):
         local_folder("memory://small")
+
+
+def test_a_copy_that_is_killed_keeps_what_it_had(
+    memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill runs nothing at the end, so the index is written on the way."""
+    monkeypatch.setenv("PRW_SHARD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(folder_copy, "NOTED", 1)
+    monkeypatch.setattr(folder_copy, "WORKERS", 1)
+    for name in "abc":
+        memory.pipe_file(f"/letters/{name}", name.encode())
+    real, noted = folder_copy.copy_file, list[str]()
+
+    def last_one_waits(fs: Any, path: str, new: Path, told: str) -> None:
+        until = time.monotonic() + 20
+        while path.endswith("/c") and not noted and time.monotonic() < until:
+            for index in (tmp_path / "cache" / "folders").glob("*.version"):
+                noted.extend(json.loads(index.read_text()))
+        real(fs, path, new, told)
+
+    monkeypatch.setattr(folder_copy, "copy_file", last_one_waits)
+    local_folder("memory://letters")
+    assert noted and "c" not in noted
+
+
+def test_photos_at_a_url_train_and_are_shown(
+    memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PRW_SHARD_CACHE", str(tmp_path / "cache"))
+    for i in range(6):
+        picture = np.random.default_rng(i).integers(0, 255, (96, 96, 3), np.uint8)
+        memory.pipe_file(f"/photos/{i}.png", encode(picture))
+    words = ["data.samples=4", "stages.*.steps=1", "stages.*.batch_size=2", "optimizer.warmup=0",
+             "remember=2", "adapter.rank=2"]  # fmt: skip
+    told = [part for word in words for part in ("--set", word)]
+    run = tmp_path / "run"
+    assert main(["train", "photos", "--only", "inpaint", "--photos", "memory://photos",
+                 "--no-evaluation", "--quiet", "--out", str(run), *told]) == 0  # fmt: skip
+    folder = RunFolder.open(run)
+    assert len(photo_samples(folder, ["inpaint"], 2, 0)["inpaint"]) == 2
+    memory.store.clear()
+    assert photo_samples(folder, ["inpaint"], 2, 0) == {}
 
 
 class Counting:
