@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import final
+from typing import Final, final
 
 import numpy as np
 
 from prw_flux.data.annotations import PhotoNote, ThingNote
 from prw_flux.data.images import Image, ImageError, open_map
 from prw_flux.data.listing import open_default, open_folder
+from prw_flux.data.photos import NO_CAPTION
 from prw_flux.data.rows import Picture, Record, Reject, ThingBox
 from prw_flux.tasks.base import digest_of, mask_box
+
+UNCAPTIONED: Final = f"without a caption: {NO_CAPTION}"
 
 
 @final
@@ -45,7 +48,8 @@ class PhotoRows:
     Args:
         root: the folder; None is the public-domain photos of scikit-image.
         task: inpaint takes every photo, ground those with things, control those with maps, edit
-            every annotated edit, customise every ordered pair of photos of a subject.
+            every annotated edit, customise every ordered pair of photos of a subject. A photo
+            without a caption is called "a photograph" for inpaint and control, and counted.
         licence: of all photos.
         conditions_made: conditions will be made of the photos, so control takes every photo.
 
@@ -79,10 +83,9 @@ class PhotoRows:
                 yield from self._edits(file, note)
             elif task == "ground" and note.things:
                 yield self._record(file, caption, source=file, note=note)
-            elif task == "control" and (note.maps or self._made):
-                yield self._record(file, caption, target=file, note=note)
-            elif task == "inpaint":
-                yield self._record(file, caption, target=file, note=note)
+            elif task == "inpaint" or (task == "control" and (note.maps or self._made)):
+                record = self._record(file, caption or NO_CAPTION, target=file, note=note)
+                yield record if caption else replace(record, changed=(UNCAPTIONED,))
 
     def _edits(self, file: str, note: PhotoNote) -> Iterator[Record]:
         for number, edit in enumerate(note.edits):

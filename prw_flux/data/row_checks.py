@@ -77,6 +77,7 @@ class RowMaker:
 
     def _row(self, record: Record) -> Row:
         text = " ".join(record.text.split())
+        self.converted += record.changed
         self._require(record, text)
         source, target = self._photo(record.source), self._photo(record.target)
         main = target or source

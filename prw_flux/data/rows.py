@@ -132,6 +132,7 @@ class Record:
     Args:
         where: the place in the input, for messages ("edits.json[3]", "a.parquet row 7").
         refused: why the reader itself leaves it out (reason, detail).
+        changed: what the reader did to it, to be counted.
         others: as the columns of the schema.
     """
 
@@ -145,6 +146,7 @@ class Record:
     boxes: tuple[ThingBox, ...] = ()
     licence: str = ""
     refused: tuple[str, str] | None = None
+    changed: tuple[str, ...] = ()
 
 
 class Reader(Protocol):

@@ -60,9 +60,9 @@ def open_tables(
         held_out = all(one.held_out for one, _ in lacking)
         without = ", or go without (held_out.samples=0 and sample_every=0)" if held_out else ""
         raise CacheError(
-            f"{cache} lacks {', '.join(told for _, told in lacking)}; make them with the settings "
-            f"of this run: prw-flux cache build {config.recipe or 'RECIPE'} --set "
-            f"data.cache={cache}{without}"
+            f"{cache} lacks {', '.join(told for _, told in lacking)}; make them with `prw-flux "
+            f"cache build {config.recipe or 'RECIPE'} --set data.cache={cache}` and every other "
+            f"--set, --photos and --only of this run{without}"
         )
     return found
 

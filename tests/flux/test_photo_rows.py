@@ -50,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("task", "keys", "text"),
     [
-        ("inpaint", ["p0.png"], "a photo of noise"),
+        ("inpaint", [f"p{i}.png" for i in range(4)], "a photo of noise"),
         ("ground", ["p0.png"], "a photo of noise"),
         ("control", ["p0.png"], "a photo of noise"),
         ("edit", ["p0.png@0"], "change it"),
@@ -61,14 +61,17 @@ def test_every_task_has_its_rows(folder: Path, task: str, keys: list[str], text:
     reader = open_reader(Origin(kind="photos", path=str(folder)), task)
     out = folder.parent / "out"
     manifest = build(reader, task, out, made_from={}, max_rejected=0.8)
-    assert manifest.rejected == ({"empty caption": 3} if task == "inpaint" else {})
+    assert not manifest.rejected
     rows = sample_rows(out, 9)
     assert [row["key"] for row in rows] == keys and rows[0]["text"] == text
     assert check(out) == []
     if task in ("inpaint", "ground"):
         (thing,) = rows[0]["boxes"]
         assert thing["box"] == [20, 10, 50, 30] and thing["phrase"] == "the block"
-        assert manifest.converted == {"left out a mask of another size": 1}
+        assert manifest.converted["left out a mask of another size"] == 1
+    if task == "inpaint":
+        assert [row["text"] for row in rows[1:]] == ["a photograph"] * 3
+        assert manifest.converted["without a caption: a photograph"] == 3
 
 
 def test_a_folder_that_cannot_feed_a_task(folder: Path) -> None:

@@ -172,8 +172,8 @@ def test_an_older_cache_gets_its_held_out_samples_by_the_same_command(
         CacheError, match="lacks all 5 held-out samples of stage 'inpaint', all 5 held-out"
     ) as refused:
         open_session(asked)
-    remedy = f"prw-flux cache build demo --set data.cache={tmp_path}, or go without (held_out."
-    assert remedy in str(refused.value)
+    remedy = f"`prw-flux cache build demo --set data.cache={tmp_path}` and every other --set"
+    assert remedy in str(refused.value) and "run, or go without (held_out." in str(refused.value)
     added, again = made(config, tmp_path), made(config, tmp_path)
     assert (added.samples, added.encoded, again.encoded) == (18 + 15, 15, 0)
     assert not check(tmp_path) and not unfinished(tmp_path)
