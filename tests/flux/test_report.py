@@ -393,6 +393,18 @@ def test_axis_ticks_are_round_and_enclose() -> None:
         assert ticks[0] <= low + 1e-9 and ticks[-1] >= high - 1e-9 and 2 <= len(ticks) <= 7
 
 
+def test_a_chart_says_where_it_is_cut_and_few_values_are_not_cut(tmp_path: Path) -> None:
+    line = Series(x=[1, 2, 3], y=[2.584, 1.0, 0.9], style="main", name="a")
+    whole, cut = line_chart([line], title="t"), line_chart([line], title="t", high=1.2)
+    assert "cut at" not in whole and "cut at 1.2, highest 2.58" in cut
+    run = fabricate(tmp_path / "run", stages=0, measured=False)
+    for step in range(1, 101):
+        first = {"loss": 9.0 if step == 1 else 1 + step / 1000}
+        run.log({"stage": "inpaint", "task": "inpaint", "step": step, **first})
+        if step in (10, 100):
+            assert ("cut at" in write_report(run.path).read_text()) == (step == 100)
+
+
 def test_charts_skip_gaps() -> None:
     gap = Series(x=[1, 2, 3], y=[1.0, math.nan, 2.0], style="main", name="a")
     assert line_chart([gap], title="t").count("M") == 2
