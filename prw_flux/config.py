@@ -44,7 +44,8 @@ class DataConfig:
             weights: ``disk:DIR*3,OTHER*1``), or ``package.module:object`` of a DataSource of the
             user's.
         photos: a folder of photos; None is the public-domain photos of scikit-image. They train
-            where the source is "photos", and are shown in the report in any case.
+            where the source is "photos", of which the report shows the held-out ones. With another
+            source it shows these; with none named, built data show their own held-out pictures.
         samples: per stage, how many are drawn and encoded before it begins; None encodes every
             batch when it is needed, for data that does not fit into memory.
         max_rejected: largest share of the drawn pictures that may be unreadable. Each is replaced

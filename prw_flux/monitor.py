@@ -71,6 +71,8 @@ class Monitor:
         self.progress = progress or Quiet()
         self.watch = Watch(config.coredi)
         self.data = open_held_out(config, data) if held_out_count(config) else None
+        if writes and self.data is not None:
+            warn_of_few(self.data, held_out_count(config))
         self.trackers = Trackers.open(run, step) if writes else Trackers()
         self._held_out: HeldOut | None = None
         self._grids: Grids | None = None
@@ -226,6 +228,16 @@ class Monitor:
     def close(self) -> None:
         """Write what trackers still hold."""
         self.trackers.close()
+
+
+def warn_of_few(data: DataSource, wanted: int) -> None:
+    """Tell where held-out samples are made of fewer pictures."""
+    if wanted > len(data):
+        logger.warning(
+            "%d held-out samples are wanted, and the held-out side of %s has %d: some are of one "
+            "picture, and their mean says little about others; add data, or lower held_out.samples",
+            wanted, data.name, len(data),
+        )  # fmt: skip
 
 
 def memory_mib() -> int:

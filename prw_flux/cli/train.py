@@ -124,7 +124,8 @@ def _begin(args: argparse.Namespace, ranks: Any) -> Path:
     # a folder that does not train is shown in the report: it has to be usable as well
     shown = None
     if config.data.photos:
-        shown = PhotoFolder(local_folder(config.data.photos), config.size)
+        side = "train" if config.data.source == "photos" else "all"
+        shown = PhotoFolder(local_folder(config.data.photos), config.size, side)
     require_trackers(config.trackers)
     session = open_session(config, start)
     data = open_training_data(config, session)

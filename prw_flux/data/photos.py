@@ -79,6 +79,7 @@ class PhotoFolder:
         self.size = size
         found = listing.open_default() if path is None else listing.open_folder(path)
         self._listing = found.side(split, heldout)
+        self._kept = len(found.files) - len(self._listing.files) if split == "train" else 0
         self.name, self.root = f"photos:{found.name}", found.root
         if not self._listing.files:
             raise PhotoError(
@@ -113,8 +114,9 @@ class PhotoFolder:
         return digest_of(self.size, *self._listing.facts(self._photos))
 
     def summary(self) -> str:
-        """One sentence: how many pictures are used, how many are left out and why."""
+        """One sentence: how many pictures are used, held out, and left out, and why."""
         used = f"{len(self._photos)} of {len(self._listing.files)} pictures used"
+        used += f", {self._kept} more held out" if self._kept else ""
         if not self.rejects:
             return used
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(self.rejected.items()))

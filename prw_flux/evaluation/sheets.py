@@ -7,19 +7,24 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, final
 
 import numpy as np
 from PIL import Image as PILImage
 
+from prw import ConfigError
 from prw.atomic import replace_folder
+from prw_flux.config import RunConfig
 from prw_flux.data.annotations import PhotoError
+from prw_flux.data.choose import open_held_out, open_run_data
 from prw_flux.data.folder_copy import local_folder
+from prw_flux.data.on_disk import PREFIX
 from prw_flux.data.photos import PhotoFolder
 from prw_flux.data.rows import DataError
 from prw_flux.evaluation.samples import EvaluationSample, draw_samples
+from prw_flux.locate import EMBEDDED
 from prw_flux.rundir import RunFolder
-from prw_flux.tasks import Image, load_task
+from prw_flux.tasks import DataSource, Image, load_task
 
 log = logging.getLogger(__name__)
 
@@ -27,27 +32,67 @@ VERSION: Final = 1
 OUTSIDE: Final = "outside the base's training domain"
 
 
-def photo_samples(
-    folder: RunFolder, tasks: Sequence[str], count: int, seed: int
-) -> dict[str, list[EvaluationSample]]:
-    """Samples of real photos, for the tasks that they allow; empty where there are no photos."""
+@final
+class Photos(dict[str, list[EvaluationSample]]):
+    """Samples of photos by task, with a sentence part that says where they come from.
+
+    Args:
+        samples: by task.
+        told: of which data, whether these were trained on, and whether the base knows their kind.
+    """
+
+    def __init__(
+        self, samples: Mapping[str, list[EvaluationSample]] = MappingProxyType({}), told: str = ""
+    ) -> None:
+        super().__init__(samples)
+        self.told = told
+
+
+def photo_samples(folder: RunFolder, tasks: Sequence[str], count: int, seed: int) -> Photos:
+    """Samples of the run's own pictures for the tasks that they allow, each picture once.
+
+    They are of the held-out side of what the run trains on; of all photos of ``data.photos`` (by
+    default those of scikit-image) where these are not what it trains on. Data that cannot be used
+    give no samples, and a warning.
+    """
     if count == 0:
-        return {}
-    where = folder.config.data.photos
+        return Photos()
     try:
-        place = None if where is None else local_folder(where)
-        photos = PhotoFolder(place, size=folder.config.size, split="all")
-    except (PhotoError, DataError) as problem:
+        data, told = _pictures(folder.config)
+        fed, most = data.tasks(), min(count, len(data))
+        drawn = {t: draw_samples(data, load_task(t), most, seed) for t in tasks if t in fed}
+    except Exception as problem:  # any that a data source of the user's may raise
         log.warning("no photos in the report: %s", problem)
-        return {}
-    possible = [task for task in tasks if task in photos.tasks()]
-    return {t: list(draw_samples(photos, load_task(t), count, seed).samples) for t in possible}
+        return Photos()
+    outside = f"; {OUTSIDE}" if folder.config.base.path == EMBEDDED else ""
+    return Photos(
+        {t: list(draw.samples) for t, draw in drawn.items() if draw.samples}, told + outside
+    )
+
+
+def _pictures(config: RunConfig) -> tuple[DataSource, str]:
+    """What photo samples are drawn from, and words for it."""
+    source, photos = config.data.source, config.data.photos
+    if source == "shapeweave" or (source != "photos" and photos is not None):
+        place = None if photos is None else local_folder(photos)
+        shown = PhotoFolder(place, size=config.size, split="all")
+        return shown, f"{shown.name}, not the data of this run"
+    try:
+        if source == "photos" or source.startswith(PREFIX):
+            held = open_run_data(config, "heldout")
+        else:
+            held = open_held_out(config, open_run_data(config))
+    except (ConfigError, PhotoError, DataError) as problem:
+        data = open_run_data(config)
+        log.warning("the photos in the report were trained on: %s", problem)
+        return data, f"{data.name}, trained on: nothing of it is held out"
+    return held, f"{held.name}, held out"
 
 
 def write_sheets(
     folder: Path,
     shown: Mapping[str, Sequence[tuple[EvaluationSample, Image, float]]],
-    photos: Mapping[str, Sequence[EvaluationSample]],
+    photos: Photos,
     outputs: Sequence[Image],
     worst: Mapping[str, Sequence[tuple[EvaluationSample, Image, float]]] = MappingProxyType({}),
 ) -> None:
@@ -70,7 +115,7 @@ def write_sheets(
         of_photos = (sample for part in photos.values() for sample in part)
         for i, (sample, output) in enumerate(zip(of_photos, outputs, strict=True)):
             entries.append(_entry(new, f"{sample.task}-photo-{i}", sample, output, "photos", None))
-        index = {"version": VERSION, "photos": OUTSIDE, "samples": entries}
+        index = {"version": VERSION, "photos": photos.told, "samples": entries}
         (new / "samples.json").write_text(json.dumps(index, indent=1) + "\n", "utf-8")
 
 

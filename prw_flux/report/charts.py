@@ -38,7 +38,8 @@ def line_chart(
         series: drawn in order; values that are not finite interrupt a line.
         title: read aloud by a screen reader.
         height: in units of a chart that is `WIDTH` wide.
-        low, high: ends of the vertical axis; from the data where None.
+        low, high: ends of the vertical axis; from the data where None. Values above are drawn at
+            the top, and the chart says where it is cut.
         rule: a value to mark by a dashed line.
     """
     xs = [x for s in series for x in s.x]
@@ -66,6 +67,11 @@ def line_chart(
         y = at(0, rule)[1]
         parts.append(
             f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
+    if max(ys) > high:
+        parts.append(
+            f'<text class="tick" x="{WIDTH - RIGHT}" y="{TOP - 2}" text-anchor="end">'
+            f"cut at {label(high)}, highest {label(max(ys))}</text>"
         )
     parts += [f'<path class="line {s.style}" d="{_path(s, at)}"/>{_lone(s, at)}' for s in series]
     return _svg(WIDTH, height, title, parts)

@@ -30,15 +30,17 @@ def samples(facts: Facts) -> str:
             chosen = [e for e in entries if e["task"] == task and e["domain"] == domain]
             if not chosen:
                 continue
-            note = f' on photos <span class="tag">{escape(str(facts.samples["photos"]))}</span>'
+            told = escape(str(facts.samples["photos"]))
+            note = f' on photos <span class="tag">{told}</span>' if told else " on photos"
             figures = "".join(_sample(folder, entry) for entry in chosen)
             heading = escape(title_of(task)) + (note if domain == "photos" else "")
             parts.append(f'<h3>{heading}</h3><div class="samples">{figures}</div>')
     return section(
         "Samples",
         "samples",
-        "Held-out samples in the order of the data source, none chosen. The output is framed; "
-        "the target is the exact answer. The number is the sample's score.",
+        "Samples in the order of the data source, none chosen. Scenes are held out; of photos the "
+        "heading says where they come from. The output is framed; the target is the exact answer. "
+        "The number is the sample's score.",
         "".join(parts),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, Final
@@ -14,6 +15,8 @@ from prw_flux.report.text import count, duration, named, share
 
 DENSE: Final = 20
 """Blocks from which a routing table is drawn without numbers."""
+MANY: Final = 50
+"""Values from which the highest 2 % may lie above the top of a chart."""
 
 
 HELD_OUT: Final = (
@@ -107,9 +110,12 @@ def _column(stage: StageFacts, name: str) -> list[float]:
 
 
 def _top(values: Sequence[float]) -> float | None:
-    """The 98th percentile, so that a first spike does not flatten the rest."""
-    known = sorted(v for v in values if v == v)
-    return known[int(0.98 * (len(known) - 1))] if known else None
+    """The 98th percentile of `MANY` values or more, so that a spike does not flatten the rest.
+
+    Of fewer values the percentile would cut the highest one off whether it is a spike or not.
+    """
+    known = sorted(filter(math.isfinite, values))
+    return known[int(0.98 * (len(known) - 1))] if len(known) >= MANY else None
 
 
 def drawn(facts: Facts) -> str:

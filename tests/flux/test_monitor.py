@@ -23,6 +23,7 @@ from prw_flux.data.photos import PhotoFolder
 from prw_flux.grids import tiled
 from prw_flux.held_out import HeldOut
 from prw_flux.interrupt import Interrupted, Stop
+from prw_flux.monitor import warn_of_few
 from prw_flux.objective import Objective
 from prw_flux.progress import Quiet
 from prw_flux.resume import adapter_to_continue
@@ -235,6 +236,21 @@ def test_a_source_without_sides_is_refused(
     config = short_config.with_settings(["data.source=one_source:ONE"])
     with pytest.raises(ConfigError, match="is one object, so nothing of it is held out"):
         open_held_out(config, module.ONE)
+
+
+def test_fewer_held_out_photos_than_samples_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i in range(3):
+        PILImage.fromarray(np.full((48, 64, 3), 40 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    held = PhotoFolder(tmp_path, size=32, split="heldout")
+    warn_of_few(held, len(held))
+    assert not caplog.records
+    warn_of_few(held, 4)
+    assert (
+        f"4 held-out samples are wanted, and the held-out side of {held.name} has {len(held)}:"
+        in (caplog.text)
+    )
 
 
 def test_one_photo_cannot_be_on_both_sides(tmp_path: Path) -> None:

@@ -12,12 +12,15 @@ import pytest
 from PIL import Image as PILImage
 
 from prw import ConfigError
+from prw_flux import recipes
 from prw_flux.data.build import build
 from prw_flux.data.choose import open_data
 from prw_flux.data.images import ImageError
 from prw_flux.data.on_disk import OnDisk
 from prw_flux.data.rows import DataError, Picture, Record, ThingBox
 from prw_flux.data.sample_order import Part, SampleOrder
+from prw_flux.evaluation.sheets import photo_samples
+from prw_flux.rundir import RunFolder
 from prw_flux.tasks import TASKS, DataSource
 
 
@@ -187,3 +190,25 @@ def test_sources_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "d" / "build.json").write_text(json.dumps({**manifest, "done": False}))
     with pytest.raises(DataError, match="is not finished"):
         open_data(f"disk:{folder}", size=48, split="all")
+
+
+def test_the_report_of_a_run_shows_the_held_out_rows_of_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    source = f"disk:{make(tmp_path / 'd', 'edit', 6)}"
+    config = recipes.photos().with_settings([f"data.source={source}"])
+    run = RunFolder.create(tmp_path / "run", config)
+    found = photo_samples(run, ["inpaint", "edit"], 3, 0)
+    assert {task: [s.example.key for s in part] for task, part in found.items()} == {
+        "edit": ["d:k5"]
+    }
+    assert found.told.startswith(f"{source}, held out; outside the base's")
+    named = config.with_settings([f"data.photos={tmp_path / 'nowhere'}"])
+    monkeypatch.setattr(OnDisk, "example", lambda self, task, index: 1 // 0)
+    for number, failing in enumerate((config, named)):
+        run = RunFolder.create(tmp_path / f"failing-{number}", failing)
+        assert photo_samples(run, ["edit"], 3, 0) == {}
+    assert caplog.text.count("no photos in the report") == 2

@@ -74,6 +74,15 @@ def test_plain_folder(folder: Path) -> None:
         photos.example("inpaint", -1)
 
 
+def test_what_is_held_out_is_told(folder: Path) -> None:
+    train, held = (PhotoFolder(folder, 48, side) for side in ("train", "heldout"))
+    assert len(held) > 0 and len(train) + len(held) == 5
+    assert (
+        train.summary() == f"{len(train)} of {len(train)} pictures used, {len(held)} more held out"
+    )
+    assert "held out" not in held.summary()
+
+
 def test_captions_come_from_the_nearest_source(folder: Path) -> None:
     (folder / "p0.txt").write_text("from a\n text file ")
     (folder / "p1.txt").write_text("from a text file")

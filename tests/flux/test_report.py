@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image as PILImage
 from safetensors.numpy import save_file
 
 from prw_flux import recipes
+from prw_flux.data.photos import PhotoFolder
 from prw_flux.evaluation.samples import draw_samples
-from prw_flux.evaluation.sheets import write_sheets
+from prw_flux.evaluation.sheets import OUTSIDE, Photos, photo_samples, write_sheets
 from prw_flux.report import write_report
 from prw_flux.report.charts import Dot, Series, axis_ticks, dot_plot, line_chart, smooth
 from prw_flux.report.facts import count_parameters, read_facts
@@ -98,7 +100,7 @@ def _measure(run: RunFolder, tasks: list[str], pictures: int, rng: random.Random
     data = ShapeWeave(size=96, split="heldout")
     draws = {t: draw_samples(data, TASKS[t], pictures).samples for t in tasks}
     shown = {t: [(s, s.triple.target, 0.91) for s in draw] for t, draw in draws.items()}
-    photos = {tasks[0]: draws[tasks[0]][:1]}
+    photos = Photos({tasks[0]: list(draws[tasks[0]][:1])}, f"photos:x; {OUTSIDE}")
     write_sheets(run.path / "samples", shown, photos, [draws[tasks[0]][0].triple.target])
 
 
@@ -171,6 +173,38 @@ def test_report_of_a_whole_run_is_complete_and_self_contained(tmp_path: Path) ->
     assert "not finished" not in text
     assert text.count("<figure") == 5 * 4 + 1
     assert "outside the base&#x27;s training domain" in text
+
+
+def pictures_below(folder: Path, count: int) -> Path:
+    """A folder of photos, each with a colour of its own."""
+    folder.mkdir()
+    for i in range(count):
+        colour = np.random.default_rng(i).integers(0, 255, (96, 96, 3), np.uint8)
+        PILImage.fromarray(colour).save(folder / f"{i}.png")
+    return folder
+
+
+def keys(found: Photos) -> set[str]:
+    return {sample.example.key for samples in found.values() for sample in samples}
+
+
+def test_photos_shown_are_the_held_out_ones_of_the_run(tmp_path: Path) -> None:
+    photos = pictures_below(tmp_path / "photos", 6)
+
+    def shown(name: str, *settings: str) -> Photos:
+        config = recipes.photos().with_settings([f"data.photos={photos}", *settings])
+        return photo_samples(RunFolder.create(tmp_path / name, config), ["inpaint"], 3, 0)
+
+    trained = PhotoFolder(photos, 96)
+    used = {trained.example("inpaint", i).key for i in range(len(trained))}
+    found = shown("tiny")
+    assert keys(found) and not keys(found) & used and len(found["inpaint"]) == len(keys(found))
+    assert found.told == f"photos:photos, held out; {OUTSIDE}"
+    assert shown("flux", "base.path=a/flux").told == "photos:photos, held out"
+    for i in range(1, 6):
+        (photos / f"{i}.png").unlink()
+    alone = shown("one")
+    assert keys(alone) == {"0.png"} and "trained on: nothing of it is held out" in alone.told
 
 
 def test_report_of_a_partial_run_says_what_is_missing(tmp_path: Path) -> None:
@@ -363,7 +397,7 @@ def test_failures_are_shown_worst_first(tmp_path: Path) -> None:
     run = fabricate(tmp_path / "demo", stages=1, pictures=2)
     samples = draw_samples(ShapeWeave(size=96, split="heldout"), TASKS["inpaint"], 2).samples
     rows = [(s, s.triple.target, value) for s, value in zip(samples, (0.1, 0.7), strict=True)]
-    write_sheets(run.path / "samples", {"inpaint": rows}, {}, [], {"inpaint": rows})
+    write_sheets(run.path / "samples", {"inpaint": rows}, Photos(), [], {"inpaint": rows})
     text = write_report(run.path).read_text("utf-8")
     part = text.split('id="failures"')[1].split("</section>")[0]
     assert re.findall(r'class="score">([\d.]+)', part) == ["0.10", "0.70"]
@@ -391,6 +425,18 @@ def test_axis_ticks_are_round_and_enclose() -> None:
     for low, high in ((0.31, 0.78), (-3.0, 12000.0), (5.0, 5.0), (0.0, 1e-7)):
         ticks = axis_ticks(low, high)
         assert ticks[0] <= low + 1e-9 and ticks[-1] >= high - 1e-9 and 2 <= len(ticks) <= 7
+
+
+def test_a_chart_says_where_it_is_cut_and_few_values_are_not_cut(tmp_path: Path) -> None:
+    line = Series(x=[1, 2, 3], y=[2.584, 1.0, 0.9], style="main", name="a")
+    whole, cut = line_chart([line], title="t"), line_chart([line], title="t", high=1.2)
+    assert "cut at" not in whole and "cut at 1.2, highest 2.58" in cut
+    run = fabricate(tmp_path / "run", stages=0, measured=False)
+    for step in range(1, 101):
+        first = {"loss": 9.0 if step == 1 else 1 + step / 1000}
+        run.log({"stage": "inpaint", "task": "inpaint", "step": step, **first})
+        if step in (10, 100):
+            assert ("cut at" in write_report(run.path).read_text()) == (step == 100)
 
 
 def test_charts_skip_gaps() -> None:
