@@ -44,6 +44,7 @@ def run_generate(args: argparse.Namespace) -> int:
     import torch
 
     from prw_flux.pipeline import CoLoGenPipeline
+    from prw_flux.quantisation import loading, place, usable
 
     show.quiet_loading()
     _check(args)
@@ -53,8 +54,11 @@ def run_generate(args: argparse.Namespace) -> int:
     fitted = "" if args.image is None else _fitted(args.image, size)
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32
-    pipe = CoLoGenPipeline.from_pretrained(run.path, base=args.base, dtype=dtype)
-    pipe.to("cuda" if cuda else "cpu")
+    kind = usable(run.config.base.quantisation)
+    pipe = CoLoGenPipeline.from_pretrained(
+        run.path, base=args.base, dtype=dtype, **loading(kind, dtype)
+    )
+    place(pipe, kind, dtype, "cuda" if cuda else "cpu")
     pipe.set_progress_bar_config(disable=args.json or not show.watcher().is_terminal)
     began = time.perf_counter()
     given = {} if source is None else {
