@@ -20,7 +20,7 @@ class BaseConfig:
     """The frozen FLUX.1 pipeline: "tiny-flux", a folder, or a Hub id with its revision.
 
     Attributes:
-        quantisation: what the transformer's weights are stored in while training: "none" for that
+        quantisation: what the transformer's weights are stored in: "none" for that
             of `precision`, "fp8" (diffusers' layerwise casting), "int8" (torchao) or "nf4"
             (bitsandbytes).
     """

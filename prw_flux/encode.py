@@ -182,10 +182,13 @@ def encode_image(vae: Any, pixels: Tensor, *, device: torch.device | str | None 
 
 
 @torch.no_grad()
-def decode_latents(vae: Any, latents_BCHW: Tensor) -> Tensor:
+def decode_latents(
+    vae: Any, latents_BCHW: Tensor, *, device: torch.device | str | None = None
+) -> Tensor:
     """Inverse of `encode_image`, clamped: [B, C, H, W] -> [B, 3, 8 H, 8 W] in [-1, 1]."""
     latents = latents_BCHW / vae.config.scaling_factor + _shift(vae)
-    image: Tensor = vae.decode(latents.to(device=vae.device, dtype=vae.dtype), return_dict=False)[0]
+    placed = latents.to(device=device or vae.device, dtype=vae.dtype)
+    image: Tensor = vae.decode(placed, return_dict=False)[0]
     return image.clamp(-1.0, 1.0)
 
 

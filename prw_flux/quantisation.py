@@ -6,12 +6,15 @@ Experts and routers are not touched: they are fp32 whatever the base is stored i
 from __future__ import annotations
 
 import importlib.util
+import logging
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import DiffusionPipeline, FluxTransformer2DModel
 
 from prw import ConfigError
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
 
@@ -64,3 +67,31 @@ def narrow(transformer: FluxTransformer2DModel, kind: str, compute: torch.dtype)
         transformer.enable_layerwise_casting(
             storage_dtype=torch.float8_e4m3fn, compute_dtype=compute
         )
+
+
+def usable(kind: str) -> str:
+    """How the base of a trained run can be stored here: as it was, but for nf4 without a GPU."""
+    if kind == "nf4" and not torch.cuda.is_available():
+        logger.warning("Without a GPU the nf4 base of this run is loaded whole, in float32.")
+        return "none"
+    return kind
+
+
+def place(
+    pipe: DiffusionPipeline, kind: str, compute: torch.dtype, device: torch.device | str
+) -> None:
+    """Bring a loaded pipeline to where it generates.
+
+    A quantised base is one for a small card: there each model is on it only while it runs.
+
+    Args:
+        pipe: loaded with the options of `loading`, its adapter attached.
+        kind: as `usable` says.
+        compute: dtype that the layers compute in.
+        device: where it generates.
+    """
+    narrow(pipe.transformer, kind, compute)
+    if kind == "none" or torch.device(device).type == "cpu":
+        pipe.to(device)
+    else:
+        pipe.enable_model_cpu_offload(device=device)

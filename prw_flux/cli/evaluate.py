@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prw_flux.cli import bench, show
 from prw_flux.cli.finished import finished_run
+
+if TYPE_CHECKING:
+    from prw_flux.config import RunConfig
 
 
 def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
@@ -95,6 +98,7 @@ def evaluate_and_tell(
         history=min(asked.history, count),
         sampling=Sampling(
             steps=asked.steps if steps is None else steps,
+            batch_size=_together(run.config),
             precision=run.config.precision,
             representation=representation,
         ),
@@ -104,3 +108,10 @@ def evaluate_and_tell(
     if told:
         show.human().print(rich_table(measured))
     return measured
+
+
+def _together(config: RunConfig) -> int:
+    """Pictures of a call: on a quantised base, for a small card, as many as training had there."""
+    if config.base.quantisation == "none":
+        return 32
+    return max(1, max(stage.batch_size for stage in config.stages) // config.accumulate)

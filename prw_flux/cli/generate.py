@@ -23,7 +23,8 @@ def add_to(verbs: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="where the base is now, if the run does not know")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--out", required=True, metavar="FILE")
-    parser.add_argument("--image", metavar="FILE", help="the source; none is text to image")
+    parser.add_argument("--image", metavar="FILE", help="the source, whose centre is cropped to a "
+                        "square of the run's size; none is text to image")  # fmt: skip
     parser.add_argument("--task", help="inpaint, ground, control, customise, edit, or your own")
     parser.add_argument("--mask", metavar="FILE", help="inpaint: white where the hole is")
     parser.add_argument("--lines", choices=LINES, help="control: draw this map from the image")
@@ -43,16 +44,21 @@ def run_generate(args: argparse.Namespace) -> int:
     import torch
 
     from prw_flux.pipeline import CoLoGenPipeline
+    from prw_flux.quantisation import loading, place, usable
 
     show.quiet_loading()
     _check(args)
     run = finished_run(args.directory, "to generate with")
     size = run.config.size
     source = None if args.image is None else prepared(args, size)
+    fitted = "" if args.image is None else _fitted(args.image, size)
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32
-    pipe = CoLoGenPipeline.from_pretrained(run.path, base=args.base, dtype=dtype)
-    pipe.to("cuda" if cuda else "cpu")
+    kind = usable(run.config.base.quantisation)
+    pipe = CoLoGenPipeline.from_pretrained(
+        run.path, base=args.base, dtype=dtype, **loading(kind, dtype)
+    )
+    place(pipe, kind, dtype, "cuda" if cuda else "cpu")
     pipe.set_progress_bar_config(disable=args.json or not show.watcher().is_terminal)
     began = time.perf_counter()
     given = {} if source is None else {
@@ -82,8 +88,18 @@ def run_generate(args: argparse.Namespace) -> int:
     if args.json:
         show.answer(facts)
     else:
-        show.human().print(f"{out}  {size} x {size}, {facts['seconds']} s{marked}")
+        show.human().print(f"{out}  {size} x {size}, {facts['seconds']} s{fitted}{marked}")
     return 0
+
+
+def _fitted(image: str, size: int) -> str:
+    """How a source became a square of the run's size, in words; nothing where it was one."""
+    from prw_flux.data.images import open_image
+
+    height, width = open_image(image).shape[:2]
+    if height != width:
+        return f", of the centre square of {width} x {height}"
+    return "" if height == size else f", of {width} x {height} resized"
 
 
 def _check(args: argparse.Namespace) -> None:

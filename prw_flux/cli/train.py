@@ -186,10 +186,10 @@ def configured(args: argparse.Namespace, parent: Any = None) -> Any:
         ConfigError: an unknown recipe or setting, a bad value, nothing new to train.
     """
     from prw_flux.curriculum import Stage
-    from prw_flux.recipes import load_recipe
+    from prw_flux.recipes import RECIPES, load_recipe
 
     if args.recipe is None and parent is None:
-        raise ConfigError("train needs a recipe (demo, shapes, photos, paper), --from or --resume")
+        raise ConfigError(f"train needs a recipe ({', '.join(RECIPES)}), --from or --resume")
     config = parent.config if args.recipe is None else load_recipe(args.recipe)
     if args.only:
         config = _only(config, args.only)

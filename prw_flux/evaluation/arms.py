@@ -109,10 +109,11 @@ def resized(image: Image, side: int) -> Image:
 
 @torch.inference_mode()
 def _ceiling(asked: Request) -> list[Image]:
-    vae = asked.pipe.vae
+    vae, device = asked.pipe.vae, asked.pipe._execution_device
     outputs: list[Image] = []
     for sample in asked.samples:
-        decoded = decode_latents(vae, encode_image(vae, to_pixels(sample.triple.target)))
+        latents = encode_image(vae, to_pixels(sample.triple.target), device=device)
+        decoded = decode_latents(vae, latents, device=device)
         levels = (decoded[0].float().cpu() * 127.5 + 127.5).round().byte()
         outputs.append(np.ascontiguousarray(levels.permute(1, 2, 0).numpy()))
     return outputs

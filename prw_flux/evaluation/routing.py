@@ -83,8 +83,9 @@ def _observe(
     """The source pass of one batch of one task and one size, seen by `record`."""
     adapter: PRWAdapter = pipe.prw
     spec = adapter.task(samples[0].task)
-    device = pipe.transformer.device
-    latents = encode_image(pipe.vae, to_pixels(np.stack([s.triple.source for s in samples])))
+    device = pipe._execution_device  # that of an offloaded model is where it rests
+    pixels = to_pixels(np.stack([s.triple.source for s in samples]))
+    latents = encode_image(pipe.vae, pixels, device=device)
     rows, columns = latents.shape[-2] // 2, latents.shape[-1] // 2
     tokens_BSC = pack(latents).to(device=device, dtype=pipe.transformer.dtype)
     ids_S3 = position_ids(rows, columns, offset=source_offset(spec.aligned, columns), device=device)

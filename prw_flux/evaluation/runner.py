@@ -24,6 +24,7 @@ from prw_flux.evaluation.sheets import photo_samples, write_sheets
 from prw_flux.evaluation.statistics import bootstrap, paired_bootstrap
 from prw_flux.evaluation.tables import markdown
 from prw_flux.pipeline import CoLoGenPipeline
+from prw_flux.quantisation import loading, place, usable
 from prw_flux.rundir import EVALUATION_VERSION, RunFolder, write_atomically
 from prw_flux.shapeweave.source import ShapeWeave
 from prw_flux.tasks import DataSource, Image, load_task
@@ -148,16 +149,21 @@ def evaluate_run(
 def load_pipeline(folder: RunFolder, *, base: str | None = None, local: int = 0) -> CoLoGenPipeline:
     """The trained pipeline, on a GPU if there is one; on a CPU in float32.
 
+    A base that was quantised in training is so again, and its models go to the GPU one at a time.
+
     Args:
         folder: the run.
         base: another place for its base.
         local: number of the GPU.
     """
     device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    narrow = device != "cpu" and folder.config.precision == "bf16"
-    dtype = torch.bfloat16 if narrow else torch.float32
-    pipe: CoLoGenPipeline = CoLoGenPipeline.from_pretrained(folder.path, base=base, dtype=dtype)
-    pipe.to(device)
+    half = device != "cpu" and folder.config.precision == "bf16"
+    dtype = torch.bfloat16 if half else torch.float32
+    kind = usable(folder.config.base.quantisation)
+    pipe: CoLoGenPipeline = CoLoGenPipeline.from_pretrained(
+        folder.path, base=base, dtype=dtype, **loading(kind, dtype)
+    )
+    place(pipe, kind, dtype, device)
     return pipe
 
 

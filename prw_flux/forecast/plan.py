@@ -17,6 +17,8 @@ TOKEN: Final = 16
 """Pixels of a token's side."""
 LATENT: Final = 2
 """Bytes of a cached number."""
+H100: Final = 989.0
+"""Dense TFLOP/s of an H100 or H200 in bf16."""
 
 
 @final
@@ -37,7 +39,7 @@ class Machine:
     """
 
     ranks: int = 1
-    tflops: float = 989.0
+    tflops: float = H100
     utilisation: float = 0.4
     seconds_per_step: float | None = None
     price: float | None = None
@@ -223,9 +225,10 @@ def _assumptions(config: RunConfig, machine: Machine) -> list[str]:
             f"coredi: the feature stream{beside}, its encoder and cached features are not counted"
         )
     if machine.seconds_per_step is None:
+        card = " (an H100 or H200; --device-tflops for yours)" * (machine.tflops == H100)
         told.append(
-            f"time: {machine.tflops:g} TFLOP/s per GPU, {machine.utilisation:.0%} of them used; "
-            "measure a step and give --seconds-per-step"
+            f"time: {machine.tflops:g} TFLOP/s per GPU{card}, {machine.utilisation:.0%} of them "
+            "used; measure a step and give --seconds-per-step"
         )
     else:
         told.append(

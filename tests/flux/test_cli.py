@@ -268,6 +268,30 @@ def test_generate(
         assert size_of(Path("out.png")) == (64, 64)
 
 
+@pytest.mark.parametrize(
+    "size, said",
+    [
+        ((96, 64), "centre square of 96 x 64"),
+        ((80, 80), "80 x 80 resized"),
+        ((64, 64), None),
+    ],
+)
+def test_generate_tells_that_it_crops(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    trained: Path,
+    size: tuple[int, int],
+    said: str | None,
+) -> None:
+    photo = tmp_path / "photo.png"  # read before it is written over
+    Image.new("RGB", size, "white").save(photo)
+    words = ["generate", "--run", trained, "--prompt", "a circle", "--out", photo, "--steps", "1"]
+    status, out, err = told(capsys, *words, "--task", "control", "--image", photo)
+    told_once = " ".join(out.split())
+    assert (status, err) == (0, "") and size_of(photo) == (64, 64)
+    assert said in told_once if said else "square" not in told_once and "resized" not in told_once
+
+
 def test_grounding_tells_what_it_marked(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,

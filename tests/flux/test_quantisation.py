@@ -7,20 +7,34 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flux.trainer_ranks import FEATURES, gradients_of
 from torch.testing import assert_close
 
 from prw import ConfigError
+from prw_flux import CoLoGenPipeline, cli
+from prw_flux.cli.evaluate import evaluate_and_tell
 from prw_flux.config import RunConfig
+from prw_flux.evaluation import (
+    Sampling,
+    Settings,
+    draw_samples,
+    evaluate_run,
+    generate,
+    unusable,
+)
+from prw_flux.evaluation.runner import load_pipeline
 from prw_flux.interrupt import Stop
 from prw_flux.progress import Quiet
-from prw_flux.quantisation import loading
+from prw_flux.quantisation import loading, place, usable
 from prw_flux.ranks import Ranks
 from prw_flux.resume import Position, adapter_to_continue
 from prw_flux.rundir import RunFolder
 from prw_flux.session import Session, open_session
+from prw_flux.shapeweave.source import ShapeWeave
+from prw_flux.tasks import TASKS
 from prw_flux.trainer import Trainer, open_training_data, train
 
 
@@ -108,6 +122,71 @@ def test_an_fp8_run_in_bf16_resumes(short_config: RunConfig, tmp_path: Path) -> 
     session = open_session(config, adapter_to_continue(more))
     train(more, session, open_training_data(config, session))
     assert more.finished and {p.dtype for p in session.adapter.parameters()} == {torch.float32}
+
+
+def test_a_trained_run_is_evaluated_on_the_base_it_had(
+    short_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In fp8 here: what generates is stored in it, and draws what a rounded base would."""
+    config = short_config.with_settings(["base.quantisation=fp8"])
+    run = RunFolder.create(tmp_path / "run", replace(config, stages=config.stages[:1]))
+    train(run, (session := open_session(run.config)), open_training_data(run.config, session))
+    stored = load_pipeline(run)
+    layers = [m for m in stored.transformer.modules() if isinstance(m, torch.nn.Linear)]
+    fp8 = [m.weight.dtype == torch.float8_e4m3fn for m in layers]
+    assert sum(fp8) > len(fp8) / 2 and {p.dtype for p in stored.prw.parameters()} == {torch.float32}
+    wide = CoLoGenPipeline.from_pretrained(run.path)
+    samples = draw_samples(
+        ShapeWeave(size=64, split="heldout"), TASKS["inpaint"], 2, usable=unusable
+    ).samples
+    sampling = Sampling(steps=2)
+    ours, theirs = (np.stack(generate(pipe, samples, sampling)) for pipe in (stored, wide))
+    off = np.abs(ours.astype(int) - theirs.astype(int))
+    assert off.any() and off.mean() < 8  # of 255 levels
+    for narrow, plain in zip(
+        stored.transformer.parameters(), wide.transformer.parameters(), strict=True
+    ):
+        plain.data = narrow.data.to(plain.dtype)
+    rounded = np.stack(generate(wide, samples, sampling)).astype(int)
+    assert np.abs(rounded - ours).max() <= 1
+    told = evaluate_and_tell(run.path, per_task=2, steps=1, quiet=True)
+    assert told["settings"]["sampling"]["batch_size"] == 2 and told["tasks"]["inpaint"]["n"] == 2
+    stored.enable_model_cpu_offload(device="cpu")  # as on a GPU, whose hooks these are
+    sampling = Sampling(steps=1, batch_size=2)
+    again = evaluate_run(
+        run.path, Settings(n=2, history=0, photos=0, sampling=sampling), pipe=stored
+    )
+    assert again["tasks"] == told["tasks"]
+    capsys.readouterr()
+    main = ["generate", "--run", str(run.path), "--prompt", "x", "--steps", "1"]
+    assert cli.main([*main, "--out", str(tmp_path / "x.png")]) == 0
+
+
+@pytest.mark.parametrize("kind, moved", [("none", "to"), ("nf4", "offload"), ("fp8", "offload")])
+def test_a_quantised_base_goes_to_a_gpu_one_model_at_a_time(
+    make_bare_pipe: Any, monkeypatch: pytest.MonkeyPatch, kind: str, moved: str
+) -> None:
+    calls: list[tuple[str, str]] = []
+    for device in ("cuda:1", "cpu"):
+        pipe = make_bare_pipe()
+        monkeypatch.setattr(pipe, "to", lambda device: calls.append(("to", device)))
+        monkeypatch.setattr(
+            pipe, "enable_model_cpu_offload", lambda device: calls.append(("offload", device))
+        )
+        place(pipe, kind, torch.float32, device)
+    assert calls == [(moved, "cuda:1"), ("to", "cpu")]
+
+
+def test_an_nf4_run_is_used_whole_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert [usable(kind) for kind in ("none", "fp8", "int8", "nf4")] == [
+        "none", "fp8", "int8", "none"
+    ]  # fmt: skip
+    assert "nf4 base of this run is loaded whole" in caplog.text
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert usable("nf4") == "nf4"
 
 
 @pytest.mark.parametrize("kind, package", [("int8", "torchao"), ("nf4", "bitsandbytes")])
